@@ -1,0 +1,25 @@
+"""Normalization for NumPy, compiled: batch norm and layer norm, forward and backward.
+
+>>> import numpy as np
+>>> import normext
+>>> x = np.random.default_rng(0).normal(5, 3, size=(4, 6)).astype(np.float32)
+>>> y, cache = normext.layer_norm(x)
+>>> dx, dgamma, dbeta = normext.layer_norm_backward(np.ones_like(y), cache)
+"""
+
+from normext._config import show_config, threads
+from normext._core.runtime import get_num_threads, set_num_threads
+from normext._version import __version__
+from normext.functional import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
+
+__all__ = [
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "get_num_threads",
+    "layer_norm",
+    "layer_norm_backward",
+    "set_num_threads",
+    "show_config",
+    "threads",
+]

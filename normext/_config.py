@@ -1,0 +1,57 @@
+"""What the library runs on, told and set from Python."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from normext._core.runtime import config, get_num_threads, set_num_threads
+from normext._version import __version__
+
+__all__ = ["show_config", "threads"]
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Let calls use n threads for the length of a ``with`` block.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. The number is the process's, not this Python thread's.
+
+    Raises
+    ------
+    TypeError
+        If n is not an integer.
+    ValueError
+        If n is less than 1.
+
+    Examples
+    --------
+    >>> import normext
+    >>> with normext.threads(2):
+    ...     normext.get_num_threads()
+    2
+    """
+    before = get_num_threads()
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+def show_config() -> None:
+    """Print version, compiler, instruction sets built and chosen, and threads.
+
+    Examples
+    --------
+    >>> import normext
+    >>> normext.show_config()  # doctest: +ELLIPSIS
+    normext ...
+    """
+    rows = {"normext": __version__, "NumPy": np.__version__, **config()}
+    for name, value in rows.items():
+        text = ", ".join(value) if isinstance(value, list) else value if value is not None else "no (one thread)"
+        print(f"{name:<24}{text}")

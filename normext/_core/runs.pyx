@@ -1,0 +1,288 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Statistics over contiguous runs: batch norm of N,C,H,W and layer norm.
+
+A group whose numbers fit the cache is one task: its statistics, then its result, while the group is still there. Large groups are
+split into parts that threads share, first for the statistics, then for the result. The split depends on the shape alone and
+partial sums are put together in its order, so that the number of threads changes no bit. Second passes go backwards, to meet first
+what is still in cache.
+"""
+
+from cython.parallel cimport prange
+
+import numpy as np
+
+from normext._core.kernels cimport Operand, ceil_div, element, inverse_std, nx_kernels, nx_merge, nx_moments
+from normext._core.runtime cimport threads_for
+
+cdef enum:
+    PARTS = 32  # tasks to split the work into, where groups are few and large
+    GROUP_PARTED = 1 << 16  # elements from which a group may be split
+    CHUNK_ROWS = 32  # rows of layer norm whose x and dy are met twice, the second time in cache
+    STRIP = 256  # columns of a task that sums down all rows
+
+# The blocks of a group, numbered run by run: one block is several short runs, or a piece of a long one.
+cdef struct Block:
+    Py_ssize_t run, runs, start, n
+
+
+cdef inline Py_ssize_t block_count(Runs shape, Py_ssize_t size) noexcept nogil:
+    if shape.n > size:
+        return shape.runs * ceil_div(shape.n, size)
+    return ceil_div(shape.runs, size // shape.n)
+
+
+cdef inline Block block_at(Runs shape, Py_ssize_t size, Py_ssize_t index) noexcept nogil:
+    cdef Py_ssize_t per_run, runs, start
+    if shape.n > size:
+        per_run = ceil_div(shape.n, size)
+        start = index % per_run * size
+        return Block(index // per_run, 1, start, min(size, shape.n - start))
+    runs = size // shape.n
+    return Block(index * runs, min(runs, shape.runs - index * runs), 0, shape.n)
+
+
+cdef inline Py_ssize_t part_count(Runs shape, Py_ssize_t blocks) noexcept nogil:
+    """Into how many parts each group is split."""
+    if shape.groups >= PARTS or shape.runs * shape.n < GROUP_PARTED:
+        return 1
+    return min(blocks, ceil_div(PARTS, shape.groups))
+
+
+cdef inline char *at(Operand x, Py_ssize_t itemsize, Py_ssize_t group, Block b) noexcept nogil:
+    return x.data + (group * x.group_stride + b.run * x.run_stride + b.start) * itemsize
+
+
+cdef inline const char *along(const char *gamma, Py_ssize_t itemsize, Block b) noexcept nogil:
+    if gamma == NULL:
+        return NULL
+    return gamma + b.start * itemsize
+
+
+# Forward ---------------------------------------------------------------------------------------------------------------------
+
+
+cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
+                        nx_moments *m) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef Block b
+    m.count = m.mean = m.m2 = 0
+    for index in range(first, last):
+        b = block_at(shape, k.run_block, index)
+        k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, m)
+
+
+cdef inline void finish_moments(nx_moments m, double eps, double *mean, double *rstd, double *var) noexcept nogil:
+    mean[0] = m.mean
+    rstd[0] = inverse_std(m.m2 / m.count, eps)
+    if var != NULL:
+        var[0] = m.m2 / m.count
+
+
+cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
+                       bint elementwise, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
+                       double rstd) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef Block b
+    cdef double scale = rstd, shift = 0
+    if not elementwise:  # one gamma and beta for the group
+        scale = rstd if gamma == NULL else rstd * element(k, gamma, group)
+        shift = 0 if beta == NULL else element(k, beta, group)
+        gamma = beta = NULL
+    for index in range(last - 1, first - 1, -1):
+        b = block_at(shape, k.run_block, index)
+        k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n, mean,
+                     scale, shift, along(gamma, k.itemsize, b), along(beta, k.itemsize, b))
+
+
+cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
+                          bint elementwise, bint training, double eps, Py_ssize_t group, Py_ssize_t blocks, double *mean,
+                          double *rstd, double *var) noexcept nogil:
+    cdef nx_moments m
+    if training:
+        group_moments(k, shape, x, group, 0, blocks, &m)
+        finish_moments(m, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+    if y.data != NULL:
+        group_affine(k, shape, x, y, gamma, beta, elementwise, group, 0, blocks, mean[group], rstd[group])
+
+
+cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
+                        bint elementwise, bint training, double eps, double *mean, double *rstd, double *var) except -1:
+    """y = gamma * (x - mean) * rstd + beta.
+
+    Parameters
+    ----------
+    gamma, beta : may be NULL; one number for each position of a run (`elementwise`) or for each group.
+    training : whether mean, rstd and var (may be NULL) are to be computed and stored, or mean and rstd are given.
+    y : no more than the statistics is done where its data is NULL.
+    """
+    cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
+    cdef Py_ssize_t group, part, task, tasks = shape.groups * parts
+    cdef int threads = threads_for(tasks, tasks // parts * shape.runs * shape.n)
+    cdef double[:, :, ::1] partial
+    cdef nx_moments m
+    if parts == 1:
+        for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            normalize_group(k, shape, x, y, gamma, beta, elementwise, training, eps, group, blocks, mean, rstd, var)
+        return 0
+    if training:
+        partial = np.empty((shape.groups, parts, 3))
+        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            group_moments(k, shape, x, task // parts, task % parts * blocks // parts, (task % parts + 1) * blocks // parts,
+                          <nx_moments *> &partial[task // parts, task % parts, 0])
+        for group in range(shape.groups):
+            m = nx_moments(0, 0, 0)
+            for part in range(parts):
+                nx_merge(&m, (<nx_moments *> &partial[group, part, 0])[0])
+            finish_moments(m, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+    if y.data == NULL:
+        return 0
+    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        group_affine(k, shape, x, y, gamma, beta, elementwise, task // parts, task % parts * blocks // parts,
+                     (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts])
+    return 0
+
+
+# Backward --------------------------------------------------------------------------------------------------------------------
+
+
+cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, const char *gamma, Py_ssize_t group,
+                     Py_ssize_t first, Py_ssize_t last, double mean, double *sum, double *dot) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef Block b
+    sum[0] = dot[0] = 0
+    for index in range(first, last):
+        b = block_at(shape, k.run_block, index)
+        k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean,
+                   along(gamma, k.itemsize, b), sum, dot)
+
+
+cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                        bint elementwise, bint training, double count, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
+                        double mean, double rstd, double sum, double dot) noexcept nogil:
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd."""
+    cdef Py_ssize_t index
+    cdef Block b
+    cdef double a = rstd
+    if not elementwise:
+        a = rstd if gamma == NULL else rstd * element(k, gamma, group)
+        gamma = NULL
+    for index in range(last - 1, first - 1, -1):
+        b = block_at(shape, k.run_block, index)
+        if training:
+            k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, sum / count, a,
+                          -a * rstd * rstd * (dot / count), along(gamma, k.itemsize, b))
+        else:  # the statistics are constants, and x does not matter
+            k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
+                         0, a, 0, along(gamma, k.itemsize, b), NULL)
+
+
+cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                         bint elementwise, bint training, bint given, double count, Py_ssize_t group, Py_ssize_t blocks,
+                         double mean, double rstd, double *sum, double *dot) noexcept nogil:
+    if not given:
+        group_dots(k, shape, x, dy, gamma if elementwise else NULL, group, 0, blocks, mean, sum, dot)
+    if dx.data != NULL:
+        group_combine(k, shape, x, dy, dx, gamma, elementwise, training, count, group, 0, blocks, mean, rstd, sum[0], dot[0])
+
+
+cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                       bint elementwise, bint training, bint given, double count, const double *mean, const double *rstd,
+                       double *sums, double *dots) except -1:
+    """The gradient dx and, for each group, sum(g) and sum(g * (x - mean)).
+
+    Parameters
+    ----------
+    gamma : may be NULL; one number for each position of a run (`elementwise`), then g is ``gamma * dy``, or for each group, then
+        g is dy.
+    given : whether sums and dots hold the sums already, or they are to be computed and stored.
+    count : how many numbers share a statistic.
+    dx : no more than the sums is done where its data is NULL.
+    """
+    cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
+    cdef Py_ssize_t group, part, task, tasks = shape.groups * parts
+    cdef int threads = threads_for(tasks, shape.groups * shape.runs * shape.n)
+    cdef double[:, :, ::1] partial
+    if parts == 1:
+        for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            backward_group(k, shape, x, dy, dx, gamma, elementwise, training, given, count, group, blocks, mean[group],
+                           rstd[group], sums + group, dots + group)
+        return 0
+    if not given:
+        partial = np.empty((shape.groups, parts, 2))
+        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            group_dots(k, shape, x, dy, gamma if elementwise else NULL, task // parts, task % parts * blocks // parts,
+                       (task % parts + 1) * blocks // parts, mean[task // parts], &partial[task // parts, task % parts, 0],
+                       &partial[task // parts, task % parts, 1])
+        for group in range(shape.groups):
+            sums[group] = dots[group] = 0
+            for part in range(parts):
+                sums[group] += partial[group, part, 0]
+                dots[group] += partial[group, part, 1]
+    if dx.data == NULL:
+        return 0
+    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        group_combine(k, shape, x, dy, dx, gamma, elementwise, training, count, task // parts, task % parts * blocks // parts,
+                      (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts], sums[task // parts],
+                      dots[task // parts])
+    return 0
+
+
+cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                        Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *dbeta,
+                        double *dgamma) noexcept nogil:
+    """dx of some rows, and their sums added to dbeta and dgamma: first the latter, since dx may be written over dy."""
+    cdef Py_ssize_t row, blocks = block_count(shape, k.run_block), start = first, end
+    cdef double sum, dot
+    while start < last:
+        end = min(start + CHUNK_ROWS, last)
+        k.row_dots(x.data + start * x.group_stride * k.itemsize, x.group_stride,
+                   dy.data + start * dy.group_stride * k.itemsize, dy.group_stride, end - start, shape.n, mean + start,
+                   rstd + start, dbeta, dgamma)
+        for row in range(start, end):
+            backward_group(k, shape, x, dy, dx, gamma, True, True, False, <double> shape.n, row, blocks, mean[row], rstd[row],
+                           &sum, &dot)
+        start = end
+
+
+cdef void sum_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Py_ssize_t column, const double *mean,
+                   const double *rstd, double *dbeta, double *dgamma) noexcept nogil:
+    """The sums over all rows for a strip of columns."""
+    cdef Py_ssize_t block, start
+    for block in range(ceil_div(shape.groups, k.col_rows)):
+        start = block * k.col_rows
+        k.row_dots(x.data + (start * x.group_stride + column) * k.itemsize, x.group_stride,
+                   dy.data + (start * dy.group_stride + column) * k.itemsize, dy.group_stride,
+                   min(k.col_rows, shape.groups - start), min(<Py_ssize_t> STRIP, shape.n - column), mean + start, rstd + start,
+                   dbeta + column, dgamma + column)
+
+
+cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                        const double *mean, const double *rstd, double *dbeta, double *dgamma) except -1:
+    """The gradient dx of rows (one run a group) and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) over the rows."""
+    cdef Py_ssize_t chunks = max(1, min(<Py_ssize_t> PARTS, shape.groups // CHUNK_ROWS))
+    cdef Py_ssize_t task, j, elements = shape.groups * shape.n
+    cdef int threads
+    cdef double[:, :, ::1] partial
+    cdef double[:, ::1] sums
+    if chunks == 1 and elements < GROUP_PARTED:
+        backward_rows(k, shape, x, dy, dx, gamma, 0, shape.groups, mean, rstd, dbeta, dgamma)
+        return 0
+    if chunks < PARTS // 4:  # too few rows to share out: strips of columns instead, and the rows' runs in parts
+        threads = threads_for(ceil_div(shape.n, STRIP), elements)
+        for task in prange(ceil_div(shape.n, STRIP), nogil=True, num_threads=threads, use_threads_if=threads > 1,
+                           schedule="static"):
+            sum_rows(k, shape, x, dy, task * STRIP, mean, rstd, dbeta, dgamma)
+        sums = np.empty((2, shape.groups))
+        return runs_backward(k, shape, x, dy, dx, gamma, True, True, False, <double> shape.n, mean, rstd, &sums[0, 0],
+                             &sums[1, 0])
+    partial = np.zeros((chunks, 2, shape.n))
+    threads = threads_for(chunks, elements)
+    for task in prange(chunks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        backward_rows(k, shape, x, dy, dx, gamma, task * shape.groups // chunks, (task + 1) * shape.groups // chunks, mean, rstd,
+                      &partial[task, 0, 0], &partial[task, 1, 0])
+    for task in range(chunks):
+        for j in range(shape.n):
+            dbeta[j] += partial[task, 0, j]
+            dgamma[j] += partial[task, 1, j]
+    return 0

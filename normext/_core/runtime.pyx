@@ -1,0 +1,138 @@
+"""What is chosen once, at import: the instruction set and the number of threads."""
+
+import operator
+import os
+
+from normext._core.kernels cimport nx_compiler, nx_isa_count, nx_isas, nx_kernels
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    enum { NX_OPENMP = _OPENMP };
+    #else
+    enum { NX_OPENMP = 0 };
+    #endif
+    """
+    const int NX_OPENMP
+
+# To start a thread on less work than this (elements, some 10 microseconds) takes longer than it saves.
+cdef enum:
+    ELEMENTS_PER_THREAD = 1 << 15
+
+cdef int chosen_isa
+cdef int num_threads
+
+
+cdef const nx_kernels *kernels_for(int element_type) noexcept:
+    return nx_isas[chosen_isa].tables[element_type]
+
+
+cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept:
+    """How many threads to start for so many tasks over so many elements. Results never depend on it."""
+    return max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
+
+
+cdef list isa_names(bint supported_only):
+    return [nx_isas[i].name.decode() for i in range(nx_isa_count) if not supported_only or nx_isas[i].supported()]
+
+
+cdef int choose_isa() except -1:
+    built, supported = isa_names(False), isa_names(True)
+    wanted = os.environ.get("NORMEXT_ISA") or supported[-1]
+    if wanted not in built:
+        raise ImportError(f"NORMEXT_ISA={wanted!r} is unknown to this build, which has {', '.join(built)}")
+    if wanted not in supported:
+        raise ImportError(f"NORMEXT_ISA={wanted!r} is not supported by this processor and system; {', '.join(supported)} would be")
+    return built.index(wanted)
+
+
+cdef int default_num_threads() except -1:
+    wanted = os.environ.get("NORMEXT_NUM_THREADS")
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise ImportError(f"NORMEXT_NUM_THREADS={wanted!r} must be a positive integer")
+        return min(int(wanted), 1 << 16)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list there is one number per nesting level
+    if wanted.isdecimal() and int(wanted) >= 1:
+        return min(int(wanted), 1 << 16)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+chosen_isa = choose_isa()
+num_threads = default_num_threads()
+
+
+def get_num_threads():
+    """The number of threads that a call may use.
+
+    Returns
+    -------
+    int
+        At import that is ``NORMEXT_NUM_THREADS`` from the environment, else ``OMP_NUM_THREADS``, else one for each core that this
+        process may run on.
+
+    See Also
+    --------
+    set_num_threads, threads
+
+    Examples
+    --------
+    >>> import normext
+    >>> with normext.threads(1):
+    ...     normext.get_num_threads()
+    1
+    """
+    return num_threads
+
+
+def set_num_threads(n):
+    """Set the number of threads that a call may use, in this process from now on.
+
+    Small arrays are left to one thread all the same. Results are bit-identical for every number of threads. In a build without
+    OpenMP the number is kept but one thread does the work.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError
+        If n is not an integer.
+    ValueError
+        If n is less than 1.
+
+    See Also
+    --------
+    threads : the same for the length of a block.
+
+    Examples
+    --------
+    >>> import normext
+    >>> before = normext.get_num_threads()
+    >>> normext.set_num_threads(2)
+    >>> normext.get_num_threads()
+    2
+    >>> normext.set_num_threads(before)
+    """
+    global num_threads
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an integer, got {type(n).__name__}") from None
+    if not 1 <= count <= 1 << 16:
+        raise ValueError(f"n must be from 1 to {1 << 16}, got {count}")
+    num_threads = count
+
+
+def config():
+    """What this build and this process run on, as a dict; `normext.show_config` prints it."""
+    return {
+        "compiler": nx_compiler().decode(),
+        "instruction sets built": isa_names(False),
+        "supported here": isa_names(True),
+        "in use": nx_isas[chosen_isa].name.decode(),
+        "OpenMP": NX_OPENMP or None,
+        "threads": num_threads,
+    }

@@ -1,0 +1,847 @@
+"""The public functions: they check arguments, allocate results and call the compiled loops.
+
+Arrays whose memory the loops can walk are used where they lie. Others (strided along the innermost axis, byte-swapped, unaligned)
+are copied a block at a time.
+"""
+
+from libc.math cimport isfinite
+cimport numpy as cnp
+
+import numpy as np
+
+from normext._core.columns cimport columns_backward, normalize_columns
+from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, Operand, inverse_std, nx_kernels
+from normext._core.runs cimport Runs, layer_backward, normalize_runs, runs_backward
+from normext._core.runtime cimport kernels_for
+
+cnp.import_array()
+
+__all__ = ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"]
+
+cdef enum:
+    COPY_BLOCK = 1 << 16  # elements copied at a time from an array that cannot be walked
+
+
+cdef class Cache:
+    """What a backward pass needs of its forward pass: references and statistics, no copy of x.
+
+    Attributes
+    ----------
+    x, gamma, beta : ndarray
+        The arguments; gamma and beta in the dtype of x, or None.
+    mean, rstd : ndarray of float64
+        Mean and ``1 / sqrt(variance + eps)`` of each channel (batch norm) or row (layer norm).
+    axis : int
+        Not negative.
+    eps : float
+    training : bool
+        Whether the statistics are those of x and depend on it.
+    """
+
+    cdef readonly cnp.ndarray x, gamma, beta, mean, rstd
+    cdef readonly int axis
+    cdef readonly double eps
+    cdef readonly bint training
+    cdef str norm
+    cdef bint in_place
+
+
+cdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd, int axis,
+                     double eps, bint training, bint in_place):
+    cdef Cache cache = Cache.__new__(Cache)
+    cache.norm = norm
+    cache.x, cache.gamma, cache.beta, cache.mean, cache.rstd = x, gamma, beta, mean, rstd
+    cache.axis, cache.eps, cache.training, cache.in_place = axis, eps, training, in_place
+    return cache
+
+
+# Arguments -------------------------------------------------------------------------------------------------------------------
+
+
+cdef cnp.ndarray floating_array(object a, str name):
+    """a as an array of float32 or float64, of any strides and byte order: itself if it is one, integers as float64."""
+    cdef cnp.ndarray array
+    if not cnp.PyArray_CheckExact(a):
+        a = np.asarray(a)
+    array = a
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
+        return array
+    if array.dtype.kind in "iub":
+        return array.astype(np.float64)
+    raise TypeError(f"{name} must be an array of float32 or float64 (or of integers, taken as float64), got dtype {array.dtype}")
+
+
+cdef int checked_axis(object axis, int ndim) except -1:
+    cdef Py_ssize_t i
+    try:
+        i = axis
+    except (TypeError, OverflowError):
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    if not -ndim <= i < ndim:
+        raise np.exceptions.AxisError(i, ndim, "axis")
+    return i + ndim if i < 0 else i
+
+
+cdef bint checked_bool(object value, str name) except -1:
+    if value is True or value is False:
+        return value
+    if isinstance(value, (np.bool_, int)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+cdef double checked_number(object value, str name, double low, double high) except? -1:
+    cdef double number
+    try:
+        number = value
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+    return number
+
+
+cdef bint same_dims(cnp.ndarray a, int ndim, const cnp.npy_intp *dims) noexcept:
+    cdef int i
+    if cnp.PyArray_NDIM(a) != ndim:
+        return False
+    for i in range(ndim):
+        if cnp.PyArray_DIM(a, i) != dims[i]:
+            return False
+    return True
+
+
+cdef tuple shape_of(int ndim, const cnp.npy_intp *dims):
+    return tuple([dims[i] for i in range(ndim)])
+
+
+cdef cnp.ndarray parameter(object p, str name, cnp.ndarray x, int ndim, const cnp.npy_intp *dims):
+    """gamma or beta: contiguous, in the dtype of x, of the wanted shape; None stays None."""
+    cdef cnp.ndarray array
+    if p is None:
+        return None
+    if not (cnp.PyArray_CheckExact(p) and cnp.PyArray_TYPE(<cnp.ndarray> p) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> p)):
+        array = np.asarray(p)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
+        if same_dims(array, ndim, dims):
+            p = np.array(array, x.dtype.newbyteorder("="), order="C")
+        else:
+            p = array
+    array = p
+    if not same_dims(array, ndim, dims):
+        raise ValueError(f"{name} must have shape {shape_of(ndim, dims)}, got {np.shape(array)}")
+    return array
+
+
+cdef cnp.ndarray running_statistic(object r, str name, cnp.npy_intp channels, bint updated):
+    cdef cnp.ndarray array
+    if r is None:
+        return None
+    if not isinstance(r, np.ndarray) or (<object> r).dtype.kind != "f":
+        raise TypeError(f"{name} must be an ndarray of floats, got {getattr(r, 'dtype', type(r).__name__)}")
+    array = r
+    if not same_dims(array, 1, &channels):
+        raise ValueError(f"{name} must have shape ({channels},), got {np.shape(array)}")
+    if updated and not cnp.PyArray_ISWRITEABLE(array):
+        raise ValueError(f"{name} is updated in place in training, but it is read-only")
+    return array
+
+
+cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether element for element two arrays of one shape and dtype are the same memory."""
+    cdef int i
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i) and cnp.PyArray_DIM(a, i) > 1:
+            return False
+    return cnp.PyArray_ISNOTSWAPPED(a) == cnp.PyArray_ISNOTSWAPPED(b)
+
+
+def overlaps(a, b):
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str over_name, tuple inputs):
+    """`out`, checked, or a new array in the layout and dtype of x.
+
+    out may be the very memory of `over`, whose numbers are each read before its own is written; it may share none with `inputs`.
+    """
+    cdef cnp.ndarray array
+    cdef int i
+    if out is None:
+        if cnp.PyArray_IS_C_CONTIGUOUS(x):
+            return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+        return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+    array = out
+    if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
+        raise TypeError(f"out must have dtype {x.dtype.newbyteorder('=')}, got {array.dtype}")
+    if not same_dims(array, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x)):
+        raise ValueError(f"out must have shape {np.shape(x)}, got {np.shape(array)}")
+    if not cnp.PyArray_ISWRITEABLE(array):
+        raise ValueError("out must be writable, but it is read-only")
+    for i in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_STRIDE(array, i) == 0 and cnp.PyArray_DIM(array, i) > 1:
+            raise ValueError(f"out must have its own memory for every element, got strides {(<object> array).strides}")
+    if not same_memory(array, over) and overlaps(array, over):
+        raise ValueError(f"out must be {over_name} itself or share no memory with it, but it overlaps {over_name}")
+    for name, other in inputs:
+        if other is not None and overlaps(array, other):
+            raise ValueError(f"out must share no memory with {name}, but they overlap")
+    return array
+
+
+cdef inline char *data(cnp.ndarray a) noexcept:
+    return NULL if a is None else <char *> cnp.PyArray_DATA(a)
+
+
+cdef inline double *doubles(cnp.ndarray a) noexcept:
+    return NULL if a is None else <double *> cnp.PyArray_DATA(a)
+
+
+cdef inline const nx_kernels *kernels_of(cnp.ndarray x) noexcept:
+    return kernels_for(NX_FLOAT32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT else NX_FLOAT64)
+
+
+cdef inline cnp.ndarray empty(int ndim, const cnp.npy_intp *dims, int type_number):
+    return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
+
+
+cdef cnp.ndarray parameter_gradient(const double *sums, const double *factor, int ndim, const cnp.npy_intp *dims, int type_number):
+    """``sums * factor`` (1 if that is NULL) as an array in the shape and dtype of a parameter."""
+    cdef cnp.ndarray gradient = empty(ndim, dims, type_number)
+    cdef Py_ssize_t i
+    cdef double value
+    for i in range(cnp.PyArray_SIZE(gradient)):
+        value = sums[i] if factor == NULL else sums[i] * factor[i]
+        if type_number == cnp.NPY_FLOAT:
+            (<float *> cnp.PyArray_DATA(gradient))[i] = <float> value
+        else:
+            (<double *> cnp.PyArray_DATA(gradient))[i] = value
+    return gradient
+
+
+# Layouts ---------------------------------------------------------------------------------------------------------------------
+
+# Batch norm's view of up to three arrays of one shape: (outer, channel, inner), where inner is contiguous in all of them, or is 1 and
+# the channels are contiguous; the latter is walked down columns.
+cdef struct BatchLayout:
+    Py_ssize_t outer, channels, inner
+    bint columns
+    Operand operands[3]
+
+
+cdef list merge_axes(tuple arrays, axes):
+    """[length, (stride in each array, in bytes)] of the axes, where neighbours become one if all arrays lie so."""
+    cdef list merged = []
+    for i in axes:
+        length, strides = arrays[0].shape[i], tuple([a.strides[i] for a in arrays])
+        if length == 1:
+            continue
+        if merged and all([outer == length * inner for outer, inner in zip(merged[-1][1], strides)]):
+            merged[-1] = (merged[-1][0] * length, strides)
+        else:
+            merged.append((length, strides))
+    return merged
+
+
+cdef bint walkable(tuple arrays):
+    """Native byte order, aligned, and strides that are whole elements."""
+    return all([cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> a) and all([s % a.itemsize == 0 for s in a.strides]) for a in arrays])
+
+
+cdef bint batch_layout(tuple arrays, int axis, BatchLayout *layout) except -1:
+    """Fill in the layout; False where there is none."""
+    cdef cnp.ndarray a, first = arrays[0]
+    cdef Py_ssize_t i, outer = 1, inner = 1
+    cdef bint contiguous = True
+    for i in range(axis):
+        outer *= cnp.PyArray_DIM(first, i)
+    for i in range(axis + 1, cnp.PyArray_NDIM(first)):
+        inner *= cnp.PyArray_DIM(first, i)
+    layout.channels = cnp.PyArray_DIM(first, axis)
+    for array in arrays:
+        contiguous = contiguous and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
+    if contiguous:
+        if layout.channels == 1:
+            outer, inner = 1, outer * inner
+        layout.outer, layout.inner, layout.columns = outer, inner, inner == 1
+        for i in range(len(arrays)):
+            layout.operands[i] = Operand(data(arrays[i]), inner, layout.channels * inner)
+        return True
+    if not walkable(arrays):
+        return False
+    others = sorted([i for i in range(first.ndim) if i != axis], key=lambda i: -abs((<object> first).strides[i]))
+    merged = merge_axes(arrays, others)
+    itemsizes = tuple([a.itemsize for a in arrays])
+    layout.inner, layout.columns = 1, False
+    if merged and merged[-1][1] == itemsizes:
+        layout.inner, _ = merged.pop()
+    elif layout.channels == 1 or tuple([a.strides[axis] for a in arrays]) == itemsizes:
+        layout.columns = True
+    else:
+        return False
+    if len(merged) > 1:
+        return False
+    layout.outer, strides = merged[0] if merged else (1, (0,) * len(arrays))
+    for i in range(len(arrays)):
+        a = arrays[i]
+        layout.operands[i] = Operand(data(a), cnp.PyArray_STRIDE(a, axis) // a.itemsize, strides[i] // a.itemsize)
+    return True
+
+
+cdef bint row_layout(tuple arrays, int axis, Runs *shape, Operand *operands) except -1:
+    """Layer norm's view of up to three arrays of one shape, (row, contiguous run); False where there is none."""
+    cdef cnp.ndarray a, first = arrays[0]
+    cdef Py_ssize_t i
+    cdef bint contiguous = True
+    shape.groups = shape.runs = shape.n = 1
+    for i in range(cnp.PyArray_NDIM(first)):
+        if i < axis:
+            shape.groups *= cnp.PyArray_DIM(first, i)
+        else:
+            shape.n *= cnp.PyArray_DIM(first, i)
+    for array in arrays:
+        contiguous = contiguous and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
+    if contiguous:
+        for i in range(len(arrays)):
+            operands[i] = Operand(data(arrays[i]), shape.n, 0)
+        return True
+    if not walkable(arrays):
+        return False
+    rows, columns = merge_axes(arrays, range(axis)), merge_axes(arrays, range(axis, first.ndim))
+    if len(rows) > 1 or len(columns) > 1 or (columns and columns[0][1] != tuple([a.itemsize for a in arrays])):
+        return False
+    for i in range(len(arrays)):
+        a = arrays[i]
+        operands[i] = Operand(data(a), rows[0][1][i] // a.itemsize if rows else 0, 0)
+    return True
+
+
+def blocks(tuple shape, axes):
+    """Indices that cut an array into blocks of about COPY_BLOCK elements, along the longest of `axes`, then the next."""
+    index = [slice(None)] * len(shape)
+
+    def cut(axes, size):
+        if size <= COPY_BLOCK or not axes:
+            yield tuple(index)
+            return
+        axis = axes[0]
+        step = max(1, shape[axis] * COPY_BLOCK // size)
+        for start in range(0, shape[axis], step):
+            index[axis] = slice(start, min(start + step, shape[axis]))
+            yield from cut(axes[1:], size // shape[axis] * step)
+        index[axis] = slice(None)
+
+    size = 1
+    for length in shape:
+        size *= length
+    return cut(sorted(axes, key=lambda i: -shape[i]), size)
+
+
+cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index):
+    """A block as the kernels want it: contiguous, native."""
+    return np.array(a[index], dtype=a.dtype.newbyteorder("="), order="C")
+
+
+# Batch norm ------------------------------------------------------------------------------------------------------------------
+
+
+cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, double eps,
+                       double *mean, double *rstd, double *var) except -1:
+    """Operands x, y, in either geometry."""
+    if layout.columns:
+        return normalize_columns(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
+                                 data(beta), training, eps, mean, rstd, var)
+    return normalize_runs(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner), layout.operands[0], layout.operands[1],
+                          data(gamma), data(beta), False, training, eps, mean, rstd, var)
+
+
+cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, bint training, bint given, double count,
+                        const double *mean, const double *rstd, double *sums, double *dots) except -1:
+    """Operands x, dy, dx, in either geometry."""
+    if layout.columns:
+        return columns_backward(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1],
+                                layout.operands[2], data(gamma), training, given, count, mean, rstd, sums, dots)
+    return runs_backward(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner), layout.operands[0], layout.operands[1],
+                         layout.operands[2], data(gamma), False, training, given, count, mean, rstd, sums, dots)
+
+
+cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
+                                 double eps, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var) except -1:
+    """batch_forward for arrays that have no layout."""
+    cdef BatchLayout layout
+    cdef cnp.ndarray x_block, y_block, block_mean, block_rstd, block_var
+    if training:
+        count, mean[:], m2 = np.zeros(mean.shape[0]), 0, np.zeros(mean.shape[0])
+        for index in blocks((<object> x).shape, range(x.ndim)):
+            x_block = block_copy(x, index)
+            block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
+            batch_layout((x_block,), axis, &layout)
+            layout.operands[1].data = NULL
+            batch_forward(&layout, x_block, None, None, True, eps, doubles(block_mean), doubles(block_rstd), doubles(block_var))
+            # The merge of kernels.h, for all channels of the block at once.
+            channels, n = index[axis], x_block.size // x_block.shape[axis]
+            total, delta = count[channels] + n, block_mean - mean[channels]
+            m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
+            mean[channels] += delta * (n / total)
+            count[channels] = total
+        var_of_all = m2 / (x.size // x.shape[axis])
+        if var is not None:
+            var[:] = var_of_all
+        for i in range(mean.shape[0]):
+            doubles(rstd)[i] = inverse_std(var_of_all[i], eps)
+    for index in blocks((<object> x).shape, range(x.ndim)):
+        x_block = block_copy(x, index)
+        y_block = np.empty_like(x_block)
+        channels = index[axis]
+        batch_layout((x_block, y_block), axis, &layout)
+        batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
+                      eps, doubles(mean[channels]), doubles(rstd[channels]), NULL)
+        y[index] = y_block
+    return 0
+
+
+cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, bint training,
+                                  cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray sums, cnp.ndarray dots) except -1:
+    """batch_backward for arrays that have no layout: all sums first, then dx."""
+    cdef BatchLayout layout
+    cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots, channel_gamma
+    cdef double count = x.size // x.shape[axis]
+    cdef bint given
+    sums[:] = dots[:] = 0
+    for given in (False, True):
+        for index in blocks((<object> x).shape, range(x.ndim)):
+            x_block, dy_block = block_copy(x, index), block_copy(dy, index)
+            dx_block = np.empty_like(x_block)
+            channels = index[axis]
+            block_sums, block_dots = (sums[channels], dots[channels]) if given else np.empty((2, x_block.shape[axis]))
+            channel_gamma = None if gamma is None else gamma[channels]
+            batch_layout((x_block, dy_block, dx_block), axis, &layout)
+            if not given:
+                layout.operands[2].data = NULL
+            batch_backward(&layout, x_block, channel_gamma, training, given, count, doubles(mean[channels]),
+                           doubles(rstd[channels]), doubles(block_sums), doubles(block_dots))
+            if given:
+                dx[index] = dx_block
+            else:
+                sums[channels] += block_sums
+                dots[channels] += block_dots
+    return 0
+
+
+cdef int update_running(cnp.ndarray running, cnp.ndarray batch, double momentum) except -1:
+    cdef Py_ssize_t i
+    cdef double *new = doubles(batch)
+    cdef float *single = <float *> cnp.PyArray_DATA(running)
+    cdef double *double_ = <double *> cnp.PyArray_DATA(running)
+    if cnp.PyArray_ISCARRAY(running) and cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT:
+        for i in range(cnp.PyArray_SIZE(running)):
+            single[i] = <float> (momentum * single[i] + (1 - momentum) * new[i])
+    elif cnp.PyArray_ISCARRAY(running) and cnp.PyArray_TYPE(running) == cnp.NPY_DOUBLE:
+        for i in range(cnp.PyArray_SIZE(running)):
+            double_[i] = momentum * double_[i] + (1 - momentum) * new[i]
+    else:
+        running[...] = momentum * running.astype(np.float64) + (1 - momentum) * batch
+    return 0
+
+
+def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None, training=True, momentum=0.9, eps=1e-5, axis=1,
+               out=None):
+    """Normalize each channel of x over the batch: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
+
+    Algorithm 1 of [1]_. In training, mean and (biased) variance are those of the batch, taken for each channel over all other axes;
+    in evaluation they are the running ones.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Of any rank and any strides: (N, D), (N, C, H, W) with ``axis=1``, (N, H, W, C) with ``axis=-1``. Integers are taken as
+        float64.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each channel, converted to the dtype of x. Default: 1 and 0.
+    running_mean, running_var : ndarray of floats, shape (C,), optional
+        Running statistics. In training they are updated in place where given,
+        ``running = momentum * running + (1 - momentum) * batch``, with the biased variance; in evaluation both are needed.
+    training : bool, default True
+        Whether to normalize with the batch's statistics or with the running ones.
+    momentum : float, default 0.9
+        The share of the old running statistics that an update keeps, from 0 to 1. PyTorch's momentum is one minus this.
+    eps : float, default 1e-5
+        Added to the variance. Not negative.
+    axis : int, default 1
+        The channel axis.
+    out : ndarray, optional
+        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
+        pass is refused, as x is gone.
+
+    Returns
+    -------
+    y : ndarray
+        In the shape and dtype of x; `out` if that was given. A channel that is constant gives exactly beta.
+    cache : object
+        For `batch_norm_backward`. It refers to x and gamma and holds two float64 numbers for each channel; x must not be changed
+        before the backward pass.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the above, or training is not a bool.
+    ValueError
+        If a shape does not fit, in training there is nothing to take a mean of, in evaluation a running statistic is missing, a
+        running statistic that is to be updated or `out` is read-only, `out` overlaps an argument other than as said, or momentum or
+        eps is out of range. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+
+    See Also
+    --------
+    layer_norm : normalizes each row instead.
+
+    Notes
+    -----
+    Statistics are accumulated about a pivot near the mean, in blocks that are merged in float64 [2]_, so that data far from zero
+    lose nothing. Results are bit-identical for every number of threads.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+           ICML 2015, https://arxiv.org/abs/1502.03167
+    .. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
+           Stanford STAN-CS-79-773, 1979
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> x = np.array([[1.0, 2.0], [3.0, 6.0]])
+    >>> y, cache = normext.batch_norm(x, eps=0.0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> running_mean, running_var = np.zeros(2), np.ones(2)
+    >>> y, cache = normext.batch_norm(x, running_mean=running_mean, running_var=running_var)
+    >>> running_mean
+    array([0.2, 0.4])
+    """
+    cdef BatchLayout layout
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, var = None
+    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
+    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
+    cdef bint training_ = checked_bool(training, "training")
+    cdef double momentum_ = checked_number(momentum, "momentum", 0, 1), eps_ = checked_number(eps, "eps", 0, 1e300)
+    cdef cnp.ndarray running_mean_ = running_statistic(running_mean, "running_mean", channels, training_)
+    cdef cnp.ndarray running_var_ = running_statistic(running_var, "running_var", channels, training_)
+    cdef Py_ssize_t i
+    if channels == 0:
+        raise ValueError(f"x has no channels: shape {np.shape(x_)}, axis {axis_}")
+    if training_:
+        if cnp.PyArray_SIZE(x_) == 0:
+            raise ValueError(f"x has no rows to take a mean of in training: shape {np.shape(x_)}")
+        if running_mean is not None and running_mean is running_var:
+            raise ValueError("running_mean and running_var must be two arrays, got one for both")
+    elif running_mean is None or running_var is None:
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing} is needed with training=False, got None")
+    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_), ("running_mean", running_mean_),
+                                                               ("running_var", running_var_)))
+    mean, rstd = empty(1, &channels, cnp.NPY_DOUBLE), empty(1, &channels, cnp.NPY_DOUBLE)
+    if not training_:
+        mean[:] = running_mean_
+        rstd[:] = running_var_
+        for i in range(channels):
+            doubles(rstd)[i] = inverse_std(doubles(rstd)[i], eps_)
+    elif running_var_ is not None:
+        var = empty(1, &channels, cnp.NPY_DOUBLE)
+    if cnp.PyArray_SIZE(x_) == 0:
+        pass
+    elif batch_layout((x_, y), axis_, &layout):
+        batch_forward(&layout, x_, gamma_, beta_, training_, eps_, doubles(mean), doubles(rstd), doubles(var))
+    else:
+        batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, mean, rstd, var)
+    if training_ and running_mean_ is not None:
+        update_running(running_mean_, mean, momentum_)
+    if training_ and running_var_ is not None:
+        update_running(running_var_, var, momentum_)
+    return y, new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_))
+
+
+cdef Cache checked_cache(object cache, str norm):
+    if not isinstance(cache, Cache) or (<Cache> cache).norm != norm:
+        what = f"that of {(<Cache> cache).norm}" if isinstance(cache, Cache) else type(cache).__name__
+        raise TypeError(f"cache must be what {norm} returned, got {what}")
+    if (<Cache> cache).in_place:
+        raise ValueError(f"cache is of a call {norm}(x, ..., out=x), which wrote over the x that its gradients need")
+    return cache
+
+
+cdef cnp.ndarray upstream(object dy, cnp.ndarray x):
+    """The gradient from above: in the shape of x, and in its dtype or converted to it."""
+    cdef cnp.ndarray array = floating_array(dy, "dy")
+    if not same_dims(array, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x)):
+        raise ValueError(f"dy must have the shape of x, {np.shape(x)}, got {np.shape(array)}")
+    if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
+        array = array.astype(x.dtype.newbyteorder("="))
+    return array
+
+
+def batch_norm_backward(dy, cache, *, out=None):
+    """Gradients of `batch_norm` with respect to x, gamma and beta.
+
+    In training, with ``xhat = (x - mean) * rstd`` and m numbers in a channel ([1]_, section 3, simplified):
+    ``dx = gamma * rstd * (dy - sum(dy) / m - xhat * sum(dy * xhat) / m)``. In evaluation the statistics are constants and
+    ``dx = gamma * rstd * dy``.
+
+    Parameters
+    ----------
+    dy : array_like
+        The gradient with respect to y, in the shape of x; converted to the dtype of x.
+    cache : object
+        What the call of `batch_norm` returned.
+    out : ndarray, optional
+        Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
+
+    Returns
+    -------
+    dx : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    dgamma, dbeta : ndarray, shape (C,), or None
+        In the dtype of x; None for a parameter that was None.
+
+    Raises
+    ------
+    TypeError
+        If cache is not one of `batch_norm`, or a dtype does not fit.
+    ValueError
+        If the shape of dy or `out` does not fit, `out` is read-only or overlaps, or x was normalized in place.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+           ICML 2015, https://arxiv.org/abs/1502.03167
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> y, cache = normext.batch_norm(np.array([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]]), gamma=np.ones(2))
+    >>> dx, dgamma, dbeta = normext.batch_norm_backward(np.ones((3, 2)), cache)
+    >>> bool(abs(dx).max() < 1e-15)  # y does not change when all x of a channel move together
+    True
+    >>> dbeta is None
+    True
+    """
+    cdef Cache c = checked_cache(cache, "batch_norm")
+    cdef BatchLayout layout
+    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
+    cdef cnp.npy_intp[2] two_channels = [2, channels]
+    cdef double *dots
+    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
+                                                                 ("cache.rstd", c.rstd)))
+    sums = cnp.PyArray_EMPTY(2, two_channels, cnp.NPY_DOUBLE, 0)
+    dots = doubles(sums) + channels
+    if cnp.PyArray_SIZE(x) == 0:
+        sums[...] = 0
+    elif batch_layout((x, dy_, dx), c.axis, &layout):
+        batch_backward(&layout, x, c.gamma, c.training, False, <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean),
+                       doubles(c.rstd), doubles(sums), dots)
+    else:
+        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.training, c.mean, c.rstd, sums[0], sums[1])
+    return (
+        dx,
+        None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, cnp.PyArray_TYPE(x)),
+        None if c.beta is None else parameter_gradient(doubles(sums), NULL, 1, &channels, cnp.PyArray_TYPE(x)),
+    )
+
+
+# Layer norm ------------------------------------------------------------------------------------------------------------------
+
+
+cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, double eps,
+                                 cnp.ndarray mean, cnp.ndarray rstd) except -1:
+    """Rows that cannot be walked, some at a time."""
+    cdef Runs shape
+    cdef Operand[2] operands
+    cdef cnp.ndarray x_block, y_block, block_mean, block_rstd
+    for index in blocks((<object> x).shape, range(axis)):
+        x_block = block_copy(x, index)
+        y_block = np.empty_like(x_block)
+        block_mean, block_rstd = np.empty((2, *(<object> x_block).shape[:axis]))
+        row_layout((x_block, y_block), axis, &shape, operands)
+        normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), True, True, eps,
+                       doubles(block_mean), doubles(block_rstd), NULL)
+        y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
+    return 0
+
+
+cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean,
+                                  cnp.ndarray rstd, double *dbeta, double *dgamma) except -1:
+    cdef Runs shape
+    cdef Operand[3] operands
+    cdef cnp.ndarray x_block, dy_block, dx_block
+    for index in blocks((<object> x).shape, range(axis)):
+        x_block, dy_block = block_copy(x, index), block_copy(dy, index)
+        dx_block = np.empty_like(x_block)
+        row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
+        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(gamma),
+                       doubles(np.ascontiguousarray(mean[index[:axis]])), doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta,
+                       dgamma)
+        dx[index] = dx_block
+    return 0
+
+
+def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
+    """Normalize each row of x: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
+
+    [1]_, section 3. A row is `axis` and all axes after it together; its mean and (biased) variance are its own, in training and
+    evaluation alike.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Of any rank and any strides. Integers are taken as float64.
+    gamma, beta : array_like, shape ``x.shape[axis:]``, optional
+        Scale and shift of each position in a row, converted to the dtype of x. Default: 1 and 0.
+    axis : int, default -1
+        The first normalized axis.
+    eps : float, default 1e-5
+        Added to the variance. Not negative.
+    out : ndarray, optional
+        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
+        pass is refused, as x is gone.
+
+    Returns
+    -------
+    y : ndarray
+        In the shape and dtype of x; `out` if that was given. A row that is constant gives exactly beta.
+    cache : object
+        For `layer_norm_backward`. It refers to x and gamma and holds two float64 numbers for each row; x must not be changed before
+        the backward pass.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the above.
+    ValueError
+        If a shape does not fit, a row has no numbers, `out` is read-only or overlaps an argument other than as said, or eps is
+        negative. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+
+    See Also
+    --------
+    batch_norm : normalizes each channel over the batch, and says how the statistics are taken.
+
+    References
+    ----------
+    .. [1] J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
+
+    Examples
+    --------
+    >>> import normext
+    >>> y, cache = normext.layer_norm([[1.0, 3.0], [2.0, 6.0]], gamma=[1.0, 10.0], eps=0.0)
+    >>> y
+    array([[-1., 10.],
+           [-1., 10.]])
+    """
+    cdef Runs shape
+    cdef Operand[2] operands
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
+    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_)), row_ndim = cnp.PyArray_NDIM(x_) - axis_
+    cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x_) + axis_
+    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, row_ndim, row_dims)
+    cdef cnp.ndarray beta_ = parameter(beta, "beta", x_, row_ndim, row_dims)
+    cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
+    cdef int i
+    for i in range(row_ndim):
+        if row_dims[i] == 0:
+            raise ValueError(f"x has rows without numbers: shape {np.shape(x_)}, axis {axis_}")
+    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
+    mean, rstd = empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE), empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE)
+    if cnp.PyArray_SIZE(x_) == 0:
+        pass
+    elif row_layout((x_, y), axis_, &shape, operands):
+        normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), True, True, eps_, doubles(mean),
+                       doubles(rstd), NULL)
+    else:
+        layer_forward_by_blocks(x_, y, axis_, gamma_, beta_, eps_, mean, rstd)
+    return y, new_cache("layer_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
+
+
+def layer_norm_backward(dy, cache, *, out=None):
+    """Gradients of `layer_norm` with respect to x, gamma and beta.
+
+    With ``xhat = (x - mean) * rstd``, ``g = gamma * dy`` and n numbers in a row,
+    ``dx = rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n)``: batch norm's ([1]_, section 3), rows and columns changed over.
+
+    Parameters
+    ----------
+    dy : array_like
+        The gradient with respect to y, in the shape of x; converted to the dtype of x.
+    cache : object
+        What the call of `layer_norm` returned.
+    out : ndarray, optional
+        Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
+
+    Returns
+    -------
+    dx : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    dgamma, dbeta : ndarray, shape ``x.shape[axis:]``, or None
+        In the dtype of x; None for a parameter that was None.
+
+    Raises
+    ------
+    TypeError
+        If cache is not one of `layer_norm`, or a dtype does not fit.
+    ValueError
+        If the shape of dy or `out` does not fit, `out` is read-only or overlaps, or x was normalized in place.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+           ICML 2015, https://arxiv.org/abs/1502.03167
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> y, cache = normext.layer_norm([[1.0, 3.0, 5.0]], gamma=[1.0, 1.0, 1.0], beta=[0.0, 0.0, 0.0])
+    >>> dx, dgamma, dbeta = normext.layer_norm_backward(np.ones((1, 3)), cache)
+    >>> bool(abs(dx).max() < 1e-15)  # y does not change when all x of a row move together
+    True
+    >>> dbeta
+    array([1., 1., 1.])
+    """
+    cdef Cache c = checked_cache(cache, "layer_norm")
+    cdef Runs shape
+    cdef Operand[3] operands
+    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums
+    cdef int row_ndim = cnp.PyArray_NDIM(x) - c.axis
+    cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x) + c.axis
+    cdef cnp.npy_intp[2] sums_shape = [2, 1]
+    cdef double *dgamma
+    cdef int i
+    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
+                                                                 ("cache.rstd", c.rstd)))
+    for i in range(row_ndim):
+        sums_shape[1] *= row_dims[i]
+    sums = cnp.PyArray_ZEROS(2, sums_shape, cnp.NPY_DOUBLE, 0)
+    dgamma = doubles(sums) + sums_shape[1]
+    if cnp.PyArray_SIZE(x) == 0:
+        pass
+    elif row_layout((x, dy_, dx), c.axis, &shape, operands):
+        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(c.gamma), doubles(c.mean), doubles(c.rstd),
+                       doubles(sums), dgamma)
+    else:
+        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, doubles(sums), dgamma)
+    return (
+        dx,
+        None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
+        None if c.beta is None else parameter_gradient(doubles(sums), NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
+    )

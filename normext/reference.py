@@ -1,0 +1,195 @@
+"""The twin: every norm of normext in plain NumPy, written to be read beside its derivation.
+
+The compiled code is checked against this module. Everything is computed in the dtype of `x` with the textbook formulas, so in
+float32 it also shows what those formulas lose far from zero; as a yardstick, give it float64.
+
+With ``xhat = (x - mean) * rstd``, ``rstd = 1 / sqrt(var + eps)`` and ``y = gamma * xhat + beta``, all norms differ only in the axes
+over which a statistic is taken (`stat_axes`) and over which a parameter is shared (`param_axes`).
+
+References
+----------
+.. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+       ICML 2015, https://arxiv.org/abs/1502.03167
+.. [2] J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_staged",
+    "layer_norm",
+    "layer_norm_backward",
+]
+
+
+class Cache(NamedTuple):
+    """What a backward pass needs of its forward pass; the compiled cache has the same attributes."""
+
+    x: np.ndarray
+    gamma: np.ndarray | None
+    beta: np.ndarray | None
+    mean: np.ndarray  # one number per channel (batch norm) or row (layer norm)
+    rstd: np.ndarray  # 1 / sqrt(var + eps), alike
+    axis: int
+    eps: float
+    training: bool
+
+
+def batch_norm(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    running_mean: np.ndarray | None = None,
+    running_var: np.ndarray | None = None,
+    training: bool = True,
+    momentum: float = 0.9,
+    eps: float = 1e-5,
+    axis: int = 1,
+) -> tuple[np.ndarray, Cache]:
+    """Normalize each channel over the batch (Algorithm 1 of [1]_); see `normext.batch_norm`.
+
+    Examples
+    --------
+    >>> y, cache = batch_norm([[1.0, 2.0], [3.0, 6.0]], eps=0.0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    x = _floating(x)
+    axis, channels, others = _batch_axes(x, axis)
+    if training:
+        mean, var = x.mean(others), x.var(others)
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            if running is not None:
+                running[...] = momentum * running + (1 - momentum) * batch
+    else:
+        mean, var = running_mean, running_var
+    rstd = _rstd(var, eps)
+    gamma, beta = _as_dtype(gamma, x), _as_dtype(beta, x)
+    y = _affine(x, *(_reshape(p, channels) for p in (mean, rstd, gamma, beta)))
+    return y, Cache(x, gamma, beta, mean, rstd, axis, eps, training)
+
+
+def batch_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Gradients of `batch_norm` in the simplified (closed) form; see `normext.batch_norm_backward`."""
+    axis, channels, others = _batch_axes(cache.x, cache.axis)
+    mean, rstd, gamma = (_reshape(p, channels) for p in (cache.mean, cache.rstd, cache.gamma))
+    return _gradients(dy, cache, mean, rstd, gamma, stat_axes=others, param_axes=others)
+
+
+def batch_norm_backward_staged(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Gradients of `batch_norm` by walking its computation graph: nine steps forward, each undone in turn.
+
+    The batch was normalized with its own statistics (``training=True``). Takes the cache of `normext.batch_norm` as well.
+    """
+    _, channels, others = _batch_axes(cache.x, cache.axis)
+    x, m = cache.x, cache.x.size // cache.x.shape[cache.axis]
+    gamma = 1.0 if cache.gamma is None else _reshape(cache.gamma, channels)
+
+    # Forward, as in the drawing of the graph: every intermediate result has a name.
+    mu = x.sum(others, keepdims=True) / m  # 1  mean
+    centred = x - mu  # 2  deviation
+    squared = centred**2  # 3  squared deviation
+    var = squared.sum(others, keepdims=True) / m  # 4  variance
+    std = np.sqrt(var + cache.eps)  # 5  standard deviation
+    rstd = 1 / std  # 6  its inverse
+    xhat = centred * rstd  # 7  normalized
+    # scaled = gamma * xhat                                     8  scaled
+    # y = scaled + beta                                         9  shifted
+
+    # Backward, from 9 to 1: a sum passes its gradient to both terms, a broadcast sums its gradient up again.
+    dscaled, dbeta = dy, dy.sum(others)  # 9
+    dgamma, dxhat = (dscaled * xhat).sum(others), dscaled * gamma  # 8
+    dcentred, drstd = dxhat * rstd, (dxhat * centred).sum(others, keepdims=True)  # 7
+    dstd = -drstd / std**2  # 6
+    dvar = dstd / (2 * std)  # 5
+    dsquared = np.broadcast_to(dvar / m, x.shape)  # 4
+    dcentred = dcentred + 2 * centred * dsquared  # 3
+    dx, dmu = dcentred, -dcentred.sum(others, keepdims=True)  # 2
+    dx = dx + dmu / m  # 1
+    return dx, None if cache.gamma is None else dgamma, None if cache.beta is None else dbeta
+
+
+def layer_norm(
+    x: Any, gamma: Any = None, beta: Any = None, *, axis: int = -1, eps: float = 1e-5
+) -> tuple[np.ndarray, Cache]:
+    """Normalize each row, that is `axis` and all axes after it together ([2]_, section 3); see `normext.layer_norm`.
+
+    Examples
+    --------
+    >>> y, cache = layer_norm([[1.0, 3.0], [2.0, 6.0]], eps=0.0)
+    >>> y
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    """
+    x = _floating(x)
+    axis, rows, row_axes = _layer_axes(x, axis)
+    mean, var = x.mean(row_axes), x.var(row_axes)
+    rstd = _rstd(var, eps)
+    gamma, beta = _as_dtype(gamma, x), _as_dtype(beta, x)
+    y = _affine(x, _reshape(mean, rows), _reshape(rstd, rows), gamma, beta)
+    return y, Cache(x, gamma, beta, mean, rstd, axis, eps, True)
+
+
+def layer_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Gradients of `layer_norm`: batch norm's, with rows and columns changed over; see `normext.layer_norm_backward`."""
+    axis, rows, row_axes = _layer_axes(cache.x, cache.axis)
+    mean, rstd = _reshape(cache.mean, rows), _reshape(cache.rstd, rows)
+    return _gradients(dy, cache, mean, rstd, cache.gamma, stat_axes=row_axes, param_axes=tuple(range(axis)))
+
+
+def _affine(x, mean, rstd, gamma, beta):
+    """``y = gamma * xhat + beta``, where a parameter that is None is left out."""
+    y = (x - mean) * rstd
+    if gamma is not None:
+        y = y * gamma
+    return y if beta is None else y + beta
+
+
+def _gradients(dy, cache, mean, rstd, gamma, stat_axes, param_axes):
+    """The closed form: of ``g = gamma * dy``, what moves the mean or the variance of xhat is taken out."""
+    xhat = (cache.x - mean) * rstd
+    dx = dy if gamma is None else dy * gamma
+    if cache.training:
+        slope = (dx * xhat).mean(stat_axes, keepdims=True)
+        dx = dx - dx.mean(stat_axes, keepdims=True) - xhat * slope
+    dgamma = None if cache.gamma is None else (dy * xhat).sum(param_axes)
+    dbeta = None if cache.beta is None else dy.sum(param_axes)
+    return dx * rstd, dgamma, dbeta
+
+
+def _rstd(var, eps):
+    """``1 / sqrt(var + eps)``, and 0 where both are 0: a constant gives beta even without an eps."""
+    std = np.sqrt(var + eps)
+    return np.divide(1, std, out=np.zeros_like(std), where=std != 0)
+
+
+def _batch_axes(x, axis):
+    """The channel axis, the shape of a parameter broadcast against x, and the axes of the batch."""
+    axis = range(x.ndim)[axis]
+    others = tuple(i for i in range(x.ndim) if i != axis)
+    return axis, [n if i == axis else 1 for i, n in enumerate(x.shape)], others
+
+
+def _layer_axes(x, axis):
+    """The first normalized axis, the shape of a row statistic broadcast against x, and the axes of a row."""
+    axis = range(x.ndim)[axis]
+    return axis, x.shape[:axis] + (1,) * (x.ndim - axis), tuple(range(axis, x.ndim))
+
+
+def _reshape(p, shape):
+    return None if p is None else np.reshape(p, shape)
+
+
+def _as_dtype(p, x):
+    return None if p is None else np.asarray(p, x.dtype)
+
+
+def _floating(x):
+    x = np.asarray(x)
+    return x if x.dtype.kind == "f" else x.astype(np.float64)

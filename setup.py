@@ -1,0 +1,111 @@
+"""The build: the C kernels once per instruction set, then the Cython modules.
+
+Everything that is not code to run at build time is in pyproject.toml. NORMEXT_OPENMP=0 in the environment builds for one thread.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+X86_64 = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in os.environ.get("ARCHFLAGS", "")
+
+# Instruction set -> what the compiler must be told: GCC and clang, MSVC.
+VARIANTS = {"baseline": ([], [])}
+if X86_64:
+    VARIANTS["avx2"] = (["-mavx2", "-mfma"], ["/arch:AVX2"])
+    VARIANTS["avx512"] = (
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mbmi2"],
+        ["/arch:AVX512"],
+    )
+
+# No contraction: where a * b + c is rounded once, the source says so, and AVX2 and AVX-512 give the same bits.
+OPTIMIZE = (["-O3", "-std=c11", "-ffp-contract=off"], ["/O2", "/std:c11", "/fp:precise"])
+
+OPENMP_PROGRAM = """
+#include <omp.h>
+int main(void)
+{
+    int n = 0;
+#pragma omp parallel reduction(+ : n)
+    n += 1;
+    return omp_get_max_threads() == n ? 0 : n == 0;
+}
+"""
+
+
+class BuildExt(build_ext):
+    """Compiles src_c/kernels.c once per instruction set, and everything with OpenMP where the compiler has it."""
+
+    def build_extensions(self):
+        self.msvc = self.compiler.compiler_type == "msvc"
+        compile_args, link_args = self.openmp_args()
+        for ext in self.extensions:
+            ext.extra_compile_args = OPTIMIZE[self.msvc] + compile_args
+            ext.extra_link_args = link_args
+            if ext.name == "normext._core.runtime":
+                ext.extra_objects = self.kernel_objects()
+        super().build_extensions()
+
+    def kernel_objects(self):
+        objects = []
+        for isa, flags in VARIANTS.items():
+            objects += self.compiler.compile(
+                ["src_c/kernels.c"],
+                output_dir=os.path.join(self.build_temp, isa),
+                macros=[("NX_ISA", isa)],
+                extra_postargs=OPTIMIZE[self.msvc] + flags[self.msvc],
+                depends=[str(header) for header in Path("src_c").glob("*.h")],
+            )
+        return objects
+
+    def openmp_args(self):
+        """Compile and link arguments for OpenMP, or none where a trial program does not build with them."""
+        candidates = [(["/openmp"], [])] if self.msvc else [(["-fopenmp"], ["-fopenmp"])]
+        if sys.platform == "darwin":  # Apple's clang, with libomp from elsewhere
+            candidates.append((["-Xpreprocessor", "-fopenmp"], ["-lomp"]))
+        if os.environ.get("NORMEXT_OPENMP") == "0":
+            candidates = []
+        for compile_args, link_args in candidates:
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder, "openmp.c")
+                source.write_text(OPENMP_PROGRAM)
+                try:
+                    objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=compile_args)
+                    self.compiler.link_executable(objects, "openmp", output_dir=folder, extra_postargs=link_args)
+                except (CompileError, LinkError):
+                    continue
+                return compile_args, link_args
+        print("normext: building without OpenMP, for one thread", file=sys.stderr)
+        return [], []
+
+
+def extension(name, *sources):
+    return Extension(
+        f"normext.{name}",
+        [f"normext/{name.replace('.', '/')}.pyx", *sources],
+        include_dirs=["src_c", numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")] + [("NX_X86_VARIANTS", "1")] * X86_64,
+        depends=["src_c/kernels.h"],
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [
+            extension("_core.runtime", "src_c/dispatch.c"),
+            extension("_core.runs"),
+            extension("_core.columns"),
+            extension("functional"),
+        ],
+        compiler_directives={"language_level": 3},
+    ),
+    cmdclass={"build_ext": BuildExt},
+)

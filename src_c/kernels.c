@@ -1,0 +1,23 @@
+/* Compiled once per instruction set, with NX_ISA set to its name: each build fills its own tables from kernels_template.h. */
+#include "kernels.h"
+
+#include <math.h>
+
+#include "simd.h"
+
+#define NX_JOIN_(a, b, c) a##_##b##_##c
+#define NX_JOIN(a, b, c) NX_JOIN_(a, b, c)
+#define NX_OP_(e, name) e##_##name
+#define NX_OP(e, name) NX_OP_(e, name)
+
+#define T float
+#define E f32
+#define T_TINY 1e-30f /* a mean square below this has lost digits to denormals */
+#define T_RESCALE 0x1p80f /* multiplied or divided by it, a number out of that range has a square in it */
+#include "kernels_template.h"
+
+#define T double
+#define E f64
+#define T_TINY 1e-290
+#define T_RESCALE 0x1p520
+#include "kernels_template.h"

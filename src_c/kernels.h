@@ -1,0 +1,92 @@
+/* The primitives: what happens to one block of contiguous runs of numbers. No allocation, no threads, no Python.
+ *
+ * There is one table of them per element type and instruction set. x, dy, y, dx, gamma and beta are of the element type;
+ * statistics and coefficients are double. Strides count elements. A block is small enough (nx_kernels.run_block elements,
+ * nx_kernels.col_rows rows) that sums in the element type lose nothing that shows; whoever calls splits the work and adds the
+ * blocks' sums up in double.
+ *
+ * The elements go through two shapes of block:
+ *
+ *   runs      `runs` runs of `n` contiguous numbers, a stride apart, that belong to one statistic
+ *             (a row of layer norm; one channel's images in batch norm of N,C,H,W)
+ *   columns   `rows` rows of `cols` contiguous numbers, a stride apart, with a statistic for each column
+ *             (batch norm of N,D and N,H,W,C)
+ *
+ * Wherever a mean is taken off x (or a gradient), it is split into a pivot of the element type and a small rest: x - pivot is exact for x near the
+ * pivot, so that data far from zero lose nothing.
+ */
+#ifndef NORMEXT_KERNELS_H
+#define NORMEXT_KERNELS_H
+
+#include <stddef.h>
+
+/* Count, mean and sum of squared deviations from the mean of the numbers seen so far. */
+typedef struct {
+    double count, mean, m2;
+} nx_moments;
+
+/* Adds the moments of another set of numbers to m: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise
+ * Algorithm for Computing Sample Variances", 1979, equation 2.1. */
+static inline void nx_merge(nx_moments *m, nx_moments other)
+{
+    if (other.count == 0) return;
+    if (m->count == 0) {
+        *m = other;
+        return;
+    }
+    double total = m->count + other.count, delta = other.mean - m->mean;
+    m->mean += delta * (other.count / total);
+    m->m2 += other.m2 + delta * delta * (m->count * (other.count / total));
+    m->count = total;
+}
+
+typedef struct {
+    ptrdiff_t itemsize;
+    ptrdiff_t run_block; /* most elements in a block of runs, if it holds more than one run or part of one */
+    ptrdiff_t col_rows;  /* most rows in a block of columns */
+
+    /* Adds the block's numbers to m. */
+    void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m);
+    /* Adds each column's numbers to mean[j], m2[j], which hold `count` numbers already. */
+    void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2);
+
+    /* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the run, NULL means 1 and 0. */
+    void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
+                       double scale, double shift, const void *gamma, const void *beta);
+    /* y = (x - mean[j]) * scale[j] + shift[j] */
+    void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
+                       const double *mean, const double *scale, const double *shift);
+
+    /* With g = gamma * dy: adds the sum of g to *sum and that of g * (x - mean) to *dot. */
+    void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
+                     const void *gamma, double *sum, double *dot);
+    /* Adds column j's sum of dy to sum[j] and that of dy * (x - mean[j]) to dot[j]. */
+    void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
+                     const double *mean, double *sum, double *dot);
+    /* The same with one mean and scale for each row: adds the sum of dy * (x - mean[i]) * scale[i] over the rows i to dot[j]. */
+    void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
+                     const double *mean, const double *scale, double *sum, double *dot);
+
+    /* dx = a * (g - g_mean) + b * (x - mean) with g = gamma * dy */
+    void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
+                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, const void *gamma);
+    /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) */
+    void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
+                        ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b);
+} nx_kernels;
+
+enum { NX_FLOAT32, NX_FLOAT64, NX_TYPES };
+
+/* The instruction sets built, in rising order: name, whether this processor and its operating system run it, one table per type. */
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    const nx_kernels *tables[NX_TYPES];
+} nx_isa;
+
+extern const nx_isa nx_isas[];
+extern const int nx_isa_count;
+
+const char *nx_compiler(void);
+
+#endif
