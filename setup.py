@@ -1,6 +1,7 @@
 """The build: the C kernels once per instruction set, then the Cython modules.
 
-Everything that is not code to run at build time is in pyproject.toml. NORMEXT_OPENMP=0 in the environment builds for one thread.
+Everything that is not code to run at build time is in pyproject.toml. NORMEXT_OPENMP=0 in the environment builds for
+one thread.
 """
 
 import os
@@ -16,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in os.environ.get("ARCHFLAGS", "")
+
+C_FILES = sorted(str(path) for path in Path("src_c").iterdir())
 
 # Instruction set -> what the compiler must be told: GCC and clang, MSVC.
 VARIANTS = {"baseline": ([], [])}
@@ -62,7 +65,7 @@ class BuildExt(build_ext):
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[("NX_ISA", isa)],
                 extra_postargs=OPTIMIZE[self.msvc] + flags[self.msvc],
-                depends=[str(header) for header in Path("src_c").glob("*.h")],
+                depends=C_FILES,
             )
         return objects
 
@@ -93,7 +96,7 @@ def extension(name, *sources):
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
         include_dirs=["src_c", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")] + [("NX_X86_VARIANTS", "1")] * X86_64,
-        depends=["src_c/kernels.h"],
+        depends=C_FILES,
     )
 
 

@@ -19,7 +19,7 @@ cnp.import_array()
 __all__ = ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"]
 
 cdef enum:
-    COPY_BLOCK = 1 << 16  # elements copied at a time from an array that cannot be walked
+    COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
 
 
 cdef class Cache:
@@ -673,7 +673,7 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
     for index in blocks((<object> x).shape, range(axis)):
         x_block = block_copy(x, index)
         y_block = np.empty_like(x_block)
-        block_mean, block_rstd = np.empty((2, *(<object> x_block).shape[:axis]))
+        block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
         normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), True, True, eps,
                        doubles(block_mean), doubles(block_rstd), NULL)

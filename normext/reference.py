@@ -1,15 +1,15 @@
 """The twin: every norm of normext in plain NumPy, written to be read beside its derivation.
 
-The compiled code is checked against this module. Everything is computed in the dtype of `x` with the textbook formulas, so in
-float32 it also shows what those formulas lose far from zero; as a yardstick, give it float64.
+The compiled code is checked against this module. Everything is computed in the dtype of `x` with the textbook formulas,
+so in float32 it also shows what those formulas lose far from zero; as a yardstick, give it float64.
 
-With ``xhat = (x - mean) * rstd``, ``rstd = 1 / sqrt(var + eps)`` and ``y = gamma * xhat + beta``, all norms differ only in the axes
-over which a statistic is taken (`stat_axes`) and over which a parameter is shared (`param_axes`).
+With ``xhat = (x - mean) * rstd``, ``rstd = 1 / sqrt(var + eps)`` and ``y = gamma * xhat + beta``, all norms differ only
+in the axes over which a statistic is taken (`stat_axes`) and over which a parameter is shared (`param_axes`).
 
 References
 ----------
-.. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-       ICML 2015, https://arxiv.org/abs/1502.03167
+.. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+       Shift", ICML 2015, https://arxiv.org/abs/1502.03167
 .. [2] J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
 """
 
@@ -77,7 +77,7 @@ def batch_norm(
 
 def batch_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Gradients of `batch_norm` in the simplified (closed) form; see `normext.batch_norm_backward`."""
-    axis, channels, others = _batch_axes(cache.x, cache.axis)
+    _, channels, others = _batch_axes(cache.x, cache.axis)
     mean, rstd, gamma = (_reshape(p, channels) for p in (cache.mean, cache.rstd, cache.gamma))
     return _gradients(dy, cache, mean, rstd, gamma, stat_axes=others, param_axes=others)
 
@@ -85,7 +85,7 @@ def batch_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray |
 def batch_norm_backward_staged(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Gradients of `batch_norm` by walking its computation graph: nine steps forward, each undone in turn.
 
-    The batch was normalized with its own statistics (``training=True``). Takes the cache of `normext.batch_norm` as well.
+    The batch was normalized with its own statistics (``training=True``). The cache may be that of `normext.batch_norm`.
     """
     _, channels, others = _batch_axes(cache.x, cache.axis)
     x, m = cache.x, cache.x.size // cache.x.shape[cache.axis]
@@ -137,7 +137,7 @@ def layer_norm(
 
 
 def layer_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Gradients of `layer_norm`: batch norm's, with rows and columns changed over; see `normext.layer_norm_backward`."""
+    """Gradients of `layer_norm`: batch norm's, rows and columns changed over; see `normext.layer_norm_backward`."""
     axis, rows, row_axes = _layer_axes(cache.x, cache.axis)
     mean, rstd = _reshape(cache.mean, rows), _reshape(cache.rstd, rows)
     return _gradients(dy, cache, mean, rstd, cache.gamma, stat_axes=row_axes, param_axes=tuple(range(axis)))

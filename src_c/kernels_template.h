@@ -6,6 +6,7 @@
 #define LANES ((ptrdiff_t)(128 / sizeof(T))) /* a sum has this many lanes on every instruction set: 2 AVX-512 or 4 AVX2 vectors */
 #define NV (LANES / W)
 #define RUN_BLOCK ((ptrdiff_t)(16384 / sizeof(T))) /* x and y of a block stay in the L1 cache together */
+#define PIECE (8 * LANES)
 #define COL_ROWS 128
 #define STRIP ((ptrdiff_t)(4096 / sizeof(T))) /* columns whose coefficients and sums are held on the stack, in the L1 cache */
 #define GROUP 8 /* rows that share one load and store of a column's sums */
@@ -34,36 +35,50 @@ static double OP(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdif
     return (double)OP(sum_lanes)(s) / scale;
 }
 
+/* Adds a piece of a run to the lanes of sum and squares, through lanes of its own. Adding up in two levels keeps the rounding error of
+ * long sums small; and the squares of multiples of some 2^-k have low bits that rounding would lose more often down than up, one by
+ * one. */
+NX_INLINE void OP(moments_piece)(const T *x, ptrdiff_t n, V p, V factor, V offset, V *sum, V *squares)
+{
+    V s[NV], q[NV];
+    ptrdiff_t i = 0;
+    for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < NV; k++) {
+            V d = OP(fma)(OP(load)(x + i + k * W), factor, offset);
+            s[k] = OP(add)(s[k], d);
+            q[k] = OP(fma)(d, d, q[k]);
+        }
+    if (i < n)
+        for (int k = 0; k < NV; k++) {
+            V d = OP(fma)(OP(load_n)(x + i + k * W, n - i - k * W, p), factor, offset);
+            s[k] = OP(add)(s[k], d);
+            q[k] = OP(fma)(d, d, q[k]);
+        }
+    for (int k = 0; k < NV; k++) {
+        sum[k] = OP(add)(sum[k], s[k]);
+        squares[k] = OP(add)(squares[k], q[k]);
+    }
+}
+
 /* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later ones' the mean so far, whose
  * distance to the block's mean then enters the merged m2 anyway, with a larger factor than its rounding error has.
- * `scale`, a power of two, keeps the squares in range. (With a mean of 1 or more there is no underflow to mend: a deviation is 0 or
- * some 1e-8 of the mean, and the rescaled mean itself could overflow.) */
+ * `scale`, a power of two, keeps the squares in range. */
 NX_INLINE nx_moments OP(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, const nx_moments *m, T scale)
 {
     double count = (double)runs * (double)n;
     T pivot = (T)(m->count > 0 ? m->mean : OP(run_sum)(x, x_stride, runs, n, scale) / count);
     V s[NV], q[NV], factor = OP(set)(scale), p = OP(set)(pivot), offset = OP(set)(-pivot * scale);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride) {
-        ptrdiff_t i = 0;
-        for (; i + LANES <= n; i += LANES)
-            for (int k = 0; k < NV; k++) {
-                V d = OP(fma)(OP(load)(x + i + k * W), factor, offset);
-                s[k] = OP(add)(s[k], d);
-                q[k] = OP(fma)(d, d, q[k]);
-            }
-        if (i < n)
-            for (int k = 0; k < NV; k++) {
-                V d = OP(fma)(OP(load_n)(x + i + k * W, n - i - k * W, p), factor, offset);
-                s[k] = OP(add)(s[k], d);
-                q[k] = OP(fma)(d, d, q[k]);
-            }
-    }
-    double sum = (double)OP(sum_lanes)(s) / scale, squares = (double)OP(sum_lanes)(q) / scale / scale;
-    double m2 = squares - sum * (sum / count);
-    return (nx_moments){count, pivot + sum / count, m2 < 0 ? 0 : m2};
+    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride)
+        for (ptrdiff_t i = 0; i < n; i += PIECE)
+            OP(moments_piece)(x + i, n - i < PIECE ? n - i : PIECE, p, factor, offset, s, q);
+    double sum = OP(sum_lanes)(s), m2 = OP(sum_lanes)(q) - sum * (sum / count);
+    return (nx_moments){count, pivot + sum / count / scale, m2 < 0 ? 0 : m2 / scale / scale};
 }
 
+/* With a mean of 1 or more there is no underflow to mend: a deviation is 0 or some 1e-8 of the mean, and the rescaled mean itself
+ * could overflow. */
 static void OP(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
 {
     nx_moments block = OP(run_moments_scaled)(x, x_stride, runs, n, m, 1);
@@ -108,30 +123,41 @@ static void OP(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t
     else OP(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, NULL);
 }
 
+NX_INLINE void OP(dots_piece)(const T *x, const T *dy, ptrdiff_t n, V p, const T *gamma, V *sum, V *dot)
+{
+    V s[NV], q[NV], zero = ZERO;
+    ptrdiff_t i = 0;
+    for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < NV; k++) {
+            V g = OP(load)(dy + i + k * W);
+            if (gamma) g = OP(mul)(g, OP(load)(gamma + i + k * W));
+            s[k] = OP(add)(s[k], g);
+            q[k] = OP(fma)(g, OP(sub)(OP(load)(x + i + k * W), p), q[k]);
+        }
+    if (i < n)
+        for (int k = 0; k < NV; k++) {
+            ptrdiff_t left = n - i - k * W;
+            V g = OP(load_n)(dy + i + k * W, left, zero);
+            if (gamma) g = OP(mul)(g, OP(load_n)(gamma + i + k * W, left, zero));
+            s[k] = OP(add)(s[k], g);
+            q[k] = OP(fma)(g, OP(sub)(OP(load_n)(x + i + k * W, left, p), p), q[k]);
+        }
+    for (int k = 0; k < NV; k++) {
+        sum[k] = OP(add)(sum[k], s[k]);
+        dot[k] = OP(add)(dot[k], q[k]);
+    }
+}
+
 NX_INLINE void OP(dots_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
                              const T *gamma, double *sum, double *dot)
 {
     T pivot = (T)mean;
-    V s[NV], q[NV], p = OP(set)(pivot), zero = ZERO;
-    for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride) {
-        ptrdiff_t i = 0;
-        for (; i + LANES <= n; i += LANES)
-            for (int k = 0; k < NV; k++) {
-                V g = OP(load)(dy + i + k * W);
-                if (gamma) g = OP(mul)(g, OP(load)(gamma + i + k * W));
-                s[k] = OP(add)(s[k], g);
-                q[k] = OP(fma)(g, OP(sub)(OP(load)(x + i + k * W), p), q[k]);
-            }
-        if (i < n)
-            for (int k = 0; k < NV; k++) {
-                ptrdiff_t left = n - i - k * W;
-                V g = OP(load_n)(dy + i + k * W, left, zero);
-                if (gamma) g = OP(mul)(g, OP(load_n)(gamma + i + k * W, left, zero));
-                s[k] = OP(add)(s[k], g);
-                q[k] = OP(fma)(g, OP(sub)(OP(load_n)(x + i + k * W, left, zero), p), q[k]);
-            }
-    }
+    V s[NV], q[NV], p = OP(set)(pivot);
+    for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
+    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride)
+        for (ptrdiff_t i = 0; i < n; i += PIECE)
+            OP(dots_piece)(x + i, dy + i, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL, s, q);
     double block_sum = OP(sum_lanes)(s);
     *sum += block_sum;
     *dot += OP(sum_lanes)(q) - (mean - pivot) * block_sum;
@@ -176,9 +202,9 @@ static void OP(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, p
 
 /* Columns -------------------------------------------------------------------------------------------------------------------- *
  *
- * A strip of columns at a time; within it row by row, so that memory is read in order, GROUP rows abreast. The strip's coefficients
- * and sums are arrays of T on the stack, padded to whole vectors. Each loop is written for `rows` rows at once; with a constant
- * there the compiler unrolls it. */
+ * A strip of columns at a time; within it row by row, so that memory is read in order, GROUP rows abreast, whose sums are added to
+ * the strip's (two levels, as in moments_piece). The strip's coefficients and sums are arrays of T on the stack, padded to whole
+ * vectors. Each loop is written for `rows` rows at once; with a constant there the compiler unrolls it. */
 
 #define STRIPS(j0, width)                                                                                              \
     for (ptrdiff_t j0 = 0, width; j0 < cols && (width = cols - j0 < STRIP ? cols - j0 : STRIP, 1); j0 += STRIP)
@@ -207,7 +233,7 @@ NX_INLINE void OP(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, p
                                      T *q)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
-        V sum = OP(load)(s + j), squares = OP(load)(q + j), f = OP(load)(factor + j), o = OP(load)(offset + j);
+        V sum = ZERO, squares = ZERO, f = OP(load)(factor + j), o = OP(load)(offset + j);
         for (int r = 0; r < rows; r++) {
             const T *row = x + r * x_stride + j;
             V v = cols - j >= W ? OP(load)(row) : OP(load_n)(row, cols - j, ZERO);
@@ -215,8 +241,8 @@ NX_INLINE void OP(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, p
             sum = OP(add)(sum, d);
             squares = OP(fma)(d, d, squares);
         }
-        OP(store)(s + j, sum);
-        OP(store)(q + j, squares);
+        OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
+        OP(store)(q + j, OP(add)(OP(load)(q + j), squares));
     }
 }
 
@@ -254,10 +280,9 @@ static void OP(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows
             continue;
         }
         for (ptrdiff_t j = j0; j < end; j++) {
-            double sum = (double)s[j] / factor[j], squares = (double)q[j] / factor[j] / factor[j], n = (double)rows;
-            double block_m2 = squares - sum * (sum / n);
+            double n = (double)rows, sum = s[j], scale = factor[j], block_m2 = q[j] - sum * (sum / n);
             nx_moments m = {count, mean[j], m2[j]};
-            nx_merge(&m, (nx_moments){n, pivot[j] + sum / n, block_m2 < 0 ? 0 : block_m2});
+            nx_merge(&m, (nx_moments){n, pivot[j] + sum / n / scale, block_m2 < 0 ? 0 : block_m2 / scale / scale});
             mean[j] = m.mean;
             m2[j] = m.m2;
         }
@@ -310,7 +335,7 @@ NX_INLINE void OP(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, p
                                   const T *pivot, T *s, T *q)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
-        V sum = OP(load)(s + j), dot = OP(load)(q + j), p = OP(load)(pivot + j);
+        V sum = ZERO, dot = ZERO, p = OP(load)(pivot + j);
         for (int r = 0; r < rows; r++) {
             const T *xr = x + r * x_stride + j, *gr = dy + r * dy_stride + j;
             V v = cols - j >= W ? OP(load)(xr) : OP(load_n)(xr, cols - j, p);
@@ -318,8 +343,8 @@ NX_INLINE void OP(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, p
             sum = OP(add)(sum, g);
             dot = OP(fma)(g, OP(sub)(v, p), dot);
         }
-        OP(store)(s + j, sum);
-        OP(store)(q + j, dot);
+        OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
+        OP(store)(q + j, OP(add)(OP(load)(q + j), dot));
     }
 }
 
@@ -354,7 +379,7 @@ NX_INLINE void OP(row_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, p
         b[r] = OP(set)((T)((pivot - mean[r]) * scale[r]));
     }
     for (ptrdiff_t j = 0; j < cols; j += W) {
-        V sum = OP(load)(s + j), dot = OP(load)(q + j);
+        V sum = ZERO, dot = ZERO;
         for (int r = 0; r < rows; r++) {
             const T *xr = x + r * x_stride + j, *gr = dy + r * dy_stride + j;
             V v = cols - j >= W ? OP(load)(xr) : OP(load_n)(xr, cols - j, p[r]);
@@ -362,8 +387,8 @@ NX_INLINE void OP(row_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, p
             sum = OP(add)(sum, g);
             dot = OP(fma)(g, OP(fma)(OP(sub)(v, p[r]), a[r], b[r]), dot);
         }
-        OP(store)(s + j, sum);
-        OP(store)(q + j, dot);
+        OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
+        OP(store)(q + j, OP(add)(OP(load)(q + j), dot));
     }
 }
 
@@ -437,6 +462,7 @@ const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
 #undef LANES
 #undef NV
 #undef RUN_BLOCK
+#undef PIECE
 #undef COL_ROWS
 #undef STRIP
 #undef GROUP

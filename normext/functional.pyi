@@ -1,0 +1,52 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"]
+
+_Floats = NDArray[np.floating[Any]]
+_Gradients = tuple[_Floats, _Floats | None, _Floats | None]
+
+class Cache:
+    @property
+    def x(self) -> _Floats: ...
+    @property
+    def gamma(self) -> _Floats | None: ...
+    @property
+    def beta(self) -> _Floats | None: ...
+    @property
+    def mean(self) -> NDArray[np.float64]: ...
+    @property
+    def rstd(self) -> NDArray[np.float64]: ...
+    @property
+    def axis(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def training(self) -> bool: ...
+
+def batch_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    running_mean: _Floats | None = None,
+    running_var: _Floats | None = None,
+    training: bool = True,
+    momentum: float = 0.9,
+    eps: float = 1e-5,
+    axis: int = 1,
+    out: _Floats | None = None,
+) -> tuple[_Floats, Cache]: ...
+def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...
+def layer_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    out: _Floats | None = None,
+) -> tuple[_Floats, Cache]: ...
+def layer_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...

@@ -1,0 +1,501 @@
+"""Batch and layer norm against the NumPy twin, over shapes, layouts and options; and what they promise at the edges."""
+
+import doctest
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import normext
+import normext._core.runtime
+import normext.functional
+from normext import reference
+from normext.gradcheck import numerical_gradient, relative_error
+
+# A few roundings of the type, over the largest number in an array.
+LIMIT = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 1e-12}
+
+# Shape and channel axis: both geometries; one block, several, and several parts; vectors full and not.
+BATCH_SHAPES = [
+    ((5, 4), 1),
+    ((50, 100), 1),
+    ((300, 3), 1),
+    ((1, 4), 1),
+    ((7,), 0),
+    ((6, 1), 1),
+    ((130, 1030), 1),
+    ((4, 20000), 1),
+    ((70000, 2), 1),
+    ((2000, 70), 1),
+    ((3, 7, 5, 6), 1),
+    ((3, 5, 6, 7), -1),
+    ((100, 3, 7, 7), 1),
+    ((8, 3, 100, 100), 1),
+    ((2, 2, 200, 200), 0),
+]
+# Shape and first normalized axis.
+LAYER_SHAPES = [
+    ((5, 4), 1),
+    ((50, 100), -1),
+    ((7,), 0),
+    ((6, 1), 1),
+    ((1, 1), 1),
+    ((3, 7, 5, 6), 1),
+    ((3, 7, 5, 6), -1),
+    ((3, 4, 5), 0),
+    ((5000, 3), 1),
+    ((2000, 64), 1),
+    ((600, 700), 1),
+    ((40, 3000), 1),
+    ((3, 70000), 1),
+    ((1, 300000), 1),
+]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def float64(a):
+    return None if a is None else np.asarray(a, np.float64)
+
+
+def assert_same(ours, twins, dtype, limit=None):
+    for our, twin in zip(ours, twins, strict=True):
+        if twin is None:
+            assert our is None
+        else:
+            assert our.dtype == dtype
+            assert our.shape == twin.shape
+            assert relative_error(our, twin) <= (limit or LIMIT[np.dtype(dtype)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), BATCH_SHAPES)
+def test_batch_norm_equals_twin(rng, shape, axis, dtype):
+    for with_gamma, with_beta, training in itertools.product((True, False), repeat=3):
+        channels = shape[axis]
+        x, dy = rng.normal(3, 2, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
+        gamma = rng.normal(size=channels).astype(dtype) if with_gamma else None
+        beta = rng.normal(size=channels).astype(dtype) if with_beta else None
+        ours = dict(running_mean=rng.normal(size=channels), running_var=rng.uniform(0.5, 2, channels))
+        twins = {name: r.copy() for name, r in ours.items()}
+        options = dict(training=training, momentum=0.8, eps=1e-3, axis=axis)
+        y, cache = normext.batch_norm(x, gamma, beta, **ours, **options)
+        y_twin, cache_twin = reference.batch_norm(float64(x), float64(gamma), float64(beta), **twins, **options)
+        assert_same([y], [y_twin], dtype)
+        assert_same(ours.values(), twins.values(), np.float64, LIMIT[x.dtype])
+        assert_same(
+            normext.batch_norm_backward(dy, cache),
+            reference.batch_norm_backward(float64(dy), cache_twin),
+            dtype,
+            LIMIT[x.dtype],
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), LAYER_SHAPES)
+def test_layer_norm_equals_twin(rng, shape, axis, dtype):
+    for with_gamma, with_beta in itertools.product((True, False), repeat=2):
+        x, dy = rng.normal(3, 2, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
+        gamma = rng.normal(size=shape[axis:]).astype(dtype) if with_gamma else None
+        beta = rng.normal(size=shape[axis:]).astype(dtype) if with_beta else None
+        y, cache = normext.layer_norm(x, gamma, beta, axis=axis, eps=1e-3)
+        y_twin, cache_twin = reference.layer_norm(float64(x), float64(gamma), float64(beta), axis=axis, eps=1e-3)
+        assert_same([y], [y_twin], dtype)
+        assert_same(
+            normext.layer_norm_backward(dy, cache), reference.layer_norm_backward(float64(dy), cache_twin), dtype
+        )
+
+
+def test_twin_gradients_three_ways(rng):
+    x, gamma, beta, dy = (rng.normal(size=s) for s in ((6, 3, 4), 3, 3, (6, 3, 4)))
+    _, cache = reference.batch_norm(x, gamma, beta)
+    closed, staged = reference.batch_norm_backward(dy, cache), reference.batch_norm_backward_staged(dy, cache)
+    numerical = [
+        numerical_gradient(lambda x: reference.batch_norm(x, gamma, beta)[0], x, dy),
+        numerical_gradient(lambda gamma: reference.batch_norm(x, gamma, beta)[0], gamma, dy),
+        numerical_gradient(lambda beta: reference.batch_norm(x, gamma, beta)[0], beta, dy),
+    ]
+    for c, s, n in zip(closed, staged, numerical, strict=True):
+        assert relative_error(c, s) < 1e-13
+        assert relative_error(c, n) < 1e-8
+
+
+def test_staged_twin_takes_the_compiled_cache(rng):
+    x, gamma, dy = rng.normal(size=(20, 5)), rng.normal(size=5), rng.normal(size=(20, 5))
+    _, cache = normext.batch_norm(x, gamma, np.zeros(5))
+    assert_same(normext.batch_norm_backward(dy, cache), reference.batch_norm_backward_staged(dy, cache), np.float64)
+
+
+# Layouts ------------------------------------------------------------
+
+
+def unaligned(a):
+    buffer = np.empty(a.nbytes + 1, np.uint8)[1:]
+    result = buffer.view(a.dtype).reshape(a.shape)
+    result[...] = a
+    return result
+
+
+def spread(a):
+    """Every second element of a larger array, along every axis."""
+    result = np.zeros([2 * n for n in a.shape], a.dtype)[tuple(slice(None, None, 2) for _ in a.shape)]
+    result[...] = a
+    return result
+
+
+LAYOUTS = {
+    "C": lambda a: a,
+    "Fortran": np.asfortranarray,
+    "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    "unaligned": unaligned,
+    "spread": spread,
+    "rows reversed": lambda a: a[::-1].copy()[::-1],
+    "last axis reversed": lambda a: a[..., ::-1].copy()[..., ::-1],
+    "all axes reversed": lambda a: np.flip(np.flip(a).copy()),
+    "cropped": lambda a: np.pad(a, 1)[tuple(slice(1, -1) for _ in a.shape)],
+    "axes swapped": lambda a: np.swapaxes(np.swapaxes(a, 0, -1).copy(), 0, -1),
+    "inner axes swapped": lambda a: np.swapaxes(np.swapaxes(a, 0, 1).copy(), 0, 1),
+    "read-only": lambda a: (a.setflags(write=False), a)[1],
+}
+
+
+@pytest.mark.parametrize("with_out", [False, True], ids=["new", "out"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(40, 30), (6, 5, 4, 7), (5, 300, 120), (3, 100000)])
+def test_layouts(rng, shape, layout, with_out):
+    """Strides, byte order and alignment change a result by no more than rounding; `out` may have a layout of its own."""
+    x, dy = rng.normal(3, 2, shape), rng.normal(size=shape)
+    x_, dy_ = LAYOUTS[layout](x.copy()), LAYOUTS[layout](dy.copy())
+    np.testing.assert_array_equal(x_, x)
+    for axis in (0, 1, -1):
+        gamma, beta = rng.normal(size=shape[axis]), rng.normal(size=shape[axis])
+        out = [
+            np.full(shape, np.nan) if layout == "read-only" else LAYOUTS[layout](np.full(shape, np.nan))
+            for _ in range(4)
+        ]
+        outs = [dict(out=o) if with_out else {} for o in out]
+        statistics = dict(running_mean=rng.normal(size=shape[axis]), running_var=rng.uniform(0.5, 2, shape[axis]))
+        for training in (True, False):
+            twin, cache_twin = reference.batch_norm(x, gamma, beta, axis=axis, training=training, **statistics)
+            y, cache = normext.batch_norm(x_, gamma, beta, axis=axis, training=training, **outs[0], **statistics)
+            assert not with_out or y is out[0]
+            assert relative_error(y, twin) < 1e-12
+            gradients = normext.batch_norm_backward(dy_, cache, **outs[1])
+            for our, other in zip(gradients, reference.batch_norm_backward(dy, cache_twin), strict=True):
+                assert relative_error(our, other) < 1e-12
+        gamma, beta = rng.normal(size=shape[axis:]), rng.normal(size=shape[axis:])
+        twin, cache_twin = reference.layer_norm(x, gamma, beta, axis=axis)
+        y, cache = normext.layer_norm(x_, gamma, beta, axis=axis, **outs[2])
+        assert relative_error(y, twin) < 1e-12
+        gradients = normext.layer_norm_backward(dy_, cache, **outs[3])
+        for our, other in zip(gradients, reference.layer_norm_backward(dy, cache_twin), strict=True):
+            assert relative_error(our, other) < 1e-12
+
+
+def test_result_of_swapped_bytes_is_native():
+    y, _ = normext.layer_norm(np.arange(6.0).reshape(2, 3).astype(">f4"))
+    assert y.dtype == np.dtype("=f4")
+
+
+def test_broadcast_input():
+    row = np.arange(4.0)
+    y, _ = normext.batch_norm(np.broadcast_to(row, (9, 4)))
+    np.testing.assert_array_equal(y, np.zeros((9, 4)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_shape_and_axis_equals_twin(data):
+    dtype = data.draw(st.sampled_from([np.float32, np.float64]))
+    shape = data.draw(hnp.array_shapes(max_dims=4, max_side=9))
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    x = data.draw(hnp.arrays(dtype, shape, elements=st.floats(-100, 100, width=32)))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    dy = np.random.default_rng(seed).normal(size=shape).astype(dtype)
+    permutation = data.draw(st.permutations(range(len(shape))))
+    # The same numbers, in another memory order.
+    x_ = np.transpose(np.transpose(x, permutation).copy(), np.argsort(permutation))
+    for norm in ("batch_norm", "layer_norm"):
+        y, cache = getattr(normext, norm)(x_, eps=1.0, axis=axis)
+        y_twin, cache_twin = getattr(reference, norm)(float64(x), eps=1.0, axis=axis)
+        np.testing.assert_allclose(y, y_twin, atol=5 * LIMIT[x.dtype])
+        dx = getattr(normext, norm + "_backward")(dy, cache)[0]
+        dx_twin = getattr(reference, norm + "_backward")(float64(dy), cache_twin)[0]
+        np.testing.assert_allclose(dx, dx_twin, atol=5 * LIMIT[x.dtype])
+
+
+# Memory ------------------------------------------------------------
+
+
+def peak_of(f, *args, **kwargs):
+    tracemalloc.start()
+    try:
+        f(*args, **kwargs)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("layout", ["C", "Fortran", "byte-swapped", "spread", "last axis reversed"])
+def test_no_copy_of_x(rng, layout):
+    """With `out` given, forward and backward need memory for channels, rows and a block, whatever the layout."""
+    x = LAYOUTS[layout](rng.normal(size=(2048, 1024)))
+    out = np.empty_like(x)
+    for norm in ("batch_norm", "layer_norm"):
+        forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
+        assert peak_of(forward, x, out=out) < x.nbytes // 8
+        _, cache = forward(x)
+        assert peak_of(backward, x, cache, out=out) < x.nbytes // 8
+
+
+def test_cache_refers_to_x(rng):
+    x = rng.normal(size=(50, 20))
+    for norm in (normext.batch_norm, normext.layer_norm):
+        _, cache = norm(x)
+        assert cache.x is x
+        assert cache.mean.size + cache.rstd.size <= 2 * 50
+
+
+# Running statistics ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ">f8"])
+def test_running_statistics_are_updated_in_place(rng, dtype):
+    x = rng.normal(3, 2, (50, 4)).astype(np.float32)
+    running_mean, running_var = np.zeros(8, dtype)[::2], np.ones(4, dtype)
+    normext.batch_norm(x, running_mean=running_mean, running_var=running_var, momentum=0.75)
+    np.testing.assert_allclose(running_mean, 0.25 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(running_var, 0.75 + 0.25 * x.var(0), rtol=1e-5)
+
+
+def test_evaluation_leaves_running_statistics(rng):
+    running = dict(running_mean=rng.normal(size=4), running_var=rng.uniform(1, 2, 4))
+    before = {name: r.copy() for name, r in running.items()}
+    for r in running.values():
+        r.setflags(write=False)
+    normext.batch_norm(rng.normal(size=(5, 4)), training=False, **running)
+    for name in running:
+        np.testing.assert_array_equal(running[name], before[name])
+
+
+def test_gamma_of_integers(rng):
+    x = rng.normal(size=(10, 3)).astype(np.float32)
+    y, cache = normext.batch_norm(x, np.array([1, 2, 3]), [11, 12, 13])
+    assert y.dtype == np.float32 and cache.gamma.dtype == np.float32
+    np.testing.assert_allclose(y.mean(0), [11, 12, 13], rtol=1e-6)
+    np.testing.assert_allclose(y.std(0), [1, 2, 3], rtol=1e-4)
+
+
+def test_integer_x_is_taken_as_float64():
+    y, _ = normext.layer_norm([[1, 3], [2, 6]], eps=0)
+    assert y.dtype == np.float64
+    np.testing.assert_array_equal(y, [[-1, 1], [-1, 1]])
+
+
+# Edges ------------------------------------------------------------
+
+
+def test_one_row_gives_beta_and_no_gradient(rng):
+    for dtype in (np.float32, np.float64):
+        x, gamma, beta, dy = (rng.normal(size=s).astype(dtype) for s in ((1, 70), 70, 70, (1, 70)))
+        y, cache = normext.batch_norm(x, gamma, beta)
+        np.testing.assert_array_equal(y, beta[None])
+        dx, dgamma, dbeta = normext.batch_norm_backward(dy, cache)
+        np.testing.assert_array_equal(dx, 0)
+        np.testing.assert_array_equal(dgamma, 0)
+        np.testing.assert_array_equal(dbeta, dy[0])
+
+
+def test_empty_batch_in_evaluation():
+    running = dict(running_mean=np.zeros(3), running_var=np.ones(3))
+    y, cache = normext.batch_norm(np.empty((0, 3), np.float32), training=False, **running)
+    assert y.shape == (0, 3) and y.dtype == np.float32
+    y, cache = normext.batch_norm(np.empty((0, 3)), np.ones(3), np.ones(3), training=False, **running)
+    dx, dgamma, dbeta = normext.batch_norm_backward(np.empty((0, 3)), cache)
+    assert dx.shape == (0, 3)
+    np.testing.assert_array_equal([dgamma, dbeta], np.zeros((2, 3)))
+
+
+def test_layer_norm_of_no_rows():
+    y, cache = normext.layer_norm(np.empty((0, 3)), np.ones(3))
+    dx, dgamma, dbeta = normext.layer_norm_backward(y, cache)
+    assert y.shape == dx.shape == (0, 3) and dbeta is None
+    np.testing.assert_array_equal(dgamma, np.zeros(3))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_stay_in_their_row_or_column(rng, bad):
+    for shape in ((300, 40), (300, 3), (20, 5000)):
+        x = rng.normal(size=shape)
+        x[7, 2] = bad
+        others = np.arange(shape[1]) != 2
+        y, cache = normext.batch_norm(x)
+        assert np.isfinite(y[:, others]).all() and not np.isfinite(y[7, 2])
+        dx = normext.batch_norm_backward(x[::-1].copy(), cache)[0]
+        assert np.isfinite(dx[:, others]).all()
+        others = np.arange(shape[0]) != 7
+        y, cache = normext.layer_norm(x)
+        assert np.isfinite(y[others]).all() and not np.isfinite(y[7, 2])
+        dx = normext.layer_norm_backward(np.ones(shape), cache)[0]
+        assert np.isfinite(dx[others]).all()
+
+
+def test_infinity_in_evaluation_stays_where_it_is(rng):
+    x = rng.normal(size=(50, 4))
+    x[7, 2] = np.inf
+    y, cache = normext.batch_norm(x, running_mean=np.zeros(4), running_var=np.ones(4), training=False)
+    assert np.isfinite(y).sum() == y.size - 1
+    assert np.isfinite(normext.batch_norm_backward(np.ones((50, 4)), cache)[0]).all()
+
+
+# In place ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["C", "Fortran", "spread", "byte-swapped"])
+def test_in_place(rng, layout):
+    x, gamma = rng.normal(size=(300, 400)), rng.normal(size=400)
+    for norm in ("batch_norm", "layer_norm"):
+        forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
+        inside = LAYOUTS[layout](x.copy())
+        y, cache = forward(inside, gamma, out=inside)
+        assert y is inside
+        np.testing.assert_allclose(y, forward(x, gamma)[0], rtol=1e-10, atol=1e-12)
+        with pytest.raises(ValueError, match="wrote over the x"):
+            backward(x, cache)
+        _, cache = forward(x, gamma)
+        dy = rng.normal(size=x.shape)
+        expected = backward(dy, cache)
+        inside = LAYOUTS[layout](dy.copy())
+        for our, other in zip(backward(inside, cache, out=inside)[:2], expected[:2], strict=True):
+            np.testing.assert_allclose(our, other, rtol=1e-9, atol=1e-11)
+
+
+# Bad input ------------------------------------------------------------
+
+X = np.arange(12.0).reshape(4, 3)
+RUNNING = dict(running_mean=np.zeros(3), running_var=np.ones(3))
+READ_ONLY = np.zeros(3)
+READ_ONLY.setflags(write=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(x=np.array([["a"]])), TypeError, "x must be an array of float32 or float64.*<U1"),
+        (dict(x=X.astype(complex)), TypeError, "x must be .*complex128"),
+        (dict(x=X.astype(object)), TypeError, "x must be .*object"),
+        (dict(x=X, gamma=["a", "b", "c"]), TypeError, "gamma must be"),
+        (dict(x=X, gamma=np.ones(4)), ValueError, r"gamma must have shape \(3,\), got \(4,\)"),
+        (dict(x=X, gamma=np.ones((1, 3))), ValueError, r"gamma must have shape \(3,\), got \(1, 3\)"),
+        (dict(x=X, beta=1.0), ValueError, r"beta must have shape \(3,\), got \(\)"),
+        (dict(x=X, axis=2), ValueError, "axis 2 is out of bounds"),
+        (dict(x=X, axis=-3), ValueError, "axis -3 is out of bounds"),
+        (dict(x=X, axis="rows"), TypeError, "axis must be an integer"),
+        (dict(x=X, eps=-1e-5), ValueError, "eps must be from 0"),
+        (dict(x=X, eps=np.nan), ValueError, "eps must be from 0"),
+        (dict(x=X, eps="small"), TypeError, "eps must be a number"),
+        (dict(x=3.0), ValueError, "out of bounds"),
+        (dict(x=X, out=np.empty((3, 4))), ValueError, r"out must have shape \(4, 3\), got \(3, 4\)"),
+        (dict(x=X, out=np.empty((4, 3), np.float32)), TypeError, "out must have dtype float64, got float32"),
+        (dict(x=X, out=[[0.0] * 3] * 4), TypeError, "out must be an ndarray"),
+        (dict(x=X, out=np.broadcast_to(0.0, (4, 3))), ValueError, "out must be writable"),
+        (dict(x=X, out=np.lib.stride_tricks.as_strided(np.zeros(3), (4, 3), (0, 8))), ValueError, "its own memory"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    for norm in (normext.batch_norm, normext.layer_norm):
+        with pytest.raises(error, match=message):
+            norm(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(training="test"), TypeError, "training must be True or False, got 'test'"),
+        (dict(momentum=1.5), ValueError, "momentum must be from 0 to 1, got 1.5"),
+        (dict(training=False), ValueError, "running_mean is needed with training=False"),
+        (dict(training=False, running_mean=np.zeros(3)), ValueError, "running_var is needed with training=False"),
+        (dict(running_mean=np.zeros(4)), ValueError, r"running_mean must have shape \(3,\), got \(4,\)"),
+        (dict(running_var=[1.0, 1.0, 1.0]), TypeError, "running_var must be an ndarray of floats, got list"),
+        (dict(running_var=np.ones(3, int)), TypeError, "running_var must be an ndarray of floats, got int64"),
+        (dict(running_mean=READ_ONLY), ValueError, "running_mean is updated in place .* read-only"),
+        (
+            dict(running_mean=RUNNING["running_mean"], running_var=RUNNING["running_mean"]),
+            ValueError,
+            "must be two arrays",
+        ),
+    ],
+)
+def test_bad_batch_norm_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        normext.batch_norm(X, **arguments)
+
+
+def test_nothing_to_normalize():
+    with pytest.raises(ValueError, match=r"x has no rows.*\(0, 3\)"):
+        normext.batch_norm(np.empty((0, 3)))
+    with pytest.raises(ValueError, match=r"x has no rows.*\(2, 3, 0\)"):
+        normext.batch_norm(np.empty((2, 3, 0)))
+    with pytest.raises(ValueError, match=r"x has no channels.*\(4, 0\)"):
+        normext.batch_norm(np.empty((4, 0)))
+    with pytest.raises(ValueError, match=r"rows without numbers.*\(4, 0\)"):
+        normext.layer_norm(np.empty((4, 0)))
+
+
+def test_failed_call_changes_nothing():
+    running_mean, running_var, out = np.zeros(3), np.ones(3), np.full((4, 3), 7.0)
+    with pytest.raises(ValueError, match="beta"):
+        normext.batch_norm(X, beta=np.ones(2), running_mean=running_mean, running_var=running_var, out=out)
+    with pytest.raises(ValueError, match="running_var"):
+        normext.batch_norm(X, running_mean=running_mean, running_var=READ_ONLY, out=out)
+    np.testing.assert_array_equal(running_mean, 0)
+    np.testing.assert_array_equal(out, 7)
+
+
+def test_overlap_is_refused():
+    memory = np.arange(40.0)
+    x, shifted = memory[:12].reshape(4, 3), memory[3:15].reshape(4, 3)
+    for norm in (normext.batch_norm, normext.layer_norm):
+        with pytest.raises(ValueError, match="out must be x itself or share no memory with it"):
+            norm(x, out=shifted)
+        with pytest.raises(ValueError, match="out must be x itself"):
+            norm(X, out=X[::-1])
+        with pytest.raises(ValueError, match="out must share no memory with gamma"):
+            norm(X, gamma=memory[2:5], out=x)
+        _, cache = norm(X)
+        with pytest.raises(ValueError, match="out must share no memory with x"):
+            getattr(normext, norm.__name__ + "_backward")(np.ones((4, 3)), cache, out=X)
+        with pytest.raises(ValueError, match="out must be dy itself"):
+            getattr(normext, norm.__name__ + "_backward")(x, cache, out=shifted)
+    with pytest.raises(ValueError, match="out must share no memory with running_var"):
+        normext.batch_norm(X, running_mean=np.zeros(3), running_var=memory[4:7], out=x)
+    y, _ = normext.batch_norm(memory[0:24:2].reshape(4, 3), out=memory[1:25:2].reshape(4, 3))  # interleaved, but apart
+    assert np.isfinite(y).all()
+
+
+def test_bad_backward_arguments():
+    _, batch_cache = normext.batch_norm(X)
+    _, layer_cache = normext.layer_norm(X)
+    with pytest.raises(TypeError, match="cache must be what batch_norm returned, got that of layer_norm"):
+        normext.batch_norm_backward(X, layer_cache)
+    with pytest.raises(TypeError, match="cache must be what layer_norm returned, got tuple"):
+        normext.layer_norm_backward(X, (1, 2))
+    for backward, cache in ((normext.batch_norm_backward, batch_cache), (normext.layer_norm_backward, layer_cache)):
+        with pytest.raises(ValueError, match=r"dy must have the shape of x, \(4, 3\), got \(3, 4\)"):
+            backward(X.T, cache)
+        with pytest.raises(TypeError, match="dy must be"):
+            backward(X.astype(complex), cache)
+
+
+@pytest.mark.parametrize("module", [normext.functional, normext._core.runtime])
+def test_examples_of_compiled_modules(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0

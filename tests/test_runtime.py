@@ -1,0 +1,142 @@
+"""Threads, instruction sets, and what a build and a process run on."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import normext
+from normext._core.runtime import config
+
+SHAPES = [(32, 64), (512, 768), (5000, 16), (300, 5000), (3, 200_000), (64, 3, 40, 40), (2, 2, 300, 300)]
+
+# Every output of every norm for every shape, as one file of bytes.
+OUTPUTS = f"""
+import sys
+import numpy as np
+import normext
+
+def outputs():
+    for dtype in (np.float32, np.float64):
+        for shape in {SHAPES}:
+            rng = np.random.default_rng(0)
+            x, dy = rng.normal(5, 1, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
+            for norm, parameter in (("batch_norm", shape[1]), ("layer_norm", shape[-1])):
+                gamma = rng.normal(size=parameter).astype(dtype)
+                y, cache = getattr(normext, norm)(x, gamma, gamma)
+                yield y.tobytes()
+                for gradient in getattr(normext, norm + "_backward")(dy, cache):
+                    yield gradient.tobytes()
+"""
+
+
+def run(code, **environment):
+    unset = ("NORMEXT_ISA", "NORMEXT_NUM_THREADS", "OMP_NUM_THREADS")
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, check=False
+    )
+
+
+def test_bits_do_not_depend_on_threads():
+    scope = {}
+    exec(OUTPUTS, scope)
+    with normext.threads(1):
+        alone = list(scope["outputs"]())
+    for n in (1, 2, 3, 4, 8):
+        with normext.threads(n):
+            assert list(scope["outputs"]()) == alone
+
+
+@pytest.mark.skipif("avx512" not in config()["supported here"], reason="needs AVX-512 beside AVX2")
+def test_bits_do_not_depend_on_avx2_or_avx512():
+    code = OUTPUTS + "sys.stdout.buffer.write(b''.join(outputs()))"
+    avx2, avx512 = run(code, NORMEXT_ISA="avx2"), run(code, NORMEXT_ISA="avx512")
+    assert avx2.returncode == avx512.returncode == 0
+    assert avx2.stdout == avx512.stdout and avx2.stdout
+
+
+@pytest.mark.parametrize("isa", config()["instruction sets built"])
+def test_every_instruction_set_is_right(isa):
+    """Equal to the twin, on each instruction set that was built; with every number of lanes left over."""
+    if isa not in config()["supported here"]:
+        pytest.skip(f"{isa} is not supported here")
+    code = """if True:
+        import numpy as np
+        import normext
+        from normext import reference
+        from normext.gradcheck import relative_error
+
+        rng = np.random.default_rng(0)
+        for dtype, limit in ((np.float32, 2e-6), (np.float64, 1e-12)):
+            for n in list(range(1, 70)) + [127, 128, 129, 1030, 5000]:
+                for rows in (1, 3, 17, 129):
+                    x, dy, gamma = (rng.normal(size=s).astype(dtype) for s in ((rows, n), (rows, n), n))
+                    for norm in ("batch_norm", "layer_norm"):
+                        y, cache = getattr(normext, norm)(x, gamma, gamma, eps=0.1)
+                        y64, cache64 = getattr(reference, norm)(*(a.astype(float) for a in (x, gamma, gamma)), eps=0.1)
+                        ours = (y, *getattr(normext, norm + "_backward")(dy, cache))
+                        twins = (y64, *getattr(reference, norm + "_backward")(dy.astype(float), cache64))
+                        for our, twin in zip(ours, twins, strict=True):
+                            assert relative_error(our, twin) <= limit, (norm, dtype, rows, n, relative_error(our, twin))
+    """
+    result = run(code, NORMEXT_ISA=isa)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+def test_instruction_set_that_is_unknown():
+    result = run("import normext", NORMEXT_ISA="sse9")
+    assert result.returncode == 1
+    assert b"ImportError: NORMEXT_ISA='sse9' is unknown to this build, which has baseline" in result.stderr
+
+
+def test_instruction_set_from_the_environment():
+    result = run("import normext; normext.show_config()", NORMEXT_ISA="baseline")
+    assert any(line.split() == ["in", "use", "baseline"] for line in result.stdout.decode().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"NORMEXT_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "5"}, 5),
+        ({"OMP_NUM_THREADS": "4,2"}, 4),
+        ({"NORMEXT_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, 3),
+        (
+            {"OMP_NUM_THREADS": "many"},
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        ),
+    ],
+)
+def test_threads_from_the_environment(environment, threads):
+    result = run("import normext; print(normext.get_num_threads())", **environment)
+    assert result.stdout.split() == [str(threads).encode()]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_threads_from_the_environment_that_are_no_number(value):
+    result = run("import normext", NORMEXT_NUM_THREADS=value)
+    assert f"ImportError: NORMEXT_NUM_THREADS='{value}' must be a positive integer".encode() in result.stderr
+
+
+def test_set_num_threads():
+    before = normext.get_num_threads()
+    with normext.threads(np.int64(3)):
+        assert normext.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), normext.threads(1):
+            raise ZeroDivisionError
+        assert normext.get_num_threads() == 3
+    assert normext.get_num_threads() == before
+    for bad, error in ((0, ValueError), (-1, ValueError), (10**9, ValueError), (1.5, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="n must be"):
+            normext.set_num_threads(bad)
+    assert normext.get_num_threads() == before
+
+
+def test_show_config(capsys):
+    normext.show_config()
+    shown = capsys.readouterr().out
+    for word in (normext.__version__, "compiler", "instruction sets built", "in use", "OpenMP", "threads"):
+        assert word in shown
