@@ -1,0 +1,1 @@
+"""The assignment's networks: `fc_net` holds the fully connected ones."""

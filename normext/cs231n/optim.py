@@ -1,0 +1,197 @@
+"""First-order update rules: ``rule(w, dw, config=None) -> (next_w, config)``.
+
+w is a parameter, dw its gradient, in the same shape. config holds the settings and the state of the rule: it is filled
+with the defaults, brought up to date and returned, and goes into the next call. No array is changed in place: next_w
+and the state are new arrays, in the dtype of w.
+"""
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["adam", "rmsprop", "sgd", "sgd_momentum"]
+
+Config = dict[str, Any]
+
+
+def sgd(w: np.ndarray, dw: Any, config: Config | None = None) -> tuple[np.ndarray, Config]:
+    """Stochastic gradient descent, ``w - learning_rate * dw``.
+
+    Parameters
+    ----------
+    w, dw : ndarray
+    config : dict, optional
+        ``learning_rate`` (default 1e-2).
+
+    Returns
+    -------
+    next_w : ndarray
+    config : dict
+
+    Raises
+    ------
+    ValueError
+        If dw does not have the shape of w.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> sgd(np.array([1.0]), np.array([2.0]), {"learning_rate": 0.25})[0]
+    array([0.5])
+    """
+    dw, config = _prepare(w, dw, config, learning_rate=1e-2)
+    step = np.multiply(dw, config["learning_rate"], out=np.empty_like(w))
+    return np.subtract(w, step, out=step), config
+
+
+def sgd_momentum(w: np.ndarray, dw: Any, config: Config | None = None) -> tuple[np.ndarray, Config]:
+    """Gradient descent with momentum [1]_: ``v = momentum * v - learning_rate * dw``, and ``w + v``.
+
+    Parameters
+    ----------
+    w, dw : ndarray
+    config : dict, optional
+        ``learning_rate`` (default 1e-2), ``momentum`` (0.9), ``velocity`` (zeros).
+
+    Returns
+    -------
+    next_w : ndarray
+    config : dict
+
+    Raises
+    ------
+    ValueError
+        If dw does not have the shape of w.
+
+    References
+    ----------
+    .. [1] B. T. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, config = sgd_momentum(np.array([1.0]), np.array([2.0]), {"learning_rate": 0.25, "velocity": np.array([1.0])})
+    >>> w, config["velocity"]
+    (array([1.4]), array([0.4]))
+    """
+    dw, config = _prepare(w, dw, config, ("velocity",), learning_rate=1e-2, momentum=0.9)
+    step = np.multiply(dw, config["learning_rate"], out=np.empty_like(w))
+    velocity = config["velocity"] * config["momentum"]
+    velocity -= step
+    config["velocity"] = velocity
+    return np.add(w, velocity, out=step), config
+
+
+def rmsprop(w: np.ndarray, dw: Any, config: Config | None = None) -> tuple[np.ndarray, Config]:
+    """RMSProp [1]_: the step of every element is divided by a running root mean square of its gradient.
+
+    ``cache = decay_rate * cache + (1 - decay_rate) * dw**2``, and ``w - learning_rate * dw / (sqrt(cache) + epsilon)``.
+
+    Parameters
+    ----------
+    w, dw : ndarray
+    config : dict, optional
+        ``learning_rate`` (default 1e-2), ``decay_rate`` (0.99), ``epsilon`` (1e-8), ``cache`` (zeros).
+
+    Returns
+    -------
+    next_w : ndarray
+    config : dict
+
+    Raises
+    ------
+    ValueError
+        If dw does not have the shape of w.
+
+    References
+    ----------
+    .. [1] T. Tieleman and G. Hinton, "Lecture 6.5 - rmsprop", Coursera: Neural Networks for Machine Learning, 2012.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, config = rmsprop(np.array([1.0]), np.array([2.0]), {"decay_rate": 0.75})
+    >>> w, config["cache"]
+    (array([0.98]), array([1.]))
+    """
+    dw, config = _prepare(w, dw, config, ("cache",), learning_rate=1e-2, decay_rate=0.99, epsilon=1e-8)
+    step = np.multiply(dw, dw, out=np.empty_like(w))
+    step *= 1 - config["decay_rate"]
+    cache = config["cache"] * config["decay_rate"]
+    cache += step
+    config["cache"] = cache
+    np.sqrt(cache, out=step)
+    step += config["epsilon"]
+    np.divide(dw, step, out=step)
+    step *= config["learning_rate"]
+    return np.subtract(w, step, out=step), config
+
+
+def adam(w: np.ndarray, dw: Any, config: Config | None = None) -> tuple[np.ndarray, Config]:
+    """Adam [1]_: momentum and a running mean square of the gradient, both corrected for their start at zero.
+
+    ``t = t + 1``, ``m = beta1 * m + (1 - beta1) * dw``, ``v = beta2 * v + (1 - beta2) * dw**2``, and
+    ``w - learning_rate * mhat / (sqrt(vhat) + epsilon)`` with ``mhat = m / (1 - beta1**t)``,
+    ``vhat = v / (1 - beta2**t)``.
+
+    Parameters
+    ----------
+    w, dw : ndarray
+    config : dict, optional
+        ``learning_rate`` (default 1e-3), ``beta1`` (0.9), ``beta2`` (0.999), ``epsilon`` (1e-8), ``m`` and ``v``
+        (zeros), ``t`` (0), the number of steps taken.
+
+    Returns
+    -------
+    next_w : ndarray
+    config : dict
+
+    Raises
+    ------
+    ValueError
+        If dw does not have the shape of w.
+
+    References
+    ----------
+    .. [1] D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015,
+           https://arxiv.org/abs/1412.6980
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, config = adam(np.array([1.0]), np.array([2.0]), {"learning_rate": 0.25})
+    >>> w.round(6), config["t"]
+    (array([0.75]), 1)
+    """
+    dw, config = _prepare(w, dw, config, ("m", "v"), learning_rate=1e-3, beta1=0.9, beta2=0.999, epsilon=1e-8, t=0)
+    beta1, beta2 = config["beta1"], config["beta2"]
+    t = config["t"] + 1
+    step = np.multiply(dw, 1 - beta1, out=np.empty_like(w))
+    m = config["m"] * beta1
+    m += step
+    np.multiply(dw, dw, out=step)
+    step *= 1 - beta2
+    v = config["v"] * beta2
+    v += step
+    config.update(m=m, v=v, t=t)
+    # Both corrections are one number each, so they go into the rate and epsilon and cost no pass over the array.
+    correction = (1 - beta2**t) ** 0.5
+    np.sqrt(v, out=step)
+    step += config["epsilon"] * correction
+    np.divide(m, step, out=step)
+    step *= config["learning_rate"] * correction / (1 - beta1**t)
+    return np.subtract(w, step, out=step), config
+
+
+def _prepare(w, dw, config, state=(), **settings):
+    """dw in the dtype of w, and the config with all that was missing in it: settings, and zeros for the state."""
+    dw = np.asarray(dw, w.dtype)
+    if dw.shape != w.shape:
+        raise ValueError(f"dw must have the shape of w, {w.shape}, got {dw.shape}")
+    config = {} if config is None else config
+    for name, value in settings.items():
+        # As Python's own numbers: a NumPy float64 would turn arrays of float32 into float64.
+        config[name] = type(value)(config.get(name, value))
+    for name in state:
+        config[name] = np.asarray(config[name], w.dtype) if name in config else np.zeros_like(w)
+    return dw, config
