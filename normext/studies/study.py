@@ -1,0 +1,180 @@
+"""What every study does: run its trainings, go on where it was interrupted, and write histories, plots and a report."""
+
+import csv
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import normext
+from normext.studies.data import Data
+from normext.studies.storage import make_folder, write_file
+from normext.studies.training import History, Training, load_history, save_history
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Result", "Study", "run_studies"]
+
+
+class Result(NamedTuple):
+    """A training and what came of it."""
+
+    training: Training
+    history: History
+
+
+class Study(ABC):
+    """An experiment: some trainings, plots of their histories, and a report that reads its statements off the numbers.
+
+    Attributes
+    ----------
+    name : str
+        Its name and the name of its folder.
+    title : str
+        Heading of the report.
+    description : str
+        What it tries and what it answers, for the command's help.
+    """
+
+    name: str
+    title: str
+    description: str
+
+    @abstractmethod
+    def trainings(self, data: str, seed: int, quick: bool) -> list[Training]:
+        """What to train on the data of that name; when quick, enough to see the effect."""
+
+    @abstractmethod
+    def figures(self, results: Sequence[Result]) -> "dict[str, Figure]":
+        """The plots by name."""
+
+    @abstractmethod
+    def report(self, results: Sequence[Result]) -> str:
+        """The body of the report in Markdown: a table of figures, then what they say and why."""
+
+    def folder(self, out: Path) -> Path:
+        """Where the results go."""
+        return out / self.name
+
+    def run(self, data: Data, out: Path, *, seed: int, quick: bool, fresh: bool) -> None:
+        """Run the trainings that are not finished yet, then write histories, plots and report."""
+        trainings = self.trainings(data.name, seed, quick)
+        records = {training: self.folder(out) / "trainings" / f"{training.name}.json" for training in trainings}
+        if fresh:
+            # All at once, so that a fresh run that is interrupted goes on as a fresh one.
+            for record in records.values():
+                record.unlink(missing_ok=True)
+        histories = self._histories(records, data)
+        self._write([Result(training, histories[training]) for training in trainings], data, self.folder(out))
+        print(f"{self.name}: report in {self.folder(out) / 'report.md'}")
+
+    def _histories(self, records: dict[Training, Path], data: Data) -> dict[Training, History]:
+        """The histories on record, and those of the trainings that are not there yet and run now."""
+        from tqdm import tqdm
+
+        loaded = {training: load_history(record, training) for training, record in records.items()}
+        histories = {training: history for training, history in loaded.items() if history is not None}
+        if histories:
+            progress = f"{len(histories)} of {len(records)} trainings are finished already"
+            print(f"{self.name}: {progress} (--fresh runs them again)")
+        width = max(len(training.name) for training in records)
+        # Without a terminal (disable=None) no bar is drawn, and the lines stand alone.
+        with tqdm(total=len(records), initial=len(histories), desc=self.name, leave=False, disable=None) as bar:
+            for training in [training for training in records if training not in histories]:
+                histories[training] = training.run(data)
+                save_history(records[training], training, histories[training])
+                bar.write(f"{self.name}: {training.name:<{width}}  {_outcome(histories[training])}")
+                bar.update()
+        return histories
+
+    def _write(self, results: Sequence[Result], data: Data, folder: Path) -> None:
+        losses, accuracies = _csv_tables(results)
+        write_file(folder / "losses.csv", losses)
+        write_file(folder / "accuracies.csv", accuracies)
+        figures = self.figures(results)
+        for name, figure in figures.items():
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=120)
+            write_file(folder / f"{name}.png", png.getvalue())
+        seconds = sum(history.seconds for _, history in results)
+        diverged = [training.name for training, history in results if history.diverged]
+        parts = [
+            f"# {self.title}",
+            (
+                f"Data: {data.description}. {len(results)} trainings took {seconds:.1f} s together; normext "
+                f"{normext.__version__}. Accuracy is measured after the first iteration and after each epoch; best "
+                "means best of these."
+            ),
+            *(
+                [f"Diverged, that is, had a loss that is not a finite number: {', '.join(diverged)}."]
+                if diverged
+                else []
+            ),
+            self.report(results),
+            *(f"![{name}]({name}.png)" for name in figures),
+            (
+                "The histories are in trainings/ (JSON) and in losses.csv and accuracies.csv, where epoch 0 is the "
+                "first iteration."
+            ),
+        ]
+        write_file(folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+def run_studies(
+    studies: Iterable[Study], data: Data, out: Path, *, seed: int = 231, quick: bool = False, fresh: bool = False
+) -> None:
+    """Run the studies one after another; what is finished in `out` is not run again.
+
+    Parameters
+    ----------
+    studies : iterable of Study
+        Which.
+    data : Data
+        What to train on.
+    out : Path
+        The results directory; each study has a folder of its own in it. Made where it is not there.
+    seed : int, default 231
+        Seed of the trainings.
+    quick : bool, default False
+        Fewer trainings and epochs: enough to see the effects.
+    fresh : bool, default False
+        Run finished trainings again.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib or tqdm is not there. Before any training, and so is the next.
+    OSError
+        If results cannot be written.
+    """
+    for package in ("matplotlib.figure", "tqdm"):
+        try:
+            import_module(package)
+        except ImportError:
+            raise ImportError(f"the studies need {package.split('.')[0]}: pip install normext[study]") from None
+    studies = list(studies)
+    for study in studies:
+        make_folder(study.folder(out))
+        make_folder(study.folder(out) / "trainings")
+    for study in studies:
+        study.run(data, out, seed=seed, quick=quick, fresh=fresh)
+
+
+def _outcome(history: History) -> str:
+    accuracies = f"train {history.train_acc_history[-1]:.3f}  val {history.val_acc_history[-1]:.3f}"
+    return f"{accuracies}  {history.seconds:.1f} s" + "  diverged" * history.diverged
+
+
+def _csv_tables(results: Sequence[Result]) -> tuple[str, str]:
+    losses, accuracies = io.StringIO(), io.StringIO()
+    loss_writer, accuracy_writer = (csv.writer(table, lineterminator="\n") for table in (losses, accuracies))
+    loss_writer.writerow(["training", "iteration", "loss"])
+    accuracy_writer.writerow(["training", "epoch", "train_accuracy", "val_accuracy"])
+    for training, history in results:
+        loss_writer.writerows([training.name, i, loss] for i, loss in enumerate(history.loss_history, start=1))
+        curves = zip(history.train_acc_history, history.val_acc_history)
+        accuracy_writer.writerows([training.name, epoch, *accuracy] for epoch, accuracy in enumerate(curves))
+    return losses.getvalue(), accuracies.getvalue()
