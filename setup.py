@@ -106,6 +106,7 @@ setup(
             extension("_core.runtime", "src_c/dispatch.c"),
             extension("_core.runs"),
             extension("_core.columns"),
+            extension("_core.windows"),
             extension("functional"),
         ],
         compiler_directives={"language_level": 3},

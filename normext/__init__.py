@@ -1,4 +1,4 @@
-"""Normalization for NumPy, compiled: batch norm and layer norm, forward and backward.
+"""Normalization for NumPy, compiled: batch, layer and group norm, forward and backward.
 
 >>> import numpy as np
 >>> import normext
@@ -10,13 +10,25 @@
 from normext._config import show_config, threads
 from normext._core.runtime import get_num_threads, set_num_threads
 from normext._version import __version__
-from normext.functional import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
+from normext.functional import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from normext.windows import col2im, im2col
 
 __all__ = [
     "__version__",
     "batch_norm",
     "batch_norm_backward",
+    "col2im",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "im2col",
     "layer_norm",
     "layer_norm_backward",
     "set_num_threads",

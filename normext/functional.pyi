@@ -1,9 +1,16 @@
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "group_norm",
+    "group_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
+]
 
 _Floats = NDArray[np.floating[Any]]
 _Gradients = tuple[_Floats, _Floats | None, _Floats | None]
@@ -50,3 +57,14 @@ def layer_norm(
     out: _Floats | None = None,
 ) -> tuple[_Floats, Cache]: ...
 def layer_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...
+def group_norm(
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: _Floats | None = None,
+) -> tuple[_Floats, Cache]: ...
+def group_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...

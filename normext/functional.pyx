@@ -11,12 +11,12 @@ import numpy as np
 
 from normext._core.columns cimport columns_backward, normalize_columns
 from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, Operand, inverse_std, nx_kernels
-from normext._core.runs cimport Runs, layer_backward, normalize_runs, runs_backward
+from normext._core.runs cimport ALONG_RUN, PER_GROUP, PER_RUN, Runs, grouped_backward, layer_backward, normalize_runs, runs_backward
 from normext._core.runtime cimport kernels_for
 
 cnp.import_array()
 
-__all__ = ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"]
+__all__ = ["batch_norm", "batch_norm_backward", "group_norm", "group_norm_backward", "layer_norm", "layer_norm_backward"]
 
 cdef enum:
     COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
@@ -360,8 +360,8 @@ cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cn
     if layout.columns:
         return normalize_columns(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
                                  data(beta), training, eps, mean, rstd, var)
-    return normalize_runs(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner), layout.operands[0], layout.operands[1],
-                          data(gamma), data(beta), False, training, eps, mean, rstd, var)
+    return normalize_runs(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
+                          data(gamma), data(beta), PER_GROUP, training, eps, mean, rstd, var)
 
 
 cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, bint training, bint given, double count,
@@ -370,8 +370,8 @@ cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, b
     if layout.columns:
         return columns_backward(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1],
                                 layout.operands[2], data(gamma), training, given, count, mean, rstd, sums, dots)
-    return runs_backward(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner), layout.operands[0], layout.operands[1],
-                         layout.operands[2], data(gamma), False, training, given, count, mean, rstd, sums, dots)
+    return runs_backward(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
+                         layout.operands[2], data(gamma), PER_GROUP, training, given, count, mean, rstd, sums, dots)
 
 
 cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
@@ -675,7 +675,7 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         y_block = np.empty_like(x_block)
         block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
-        normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), True, True, eps,
+        normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, True, eps,
                        doubles(block_mean), doubles(block_rstd), NULL)
         y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
     return 0
@@ -766,7 +766,7 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
     if cnp.PyArray_SIZE(x_) == 0:
         pass
     elif row_layout((x_, y), axis_, &shape, operands):
-        normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), True, True, eps_, doubles(mean),
+        normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, True, eps_, doubles(mean),
                        doubles(rstd), NULL)
     else:
         layer_forward_by_blocks(x_, y, axis_, gamma_, beta_, eps_, mean, rstd)
@@ -845,3 +845,177 @@ def layer_norm_backward(dy, cache, *, out=None):
         None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
         None if c.beta is None else parameter_gradient(doubles(sums), NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
     )
+
+
+# Group norm ------------------------------------------------------------------------------------------------------------------
+
+
+cdef Runs channel_groups(cnp.ndarray x, Py_ssize_t num_groups):
+    """x (N, C, ...) as groups of channels, each channel a run."""
+    cdef Py_ssize_t N = x.shape[0], C = x.shape[1]
+    return Runs(N * num_groups, C // num_groups, x.size // (N * C), C)
+
+
+cdef Operand group_operand(cnp.ndarray a, Runs shape):
+    return Operand(data(a), shape.runs * shape.n, shape.n)
+
+
+cdef list image_blocks(tuple arrays):
+    """Slices along the first axis of arrays (N, C, ...): all at once if they are contiguous, else a block's worth each."""
+    cdef Py_ssize_t N = arrays[0].shape[0], step
+    if all([cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a) for a in arrays]):
+        return [slice(0, N)]
+    step = max(1, COPY_BLOCK * N // arrays[0].size)
+    return [slice(start, min(start + step, N)) for start in range(0, N, step)]
+
+
+def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
+    """Normalize each group of channels of each example: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
+
+    [1]_. The channels are split into groups of neighbours; mean and (biased) variance are those of a group in one example, over its
+    channels and all axes but the first. One group is layer norm (but for the shape of gamma), a group for each channel is instance
+    norm.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Examples along the first axis, channels along `axis`. Integers are taken as float64.
+    num_groups : int
+        Divides the number of channels C.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each channel, converted to the dtype of x. Default: 1 and 0.
+    axis : int, default 1
+        The channel axis. Not 0.
+    eps : float, default 1e-5
+        Added to the variance. Not negative.
+    out : ndarray, optional
+        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
+        pass is refused, as x is gone.
+
+    Returns
+    -------
+    y : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    cache : object
+        For `group_norm_backward`. It refers to x and gamma and holds two float64 numbers for each group of each example.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the above, or num_groups is not an integer.
+    ValueError
+        If num_groups does not divide the channels, a shape does not fit, a group has no numbers, `out` is read-only or overlaps an
+        argument other than as said, or eps is negative. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+
+    References
+    ----------
+    .. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> y, cache = normext.group_norm(np.array([[1.0, 3.0, 2.0, 6.0]]), 2, eps=0.0)
+    >>> y
+    array([[-1.,  1., -1.,  1.]])
+    """
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, x_view, y_view, x_block, y_block
+    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
+    cdef cnp.npy_intp[2] statistics_shape
+    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
+    cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
+    cdef Py_ssize_t groups
+    cdef Runs shape
+    try:
+        groups = num_groups
+    except (TypeError, OverflowError):
+        raise TypeError(f"num_groups must be an integer, got {num_groups!r}") from None
+    if axis_ == 0:
+        raise ValueError("axis must not be 0, where the examples are")
+    if groups < 1 or channels % groups:
+        raise ValueError(f"num_groups must divide the {channels} channels, got {groups}")
+    if cnp.PyArray_SIZE(x_) == 0 and cnp.PyArray_DIM(x_, 0) != 0:
+        raise ValueError(f"x has groups without numbers: shape {np.shape(x_)}, axis {axis_}")
+    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
+    statistics_shape[0], statistics_shape[1] = cnp.PyArray_DIM(x_, 0), groups
+    mean, rstd = empty(2, statistics_shape, cnp.NPY_DOUBLE), empty(2, statistics_shape, cnp.NPY_DOUBLE)
+    if cnp.PyArray_SIZE(x_) != 0:
+        x_view, y_view = np.moveaxis(x_, axis_, 1), np.moveaxis(y, axis_, 1)
+        pieces = image_blocks((x_view, y_view))
+        for piece in pieces:
+            x_block, y_block = x_view, y_view
+            if len(pieces) > 1 or not cnp.PyArray_ISCARRAY_RO(x_view) or not cnp.PyArray_ISCARRAY_RO(y_view):
+                x_block = block_copy(x_view, (piece,))
+                y_block = np.empty_like(x_block)
+            shape = channel_groups(x_block, groups)
+            normalize_runs(kernels_of(x_), shape, group_operand(x_block, shape), group_operand(y_block, shape), data(gamma_),
+                           data(beta_), PER_RUN, True, eps_, doubles(mean[piece]), doubles(rstd[piece]), NULL)
+            if y_block is not y_view:
+                y_view[piece] = y_block
+    return y, new_cache("group_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
+
+
+def group_norm_backward(dy, cache, *, out=None):
+    """Gradients of `group_norm` with respect to x, gamma and beta.
+
+    With ``xhat = (x - mean) * rstd``, ``g = gamma * dy`` and n numbers in a group,
+    ``dx = rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n)``.
+
+    Parameters
+    ----------
+    dy : array_like
+        The gradient with respect to y, in the shape of x; converted to the dtype of x.
+    cache : object
+        What the call of `group_norm` returned.
+    out : ndarray, optional
+        Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
+
+    Returns
+    -------
+    dx : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    dgamma, dbeta : ndarray, shape (C,), or None
+        In the dtype of x; None for a parameter that was None.
+
+    Raises
+    ------
+    TypeError
+        If cache is not one of `group_norm`, or a dtype does not fit.
+    ValueError
+        If the shape of dy or `out` does not fit, `out` is read-only or overlaps, or x was normalized in place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> y, cache = normext.group_norm(np.array([[1.0, 3.0, 2.0, 6.0]]), 2, beta=np.zeros(4))
+    >>> dx, dgamma, dbeta = normext.group_norm_backward(np.ones((1, 4)), cache)
+    >>> bool(abs(dx).max() < 1e-15)  # y does not change when all x of a group move together
+    True
+    """
+    cdef Cache c = checked_cache(cache, "group_norm")
+    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums, x_view, dy_view, dx_view, x_block, dy_block, dx_block
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
+    cdef Runs shape
+    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
+                                                                 ("cache.rstd", c.rstd)))
+    # sum(dy) and sum(dy * (x - mean)) of every channel of every example.
+    sums = np.empty((2, x.shape[0], channels))
+    if cnp.PyArray_SIZE(x) != 0:
+        x_view, dy_view, dx_view = (np.moveaxis(a, c.axis, 1) for a in (x, dy_, dx))
+        pieces = image_blocks((x_view, dy_view, dx_view))
+        for piece in pieces:
+            x_block, dy_block, dx_block = x_view, dy_view, dx_view
+            if len(pieces) > 1 or not all([cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a) for a in (x_view, dy_view, dx_view)]):
+                x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
+                dx_block = np.empty_like(x_block)
+            shape = channel_groups(x_block, c.mean.shape[1])
+            grouped_backward(kernels_of(x), shape, group_operand(x_block, shape), group_operand(dy_block, shape),
+                             group_operand(dx_block, shape), data(c.gamma), doubles(c.mean[piece]), doubles(c.rstd[piece]),
+                             doubles(sums[0][piece]), doubles(sums[1][piece]))
+            if dx_block is not dx_view:
+                dx_view[piece] = dx_block
+    dot = (sums[1] * np.repeat(c.rstd, channels // c.mean.shape[1], axis=1)).sum(axis=0)
+    dtype = x.dtype.newbyteorder("=")
+    return dx, None if c.gamma is None else dot.astype(dtype), None if c.beta is None else sums[0].sum(axis=0).astype(dtype)

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normext import reference
-from normext.functional import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
+from normext.functional import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
 
 __all__ = ["LAYERS", "LIMITS", "Layer", "Row", "check_layers", "format_rows", "numerical_gradient", "relative_error"]
 
@@ -131,6 +138,7 @@ def _affine(*shape: int) -> dict[str, tuple[int, ...]]:
 
 _BATCH = batch_norm, batch_norm_backward
 _LAYER = layer_norm, layer_norm_backward
+_GROUP = group_norm, group_norm_backward
 _EVALUATION = {"training": False, "running_mean": np.linspace(-1, 2, 19), "running_var": np.linspace(0.5, 4, 19)}
 
 # 19 is above 16, the most float32 numbers that one vector holds, and odd: whole vectors and a remainder both occur.
@@ -144,6 +152,8 @@ LAYERS: tuple[Layer, ...] = (
     Layer("layer norm, last axis", _LAYER, (17, 19), _affine(19)),
     Layer("layer norm, last three axes", _LAYER, (7, 3, 5, 3), _affine(3, 5, 3), {"axis": 1}),
     Layer("layer norm, no gamma, beta", _LAYER, (17, 19), {}),
+    Layer("group norm (N, C, H, W)", _GROUP, (3, 6, 5, 3), _affine(6), {"num_groups": 2}),
+    Layer("group norm (N, H, W, C)", _GROUP, (3, 5, 3, 6), _affine(6), {"num_groups": 3, "axis": -1}),
 )
 
 # The most that rounding explains.

@@ -11,6 +11,7 @@ References
 .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
        Shift", ICML 2015, https://arxiv.org/abs/1502.03167
 .. [2] J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
+.. [3] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_backward_staged",
+    "group_norm",
+    "group_norm_backward",
     "layer_norm",
     "layer_norm_backward",
 ]
@@ -141,6 +144,61 @@ def layer_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray |
     axis, rows, row_axes = _layer_axes(cache.x, cache.axis)
     mean, rstd = _reshape(cache.mean, rows), _reshape(cache.rstd, rows)
     return _gradients(dy, cache, mean, rstd, cache.gamma, stat_axes=row_axes, param_axes=tuple(range(axis)))
+
+
+def group_norm(
+    x: Any, num_groups: int, gamma: Any = None, beta: Any = None, *, axis: int = 1, eps: float = 1e-5
+) -> tuple[np.ndarray, Cache]:
+    """Normalize each group of channels of each example ([3]_, section 3.1); see `normext.group_norm`.
+
+    Examples
+    --------
+    >>> y, cache = group_norm([[1.0, 3.0, 2.0, 6.0]], 2, eps=0.0)
+    >>> y
+    array([[-1.,  1., -1.,  1.]])
+    """
+    x = _floating(x)
+    axis, channels, _ = _batch_axes(x, axis)
+    grouped = _grouped(x, axis, num_groups)
+    group_axes = tuple(range(2, grouped.ndim))
+    mean, var = grouped.mean(group_axes), grouped.var(group_axes)
+    rstd = _rstd(var, eps)
+    gamma, beta = _as_dtype(gamma, x), _as_dtype(beta, x)
+    statistics = (_per_channel(p, x, axis) for p in (mean, rstd))
+    y = _affine(x, *statistics, _reshape(gamma, channels), _reshape(beta, channels))
+    return y, Cache(x, gamma, beta, mean, rstd, axis, eps, True)
+
+
+def group_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Gradients of `group_norm`: layer norm's, with a group for a row; see `normext.group_norm_backward`."""
+    x, axis = cache.x, cache.axis
+    _, channels, others = _batch_axes(x, axis)
+    xhat = (x - _per_channel(cache.mean, x, axis)) * _per_channel(cache.rstd, x, axis)
+    g = dy if cache.gamma is None else dy * _reshape(cache.gamma, channels)
+    num_groups = cache.mean.shape[1]
+    mean_g, slope = (_per_channel(_group_means(a, axis, num_groups), x, axis) for a in (g, g * xhat))
+    dx = _per_channel(cache.rstd, x, axis) * (g - mean_g - xhat * slope)
+    dgamma = None if cache.gamma is None else (dy * xhat).sum(others)
+    dbeta = None if cache.beta is None else dy.sum(others)
+    return dx, dgamma, dbeta
+
+
+def _grouped(x, axis, num_groups):
+    """x as (N, groups, channels of a group, ...)."""
+    x = np.moveaxis(x, axis, 1)
+    return x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:])
+
+
+def _group_means(x, axis, num_groups):
+    grouped = _grouped(x, axis, num_groups)
+    return grouped.mean(tuple(range(2, grouped.ndim)))
+
+
+def _per_channel(p, x, axis):
+    """A statistic (N, groups) of each group, repeated for its channels and broadcast against x."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = x.shape[0], x.shape[axis]
+    return np.repeat(p, x.shape[axis] // p.shape[1], axis=1).reshape(shape)
 
 
 def _affine(x, mean, rstd, gamma, beta):

@@ -67,12 +67,21 @@ typedef struct {
     void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
                      const double *mean, const double *scale, double *sum, double *dot);
 
-    /* dx = a * (g - g_mean) + b * (x - mean) with g = gamma * dy */
+    /* dx = a * (g - g_mean) + b * (x - mean) + c with g = gamma * dy */
     void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, const void *gamma);
+                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma);
     /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) */
     void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
                         ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b);
+
+    /* y[j][i] = x[i][j] for i < rows, j < cols */
+    void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y, ptrdiff_t y_stride);
+    /* y += x */
+    void (*add)(const void *x, void *y, ptrdiff_t n);
+    /* The largest number of each of n windows of kh x kw numbers, `step` apart, that begin in row x, and its position in the window;
+     * the first of equals, and the first NaN. winner is of uint8_t or int32_t, by winner_size. */
+    void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y, void *winner,
+                     int winner_size);
 } nx_kernels;
 
 enum { NX_FLOAT32, NX_FLOAT64, NX_TYPES };

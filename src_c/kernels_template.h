@@ -171,11 +171,11 @@ static void OP(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrd
 }
 
 NX_INLINE void OP(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, const T *gamma)
+                                ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const T *gamma)
 {
     T x_pivot = (T)mean, g_pivot = (T)g_mean;
     V xp = OP(set)(x_pivot), gp = OP(set)(g_pivot), va = OP(set)((T)a), vb = OP(set)((T)b), zero = ZERO;
-    V rest = OP(set)((T)(-a * (g_mean - g_pivot) - b * (mean - x_pivot)));
+    V rest = OP(set)((T)(c - a * (g_mean - g_pivot) - b * (mean - x_pivot)));
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride, dx += dx_stride) {
         ptrdiff_t i = 0;
         for (; i + W <= n; i += W) {
@@ -194,10 +194,10 @@ NX_INLINE void OP(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptr
 }
 
 static void OP(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                            ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, const void *gamma)
+                            ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma)
 {
-    if (gamma) OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, gamma);
-    else OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, NULL);
+    if (gamma) OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, gamma);
+    else OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, NULL);
 }
 
 /* Columns -------------------------------------------------------------------------------------------------------------------- *
@@ -451,9 +451,72 @@ static void OP(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_,
     }
 }
 
+/* Windows over images --------------------------------------------------------------------------------------------------------- */
+
+static void OP(transpose_rows)(const void *x_, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y_, ptrdiff_t y_stride)
+{
+    const T *x = x_;
+    T *y = y_;
+    const ptrdiff_t side = OP(SIDE), whole_rows = rows / side * side, whole_cols = cols / side * side;
+    for (ptrdiff_t j = 0; j < whole_cols; j += side)
+        for (ptrdiff_t i = 0; i < whole_rows; i += side)
+            OP(transpose)(x + i * x_stride + j, x_stride, y + j * y_stride + i, y_stride);
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t j = i < whole_rows ? whole_cols : 0; j < cols; j++) y[j * y_stride + i] = x[i * x_stride + j];
+}
+
+static void OP(add_run)(const void *x_, void *y_, ptrdiff_t n)
+{
+    const T *x = x_;
+    T *y = y_;
+    ptrdiff_t i = 0;
+    for (; i + W <= n; i += W) OP(store)(y + i, OP(add)(OP(load)(y + i), OP(load)(x + i)));
+    for (; i < n; i++) y[i] += x[i];
+}
+
+#define POOL_BLOCK 128
+
+NX_INLINE void OP(pool_position)(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT position, T *NX_RESTRICT best,
+                                 T_INT *NX_RESTRICT winner)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        T v = x[i * step];
+        int better = !(v <= best[i]) & (best[i] == best[i]);
+        best[i] = better ? v : best[i];
+        winner[i] = better ? position : winner[i];
+    }
+}
+
+static void OP(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
+                         void *winner, int winner_size)
+{
+    T best[POOL_BLOCK];
+    T_INT position[POOL_BLOCK];
+    for (ptrdiff_t start = 0; start < n; start += POOL_BLOCK) {
+        const T *x = (const T *)x_ + start * step;
+        ptrdiff_t count = n - start < POOL_BLOCK ? n - start : POOL_BLOCK;
+        for (ptrdiff_t i = 0; i < count; i++) {
+            best[i] = x[i * step];
+            position[i] = 0;
+        }
+        for (ptrdiff_t k = 1; k < kh * kw; k++) {
+            const T *from = x + k / kw * x_stride + k % kw;
+            /* With the common steps as constants the compiler uses vectors. */
+            if (step == 1) OP(pool_position)(from, 1, count, (T_INT)k, best, position);
+            else if (step == 2) OP(pool_position)(from, 2, count, (T_INT)k, best, position);
+            else OP(pool_position)(from, step, count, (T_INT)k, best, position);
+        }
+        for (ptrdiff_t i = 0; i < count; i++) ((T *)y)[start + i] = best[i];
+        if (winner_size == 1)
+            for (ptrdiff_t i = 0; i < count; i++) ((uint8_t *)winner)[start + i] = (uint8_t)position[i];
+        else
+            for (ptrdiff_t i = 0; i < count; i++) ((int32_t *)winner)[start + i] = (int32_t)position[i];
+    }
+}
+
 const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
-    sizeof(T),     RUN_BLOCK,     COL_ROWS,          OP(run_moments), OP(col_moments), OP(run_affine),
-    OP(col_affine), OP(run_dots), OP(col_dots),      OP(row_dots),    OP(run_combine), OP(col_combine),
+    sizeof(T),       RUN_BLOCK,     COL_ROWS,     OP(run_moments), OP(col_moments),     OP(run_affine), OP(col_affine), OP(run_dots),
+    OP(col_dots),    OP(row_dots),  OP(run_combine), OP(col_combine), OP(transpose_rows), OP(add_run),  OP(pool_row),
 };
 
 #undef OP
@@ -469,5 +532,7 @@ const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
 #undef ZERO
 #undef T
 #undef E
+#undef T_INT
+#undef POOL_BLOCK
 #undef T_TINY
 #undef T_RESCALE

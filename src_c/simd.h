@@ -10,6 +10,7 @@
  *     E##_add, _sub, _mul
  *     E##_fma            a * b + c, rounded once where the instruction set can (everywhere but on baseline x86-64)
  *     E##_sum            sum of the lanes, always in the same order: lane i + lane (i + W/2), and so on by halves
+ *     E##_transpose      a square of E##_SIDE x E##_SIDE elements, from rows to columns
  *
  * The kernels are compiled with contraction of a * b + c turned off (see setup.py), so that AVX2 and AVX-512 round alike.
  */
@@ -47,6 +48,23 @@ NX_INLINE float nx_sum4(__m128 v)
     return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));
 }
 NX_INLINE double nx_sum2(__m128d v) { return _mm_cvtsd_f64(_mm_add_sd(v, _mm_unpackhi_pd(v, v))); }
+
+enum { f32_SIDE = 4, f64_SIDE = 2 };
+NX_INLINE void f32_transpose(const float *p, ptrdiff_t p_stride, float *q, ptrdiff_t q_stride)
+{
+    __m128 a = _mm_loadu_ps(p), b = _mm_loadu_ps(p + p_stride), c = _mm_loadu_ps(p + 2 * p_stride), d = _mm_loadu_ps(p + 3 * p_stride);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(q, a);
+    _mm_storeu_ps(q + q_stride, b);
+    _mm_storeu_ps(q + 2 * q_stride, c);
+    _mm_storeu_ps(q + 3 * q_stride, d);
+}
+NX_INLINE void f64_transpose(const double *p, ptrdiff_t p_stride, double *q, ptrdiff_t q_stride)
+{
+    __m128d a = _mm_loadu_pd(p), b = _mm_loadu_pd(p + p_stride);
+    _mm_storeu_pd(q, _mm_unpacklo_pd(a, b));
+    _mm_storeu_pd(q + q_stride, _mm_unpackhi_pd(a, b));
+}
 
 #if defined(__AVX2__)
 NX_INLINE float nx_sum8(__m256 v) { return nx_sum4(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))); }
@@ -129,6 +147,16 @@ enum { f32_W = 1, f64_W = 1 };
 NX_INLINE float f32_sum(f32_t v) { return v; }
 NX_INLINE double f64_sum(f64_t v) { return v; }
 #endif
+
+enum { f32_SIDE = 1, f64_SIDE = 1 };
+#define NX_TRANSPOSE1(E, T)                                                              \
+    NX_INLINE void E##_transpose(const T *p, ptrdiff_t p_stride, T *q, ptrdiff_t q_stride) \
+    {                                                                                    \
+        (void)p_stride, (void)q_stride;                                                  \
+        *q = *p;                                                                         \
+    }
+NX_TRANSPOSE1(f32, float)
+NX_TRANSPOSE1(f64, double)
 
 #include <string.h>
 #define NX_GENERIC(E, T)                                                                 \

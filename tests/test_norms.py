@@ -54,6 +54,17 @@ LAYER_SHAPES = [
     ((3, 70000), 1),
     ((1, 300000), 1),
 ]
+# Shape, channel axis, number of groups.
+GROUP_SHAPES = [
+    ((4, 12), 1, 3),
+    ((3, 8, 5, 7), 1, 4),
+    ((3, 5, 7, 8), -1, 2),
+    ((2, 4, 9), 1, 1),
+    ((2, 4, 9), 1, 4),
+    ((1, 2, 300, 300), 1, 1),
+    ((300, 6, 5, 5), 1, 3),
+    ((2, 3, 4, 5, 6), 1, 3),
+]
 
 
 @pytest.fixture
@@ -113,6 +124,41 @@ def test_layer_norm_equals_twin(rng, shape, axis, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis", "num_groups"), GROUP_SHAPES)
+def test_group_norm_equals_twin(rng, shape, axis, num_groups, dtype):
+    for with_gamma, with_beta in itertools.product((True, False), repeat=2):
+        x, dy = rng.normal(3, 2, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
+        gamma = rng.normal(size=shape[axis]).astype(dtype) if with_gamma else None
+        beta = rng.normal(size=shape[axis]).astype(dtype) if with_beta else None
+        y, cache = normext.group_norm(x, num_groups, gamma, beta, axis=axis, eps=1e-3)
+        y_twin, cache_twin = reference.group_norm(
+            float64(x), num_groups, float64(gamma), float64(beta), axis=axis, eps=1e-3
+        )
+        assert_same([y], [y_twin], dtype)
+        assert_same(
+            normext.group_norm_backward(dy, cache), reference.group_norm_backward(float64(dy), cache_twin), dtype
+        )
+
+
+def test_bad_group_norm_arguments():
+    x = np.ones((2, 6, 4))
+    for arguments, error, message in (
+        ({"num_groups": 4}, ValueError, "num_groups must divide the 6 channels, got 4"),
+        ({"num_groups": 0}, ValueError, "num_groups must divide the 6 channels, got 0"),
+        ({"num_groups": 1.5}, TypeError, "num_groups must be an integer"),
+        ({"num_groups": 2, "axis": 0}, ValueError, "axis must not be 0"),
+        ({"num_groups": 2, "gamma": np.ones(4)}, ValueError, r"gamma must have shape \(6,\), got \(4,\)"),
+    ):
+        with pytest.raises(error, match=message):
+            normext.group_norm(x, **arguments)
+    with pytest.raises(ValueError, match="groups without numbers"):
+        normext.group_norm(np.ones((2, 6, 0)), 2)
+    y, cache = normext.group_norm(np.ones((0, 6, 4)), 2, np.ones(6))
+    assert y.shape == (0, 6, 4)
+    np.testing.assert_array_equal(normext.group_norm_backward(y, cache)[1], np.zeros(6))
+
+
 def test_twin_gradients_three_ways(rng):
     x, gamma, beta, dy = (rng.normal(size=s) for s in ((6, 3, 4), 3, 3, (6, 3, 4)))
     _, cache = reference.batch_norm(x, gamma, beta)
@@ -170,7 +216,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(40, 30), (6, 5, 4, 7), (5, 300, 120), (3, 100000)])
 def test_layouts(rng, shape, layout, with_out):
-    """Strides, byte order and alignment change a result by no more than rounding; `out` may have a layout of its own."""
+    """Strides, byte order and alignment change a result by rounding at most; `out` may have a layout of its own."""
     x, dy = rng.normal(3, 2, shape), rng.normal(size=shape)
     x_, dy_ = LAYOUTS[layout](x.copy()), LAYOUTS[layout](dy.copy())
     np.testing.assert_array_equal(x_, x)
@@ -190,6 +236,12 @@ def test_layouts(rng, shape, layout, with_out):
             gradients = normext.batch_norm_backward(dy_, cache, **outs[1])
             for our, other in zip(gradients, reference.batch_norm_backward(dy, cache_twin), strict=True):
                 assert relative_error(our, other) < 1e-12
+        if axis != 0:
+            twin, cache_twin = reference.group_norm(x, 1, axis=axis)
+            y, cache = normext.group_norm(x_, 1, axis=axis, **outs[0])
+            assert relative_error(y, twin) < 1e-12
+            gradients = normext.group_norm_backward(dy_, cache, **outs[1])
+            assert relative_error(gradients[0], reference.group_norm_backward(dy, cache_twin)[0]) < 1e-12
         gamma, beta = rng.normal(size=shape[axis:]), rng.normal(size=shape[axis:])
         twin, cache_twin = reference.layer_norm(x, gamma, beta, axis=axis)
         y, cache = normext.layer_norm(x_, gamma, beta, axis=axis, **outs[2])

@@ -25,10 +25,15 @@ cdef extern from "kernels.h" nogil:
                          ptrdiff_t cols, const double *mean, const double *scale, double *sum, double *dot) noexcept nogil
         void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a,
-                            double b, const void *gamma) noexcept nogil
+                            double b, double c, const void *gamma) noexcept nogil
         void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean,
                             const double *a, const double *b) noexcept nogil
+        void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y,
+                          ptrdiff_t y_stride) noexcept nogil
+        void (*add)(const void *x, void *y, ptrdiff_t n) noexcept nogil
+        void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
+                         void *winner, int winner_size) noexcept nogil
 
     enum:
         NX_FLOAT32

@@ -79,39 +79,44 @@ cdef inline void finish_moments(nx_moments m, double eps, double *mean, double *
 
 
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                       bint elementwise, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
+                       Parameters kind, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
                        double rstd) noexcept nogil:
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, end, channel
     cdef Block b
-    cdef double scale = rstd, shift = 0
-    if not elementwise:  # one gamma and beta for the group
-        scale = rstd if gamma == NULL else rstd * element(k, gamma, group)
-        shift = 0 if beta == NULL else element(k, beta, group)
-        gamma = beta = NULL
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape, k.run_block, index)
-        k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n, mean,
-                     scale, shift, along(gamma, k.itemsize, b), along(beta, k.itemsize, b))
+        if kind == ALONG_RUN:
+            k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
+                         mean, rstd, 0, along(gamma, k.itemsize, b), along(beta, k.itemsize, b))
+            continue
+        end = b.run + b.runs
+        b.runs = 1 if kind == PER_RUN else b.runs  # those that share their parameters in one go
+        while b.run < end:
+            channel = group if kind == PER_GROUP else (group * shape.runs + b.run) % shape.channels
+            k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
+                         mean, rstd if gamma == NULL else rstd * element(k, gamma, channel),
+                         0 if beta == NULL else element(k, beta, channel), NULL, NULL)
+            b.run += b.runs
 
 
 cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                          bint elementwise, bint training, double eps, Py_ssize_t group, Py_ssize_t blocks, double *mean,
+                          Parameters kind, bint training, double eps, Py_ssize_t group, Py_ssize_t blocks, double *mean,
                           double *rstd, double *var) noexcept nogil:
     cdef nx_moments m
     if training:
         group_moments(k, shape, x, group, 0, blocks, &m)
         finish_moments(m, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data != NULL:
-        group_affine(k, shape, x, y, gamma, beta, elementwise, group, 0, blocks, mean[group], rstd[group])
+        group_affine(k, shape, x, y, gamma, beta, kind, group, 0, blocks, mean[group], rstd[group])
 
 
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                        bint elementwise, bint training, double eps, double *mean, double *rstd, double *var) except -1:
+                        Parameters kind, bint training, double eps, double *mean, double *rstd, double *var) except -1:
     """y = gamma * (x - mean) * rstd + beta.
 
     Parameters
     ----------
-    gamma, beta : may be NULL; one number for each position of a run (`elementwise`) or for each group.
+    gamma, beta : may be NULL.
     training : whether mean, rstd and var (may be NULL) are to be computed and stored, or mean and rstd are given.
     y : no more than the statistics is done where its data is NULL.
     """
@@ -122,7 +127,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     cdef nx_moments m
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            normalize_group(k, shape, x, y, gamma, beta, elementwise, training, eps, group, blocks, mean, rstd, var)
+            normalize_group(k, shape, x, y, gamma, beta, kind, training, eps, group, blocks, mean, rstd, var)
         return 0
     if training:
         partial = np.empty((shape.groups, parts, 3))
@@ -137,7 +142,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        group_affine(k, shape, x, y, gamma, beta, elementwise, task // parts, task % parts * blocks // parts,
+        group_affine(k, shape, x, y, gamma, beta, kind, task // parts, task % parts * blocks // parts,
                      (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts])
     return 0
 
@@ -157,13 +162,13 @@ cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, con
 
 
 cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                        bint elementwise, bint training, double count, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
+                        Parameters kind, bint training, double count, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
                         double mean, double rstd, double sum, double dot) noexcept nogil:
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd."""
     cdef Py_ssize_t index
     cdef Block b
     cdef double a = rstd
-    if not elementwise:
+    if kind == PER_GROUP:
         a = rstd if gamma == NULL else rstd * element(k, gamma, group)
         gamma = NULL
     for index in range(last - 1, first - 1, -1):
@@ -171,30 +176,29 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
         if training:
             k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
                           at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, sum / count, a,
-                          -a * rstd * rstd * (dot / count), along(gamma, k.itemsize, b))
+                          -a * rstd * rstd * (dot / count), 0, along(gamma, k.itemsize, b))
         else:  # the statistics are constants, and x does not matter
             k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
                          0, a, 0, along(gamma, k.itemsize, b), NULL)
 
 
 cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                         bint elementwise, bint training, bint given, double count, Py_ssize_t group, Py_ssize_t blocks,
+                         Parameters kind, bint training, bint given, double count, Py_ssize_t group, Py_ssize_t blocks,
                          double mean, double rstd, double *sum, double *dot) noexcept nogil:
     if not given:
-        group_dots(k, shape, x, dy, gamma if elementwise else NULL, group, 0, blocks, mean, sum, dot)
+        group_dots(k, shape, x, dy, gamma if kind == ALONG_RUN else NULL, group, 0, blocks, mean, sum, dot)
     if dx.data != NULL:
-        group_combine(k, shape, x, dy, dx, gamma, elementwise, training, count, group, 0, blocks, mean, rstd, sum[0], dot[0])
+        group_combine(k, shape, x, dy, dx, gamma, kind, training, count, group, 0, blocks, mean, rstd, sum[0], dot[0])
 
 
 cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                       bint elementwise, bint training, bint given, double count, const double *mean, const double *rstd,
+                       Parameters kind, bint training, bint given, double count, const double *mean, const double *rstd,
                        double *sums, double *dots) except -1:
     """The gradient dx and, for each group, sum(g) and sum(g * (x - mean)).
 
     Parameters
     ----------
-    gamma : may be NULL; one number for each position of a run (`elementwise`), then g is ``gamma * dy``, or for each group, then
-        g is dy.
+    gamma : may be NULL; g is ``gamma * dy`` where it is ALONG_RUN, and dy where it is PER_GROUP.
     given : whether sums and dots hold the sums already, or they are to be computed and stored.
     count : how many numbers share a statistic.
     dx : no more than the sums is done where its data is NULL.
@@ -205,13 +209,13 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     cdef double[:, :, ::1] partial
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_group(k, shape, x, dy, dx, gamma, elementwise, training, given, count, group, blocks, mean[group],
+            backward_group(k, shape, x, dy, dx, gamma, kind, training, given, count, group, blocks, mean[group],
                            rstd[group], sums + group, dots + group)
         return 0
     if not given:
         partial = np.empty((shape.groups, parts, 2))
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            group_dots(k, shape, x, dy, gamma if elementwise else NULL, task // parts, task % parts * blocks // parts,
+            group_dots(k, shape, x, dy, gamma if kind == ALONG_RUN else NULL, task // parts, task % parts * blocks // parts,
                        (task % parts + 1) * blocks // parts, mean[task // parts], &partial[task // parts, task % parts, 0],
                        &partial[task // parts, task % parts, 1])
         for group in range(shape.groups):
@@ -222,7 +226,7 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     if dx.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        group_combine(k, shape, x, dy, dx, gamma, elementwise, training, count, task // parts, task % parts * blocks // parts,
+        group_combine(k, shape, x, dy, dx, gamma, kind, training, count, task // parts, task % parts * blocks // parts,
                       (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts], sums[task // parts],
                       dots[task // parts])
     return 0
@@ -240,7 +244,7 @@ cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                    dy.data + start * dy.group_stride * k.itemsize, dy.group_stride, end - start, shape.n, mean + start,
                    rstd + start, dbeta, dgamma)
         for row in range(start, end):
-            backward_group(k, shape, x, dy, dx, gamma, True, True, False, <double> shape.n, row, blocks, mean[row], rstd[row],
+            backward_group(k, shape, x, dy, dx, gamma, ALONG_RUN, True, False, <double> shape.n, row, blocks, mean[row], rstd[row],
                            &sum, &dot)
         start = end
 
@@ -274,7 +278,7 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                            schedule="static"):
             sum_rows(k, shape, x, dy, task * STRIP, mean, rstd, dbeta, dgamma)
         sums = np.empty((2, shape.groups))
-        return runs_backward(k, shape, x, dy, dx, gamma, True, True, False, <double> shape.n, mean, rstd, &sums[0, 0],
+        return runs_backward(k, shape, x, dy, dx, gamma, ALONG_RUN, True, False, <double> shape.n, mean, rstd, &sums[0, 0],
                              &sums[1, 0])
     partial = np.zeros((chunks, 2, shape.n))
     threads = threads_for(chunks, elements)
@@ -285,4 +289,42 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
         for j in range(shape.n):
             dbeta[j] += partial[task, 0, j]
             dgamma[j] += partial[task, 1, j]
+    return 0
+
+
+cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                                 Py_ssize_t group, double mean, double rstd, double *sums, double *dots) noexcept nogil:
+    """runs_backward's formula where every run of a group has a gamma of its own."""
+    cdef Py_ssize_t run, index, channel
+    cdef double scale, sum = 0, dot = 0, n = <double> shape.runs * <double> shape.n
+    cdef Runs one = Runs(1, 1, shape.n, 1)
+    cdef Block b
+    for run in range(shape.runs):
+        sums[run] = dots[run] = 0
+        for index in range(block_count(one, k.run_block)):
+            b = block_at(one, k.run_block, index)
+            b.run = run
+            k.run_dots(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, 1, b.n, mean, NULL, sums + run, dots + run)
+        channel = (group * shape.runs + run) % shape.channels
+        scale = 1 if gamma == NULL else element(k, gamma, channel)
+        sum += scale * sums[run]
+        dot += scale * dots[run]
+    for run in range(shape.runs - 1, -1, -1):
+        channel = (group * shape.runs + run) % shape.channels
+        scale = rstd if gamma == NULL else rstd * element(k, gamma, channel)
+        for index in range(block_count(one, k.run_block) - 1, -1, -1):
+            b = block_at(one, k.run_block, index)
+            b.run = run
+            k.run_combine(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, at(dx, k.itemsize, group, b), 0, 1, b.n,
+                          mean, 0, scale, -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL)
+
+
+cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                          const double *mean, const double *rstd, double *sums, double *dots) except -1:
+    """The gradient dx and, for each run of each group, sum(dy) and sum(dy * (x - mean)); gamma is PER_RUN."""
+    cdef Py_ssize_t group
+    cdef int threads = threads_for(shape.groups, shape.groups * shape.runs * shape.n)
+    for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        backward_runs_of_group(k, shape, x, dy, dx, gamma, group, mean[group], rstd[group], sums + group * shape.runs,
+                               dots + group * shape.runs)
     return 0
