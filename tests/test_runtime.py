@@ -33,7 +33,7 @@ def outputs():
 
 
 def run(code, **environment):
-    unset = ("NORMEXT_ISA", "NORMEXT_NUM_THREADS", "OMP_NUM_THREADS")
+    unset = ("NORMEXT_ISA", "NORMEXT_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
         [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, check=False
@@ -140,3 +140,18 @@ def test_show_config(capsys):
     shown = capsys.readouterr().out
     for word in (normext.__version__, "compiler", "instruction sets built", "in use", "OpenMP", "threads"):
         assert word in shown
+
+
+def test_idle_threads_go_to_sleep():
+    """GCC's OpenMP is told so, unless the environment says otherwise, and the environment is left as it was."""
+    code = "import os; before = dict(os.environ); import normext; assert dict(os.environ) == before"
+    spins = {}
+    for name, value in (("default", {}), ("own", {"GOMP_SPINCOUNT": "77"}), ("policy", {"OMP_WAIT_POLICY": "ACTIVE"})):
+        result = run(code, OMP_DISPLAY_ENV="VERBOSE", **value)
+        assert result.returncode == 0, result.stderr
+        spins[name] = [line for line in result.stderr.decode().splitlines() if "GOMP_SPINCOUNT" in line]
+    if not spins["default"]:
+        pytest.skip("built without GCC's OpenMP")
+    assert ["1000" in line for line in spins["default"]] == [True]
+    assert ["77" in line for line in spins["own"]] == [True]
+    assert ["1000" in line for line in spins["policy"]] == [False]

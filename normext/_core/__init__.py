@@ -2,14 +2,14 @@
 
 import os
 
-# GCC's OpenMP reads its settings when it is loaded, which is now. Left to itself, a thread that has nothing to do burns
+# GCC's OpenMP reads its settings when it is loaded, which is here. Left to itself, a thread that has nothing to do burns
 # its core for some milliseconds in case more comes, while NumPy's BLAS, whose turn it is in a neural network, wants
 # that core. A tenth of a millisecond still lets calls that follow at once find the threads awake.
 _SPIN = {"GOMP_SPINCOUNT": "1000"}
 if os.environ.keys().isdisjoint({"OMP_WAIT_POLICY", *_SPIN}):
     os.environ.update(_SPIN)
-    try:
-        from normext._core import runtime as runtime
+    try:  # any module that runs loops on threads loads it
+        from normext._core import columns as columns
     finally:
         for name in _SPIN:
             del os.environ[name]
