@@ -1,4 +1,4 @@
-"""Normalization for NumPy, compiled: batch, layer and group norm, forward and backward.
+"""Normalization for NumPy, compiled: batch, layer, group, instance and RMS norm, forward and backward.
 
 >>> import numpy as np
 >>> import normext
@@ -15,8 +15,12 @@ from normext.functional import (
     batch_norm_backward,
     group_norm,
     group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
     layer_norm,
     layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
 )
 from normext.windows import col2im, im2col
 
@@ -29,8 +33,12 @@ __all__ = [
     "group_norm",
     "group_norm_backward",
     "im2col",
+    "instance_norm",
+    "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
     "set_num_threads",
     "show_config",
     "threads",

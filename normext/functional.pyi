@@ -8,8 +8,12 @@ __all__ = [
     "batch_norm_backward",
     "group_norm",
     "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
 ]
 
 _Floats = NDArray[np.floating[Any]]
@@ -68,3 +72,22 @@ def group_norm(
     out: _Floats | None = None,
 ) -> tuple[_Floats, Cache]: ...
 def group_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-6,
+    out: _Floats | None = None,
+) -> tuple[_Floats, Cache]: ...
+def rms_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> tuple[_Floats, _Floats | None]: ...
+def instance_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: _Floats | None = None,
+) -> tuple[_Floats, Cache]: ...
+def instance_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...

@@ -11,12 +11,36 @@ import numpy as np
 
 from normext._core.columns cimport columns_backward, normalize_columns
 from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, Operand, inverse_std, nx_kernels
-from normext._core.runs cimport ALONG_RUN, PER_GROUP, PER_RUN, Runs, grouped_backward, layer_backward, normalize_runs, runs_backward
+from normext._core.runs cimport (
+    ABOUT_ZERO,
+    ALONG_RUN,
+    CENTRED,
+    GIVEN,
+    PER_GROUP,
+    PER_RUN,
+    Runs,
+    Statistics,
+    grouped_backward,
+    layer_backward,
+    normalize_runs,
+    runs_backward,
+)
 from normext._core.runtime cimport kernels_for
 
 cnp.import_array()
 
-__all__ = ["batch_norm", "batch_norm_backward", "group_norm", "group_norm_backward", "layer_norm", "layer_norm_backward"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+]
 
 cdef enum:
     COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
@@ -361,7 +385,7 @@ cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cn
         return normalize_columns(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
                                  data(beta), training, eps, mean, rstd, var)
     return normalize_runs(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
-                          data(gamma), data(beta), PER_GROUP, training, eps, mean, rstd, var)
+                          data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN, eps, mean, rstd, var)
 
 
 cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, bint training, bint given, double count,
@@ -371,7 +395,7 @@ cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, b
         return columns_backward(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1],
                                 layout.operands[2], data(gamma), training, given, count, mean, rstd, sums, dots)
     return runs_backward(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
-                         layout.operands[2], data(gamma), PER_GROUP, training, given, count, mean, rstd, sums, dots)
+                         layout.operands[2], data(gamma), PER_GROUP, CENTRED if training else GIVEN, given, count, mean, rstd, sums, dots)
 
 
 cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
@@ -661,11 +685,11 @@ def batch_norm_backward(dy, cache, *, out=None):
     )
 
 
-# Layer norm ------------------------------------------------------------------------------------------------------------------
+# Layer and RMS norm ----------------------------------------------------------------------------------------------------------
 
 
-cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, double eps,
-                                 cnp.ndarray mean, cnp.ndarray rstd) except -1:
+cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta,
+                                 Statistics statistics, double eps, cnp.ndarray mean, cnp.ndarray rstd) except -1:
     """Rows that cannot be walked, some at a time."""
     cdef Runs shape
     cdef Operand[2] operands
@@ -675,14 +699,15 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         y_block = np.empty_like(x_block)
         block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
-        normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, True, eps,
+        normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps,
                        doubles(block_mean), doubles(block_rstd), NULL)
         y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
     return 0
 
 
-cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean,
-                                  cnp.ndarray rstd, double *dbeta, double *dgamma) except -1:
+cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma,
+                                  Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, double *dbeta,
+                                  double *dgamma) except -1:
     cdef Runs shape
     cdef Operand[3] operands
     cdef cnp.ndarray x_block, dy_block, dx_block
@@ -690,11 +715,70 @@ cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
         x_block, dy_block = block_copy(x, index), block_copy(dy, index)
         dx_block = np.empty_like(x_block)
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
-        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(gamma),
+        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(gamma), statistics,
                        doubles(np.ascontiguousarray(mean[index[:axis]])), doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta,
                        dgamma)
         dx[index] = dx_block
     return 0
+
+
+cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object axis, object eps, object out):
+    """Layer norm and RMS norm: arguments, result and cache."""
+    cdef Statistics statistics = CENTRED if norm == "layer_norm" else ABOUT_ZERO
+    cdef Runs shape
+    cdef Operand[2] operands
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
+    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_)), row_ndim = cnp.PyArray_NDIM(x_) - axis_
+    cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x_) + axis_
+    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, row_ndim, row_dims)
+    cdef cnp.ndarray beta_ = parameter(beta, "beta", x_, row_ndim, row_dims)
+    cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
+    cdef int i
+    for i in range(row_ndim):
+        if row_dims[i] == 0:
+            raise ValueError(f"x has rows without numbers: shape {np.shape(x_)}, axis {axis_}")
+    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
+    mean, rstd = empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE), empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE)
+    if cnp.PyArray_SIZE(x_) == 0:
+        pass
+    elif row_layout((x_, y), axis_, &shape, operands):
+        normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, statistics, eps_, doubles(mean),
+                       doubles(rstd), NULL)
+    else:
+        layer_forward_by_blocks(x_, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
+    return y, new_cache(norm, x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
+
+
+cdef tuple gradients_of_rows(str norm, object dy, object cache, object out):
+    """dx, dgamma and dbeta of layer norm and RMS norm."""
+    cdef Statistics statistics = CENTRED if norm == "layer_norm" else ABOUT_ZERO
+    cdef Cache c = checked_cache(cache, norm)
+    cdef Runs shape
+    cdef Operand[3] operands
+    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums
+    cdef int row_ndim = cnp.PyArray_NDIM(x) - c.axis
+    cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x) + c.axis
+    cdef cnp.npy_intp[2] sums_shape = [2, 1]
+    cdef double *dgamma
+    cdef int i
+    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
+                                                                 ("cache.rstd", c.rstd)))
+    for i in range(row_ndim):
+        sums_shape[1] *= row_dims[i]
+    sums = cnp.PyArray_ZEROS(2, sums_shape, cnp.NPY_DOUBLE, 0)
+    dgamma = doubles(sums) + sums_shape[1]
+    if cnp.PyArray_SIZE(x) == 0:
+        pass
+    elif row_layout((x, dy_, dx), c.axis, &shape, operands):
+        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(c.gamma), statistics, doubles(c.mean),
+                       doubles(c.rstd), doubles(sums), dgamma)
+    else:
+        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, doubles(sums), dgamma)
+    return (
+        dx,
+        None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
+        None if c.beta is None else parameter_gradient(doubles(sums), NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
+    )
 
 
 def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
@@ -749,28 +833,7 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
     array([[-1., 10.],
            [-1., 10.]])
     """
-    cdef Runs shape
-    cdef Operand[2] operands
-    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
-    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_)), row_ndim = cnp.PyArray_NDIM(x_) - axis_
-    cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x_) + axis_
-    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, row_ndim, row_dims)
-    cdef cnp.ndarray beta_ = parameter(beta, "beta", x_, row_ndim, row_dims)
-    cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
-    cdef int i
-    for i in range(row_ndim):
-        if row_dims[i] == 0:
-            raise ValueError(f"x has rows without numbers: shape {np.shape(x_)}, axis {axis_}")
-    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
-    mean, rstd = empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE), empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE)
-    if cnp.PyArray_SIZE(x_) == 0:
-        pass
-    elif row_layout((x_, y), axis_, &shape, operands):
-        normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, True, eps_, doubles(mean),
-                       doubles(rstd), NULL)
-    else:
-        layer_forward_by_blocks(x_, y, axis_, gamma_, beta_, eps_, mean, rstd)
-    return y, new_cache("layer_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
+    return normalize_rows("layer_norm", x, gamma, beta, axis, eps, out)
 
 
 def layer_norm_backward(dy, cache, *, out=None):
@@ -818,33 +881,97 @@ def layer_norm_backward(dy, cache, *, out=None):
     >>> dbeta
     array([1., 1., 1.])
     """
-    cdef Cache c = checked_cache(cache, "layer_norm")
-    cdef Runs shape
-    cdef Operand[3] operands
-    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums
-    cdef int row_ndim = cnp.PyArray_NDIM(x) - c.axis
-    cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x) + c.axis
-    cdef cnp.npy_intp[2] sums_shape = [2, 1]
-    cdef double *dgamma
-    cdef int i
-    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
-                                                                 ("cache.rstd", c.rstd)))
-    for i in range(row_ndim):
-        sums_shape[1] *= row_dims[i]
-    sums = cnp.PyArray_ZEROS(2, sums_shape, cnp.NPY_DOUBLE, 0)
-    dgamma = doubles(sums) + sums_shape[1]
-    if cnp.PyArray_SIZE(x) == 0:
-        pass
-    elif row_layout((x, dy_, dx), c.axis, &shape, operands):
-        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(c.gamma), doubles(c.mean), doubles(c.rstd),
-                       doubles(sums), dgamma)
-    else:
-        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, doubles(sums), dgamma)
-    return (
-        dx,
-        None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
-        None if c.beta is None else parameter_gradient(doubles(sums), NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
-    )
+    return gradients_of_rows("layer_norm", dy, cache, out)
+
+
+def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, out=None):
+    """Divide each row of x by its root mean square: ``y = gamma * x / sqrt(mean(x**2) + eps)``.
+
+    [1]_, section 4. Layer norm without the mean: a row is `axis` and all axes after it together.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Of any rank and any strides. Integers are taken as float64.
+    gamma : array_like, shape ``x.shape[axis:]``, optional
+        Scale of each position in a row, converted to the dtype of x. Default: 1.
+    axis : int, default -1
+        The first normalized axis.
+    eps : float, default 1e-6
+        Added to the mean square. Not negative.
+    out : ndarray, optional
+        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
+        pass is refused, as x is gone.
+
+    Returns
+    -------
+    y : ndarray
+        In the shape and dtype of x; `out` if that was given. A row of zeros gives zeros.
+    cache : object
+        For `rms_norm_backward`. It refers to x and gamma and holds two float64 numbers for each row (the mean is 0).
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the above.
+    ValueError
+        If a shape does not fit, a row has no numbers, `out` is read-only or overlaps an argument other than as said, or eps is
+        negative. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+
+    References
+    ----------
+    .. [1] B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, https://arxiv.org/abs/1910.07467
+
+    Examples
+    --------
+    >>> import normext
+    >>> y, cache = normext.rms_norm([[3.0, 4.0, 0.0, 0.0]], eps=0.0)
+    >>> y
+    array([[1.2, 1.6, 0. , 0. ]])
+    """
+    return normalize_rows("rms_norm", x, gamma, None, axis, eps, out)
+
+
+def rms_norm_backward(dy, cache, *, out=None):
+    """Gradients of `rms_norm` with respect to x and gamma.
+
+    With ``xhat = x * rstd``, ``g = gamma * dy`` and n numbers in a row, ``dx = rstd * (g - xhat * sum(g * xhat) / n)``.
+
+    Parameters
+    ----------
+    dy : array_like
+        The gradient with respect to y, in the shape of x; converted to the dtype of x.
+    cache : object
+        What the call of `rms_norm` returned.
+    out : ndarray, optional
+        Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
+
+    Returns
+    -------
+    dx : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    dgamma : ndarray, shape ``x.shape[axis:]``, or None
+        In the dtype of x; None if gamma was None.
+
+    Raises
+    ------
+    TypeError
+        If cache is not one of `rms_norm`, or a dtype does not fit.
+    ValueError
+        If the shape of dy or `out` does not fit, `out` is read-only or overlaps, or x was normalized in place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> x = np.array([[3.0, 4.0]])
+    >>> y, cache = normext.rms_norm(x, eps=0.0)
+    >>> dx, dgamma = normext.rms_norm_backward(x, cache)
+    >>> bool(abs(dx).max() < 1e-15)  # y does not change when x grows
+    True
+    """
+    dx, dgamma, _ = gradients_of_rows("rms_norm", dy, cache, out)
+    return dx, dgamma
 
 
 # Group norm ------------------------------------------------------------------------------------------------------------------
@@ -950,7 +1077,7 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
                 y_block = np.empty_like(x_block)
             shape = channel_groups(x_block, groups)
             normalize_runs(kernels_of(x_), shape, group_operand(x_block, shape), group_operand(y_block, shape), data(gamma_),
-                           data(beta_), PER_RUN, True, eps_, doubles(mean[piece]), doubles(rstd[piece]), NULL)
+                           data(beta_), PER_RUN, CENTRED, eps_, doubles(mean[piece]), doubles(rstd[piece]), NULL)
             if y_block is not y_view:
                 y_view[piece] = y_block
     return y, new_cache("group_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
@@ -1019,3 +1146,90 @@ def group_norm_backward(dy, cache, *, out=None):
     dot = (sums[1] * np.repeat(c.rstd, channels // c.mean.shape[1], axis=1)).sum(axis=0)
     dtype = x.dtype.newbyteorder("=")
     return dx, None if c.gamma is None else dot.astype(dtype), None if c.beta is None else sums[0].sum(axis=0).astype(dtype)
+
+
+# Instance norm ---------------------------------------------------------------------------------------------------------------
+
+
+def instance_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
+    """Normalize each channel of each example: `group_norm` with a group for each channel.
+
+    [1]_.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Examples along the first axis, channels along `axis`. Integers are taken as float64.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift of each channel, converted to the dtype of x. Default: 1 and 0.
+    axis : int, default 1
+        The channel axis. Not 0.
+    eps : float, default 1e-5
+        Added to the variance. Not negative.
+    out : ndarray, optional
+        As for `group_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    cache : object
+        For `instance_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm`; ValueError if there are no channels.
+
+    References
+    ----------
+    .. [1] D. Ulyanov, A. Vedaldi and V. Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016,
+           https://arxiv.org/abs/1607.08022
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> y, cache = normext.instance_norm(np.array([[[1.0, 3.0], [2.0, 6.0]]]), eps=0.0)
+    >>> y
+    array([[[-1.,  1.],
+            [-1.,  1.]]])
+    """
+    cdef cnp.ndarray x_ = floating_array(x, "x")
+    return group_norm(x_, cnp.PyArray_DIM(x_, checked_axis(axis, cnp.PyArray_NDIM(x_))), gamma, beta, axis=axis, eps=eps, out=out)
+
+
+def instance_norm_backward(dy, cache, *, out=None):
+    """Gradients of `instance_norm` with respect to x, gamma and beta; see `group_norm_backward`.
+
+    Parameters
+    ----------
+    dy : array_like
+        The gradient with respect to y, in the shape of x; converted to the dtype of x.
+    cache : object
+        What the call of `instance_norm` returned.
+    out : ndarray, optional
+        Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
+
+    Returns
+    -------
+    dx : ndarray
+        In the shape and dtype of x; `out` if that was given.
+    dgamma, dbeta : ndarray, shape (C,), or None
+        In the dtype of x; None for a parameter that was None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import normext
+    >>> y, cache = normext.instance_norm(np.array([[[1.0, 3.0], [2.0, 6.0]]]), beta=np.zeros(2))
+    >>> dx, dgamma, dbeta = normext.instance_norm_backward(np.ones((1, 2, 2)), cache)
+    >>> dbeta
+    array([2., 2.])
+    """
+    return group_norm_backward(dy, cache, out=out)

@@ -12,8 +12,12 @@ from normext.functional import (
     batch_norm_backward,
     group_norm,
     group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
     layer_norm,
     layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
 )
 
 __all__ = ["LAYERS", "LIMITS", "Layer", "Row", "check_layers", "format_rows", "numerical_gradient", "relative_error"]
@@ -139,6 +143,8 @@ def _affine(*shape: int) -> dict[str, tuple[int, ...]]:
 _BATCH = batch_norm, batch_norm_backward
 _LAYER = layer_norm, layer_norm_backward
 _GROUP = group_norm, group_norm_backward
+_INSTANCE = instance_norm, instance_norm_backward
+_RMS = rms_norm, rms_norm_backward
 _EVALUATION = {"training": False, "running_mean": np.linspace(-1, 2, 19), "running_var": np.linspace(0.5, 4, 19)}
 
 # 19 is above 16, the most float32 numbers that one vector holds, and odd: whole vectors and a remainder both occur.
@@ -154,6 +160,9 @@ LAYERS: tuple[Layer, ...] = (
     Layer("layer norm, no gamma, beta", _LAYER, (17, 19), {}),
     Layer("group norm (N, C, H, W)", _GROUP, (3, 6, 5, 3), _affine(6), {"num_groups": 2}),
     Layer("group norm (N, H, W, C)", _GROUP, (3, 5, 3, 6), _affine(6), {"num_groups": 3, "axis": -1}),
+    Layer("instance norm (N, C, H, W)", _INSTANCE, (3, 4, 5, 3), _affine(4)),
+    Layer("RMS norm, last axis", _RMS, (17, 19), {"gamma": (19,)}),
+    Layer("RMS norm, last three axes, no gamma", _RMS, (7, 3, 5, 3), {}, {"axis": 1}),
 )
 
 # The most that rounding explains.

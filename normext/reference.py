@@ -12,6 +12,7 @@ References
        Shift", ICML 2015, https://arxiv.org/abs/1502.03167
 .. [2] J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
 .. [3] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
+.. [4] B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, https://arxiv.org/abs/1910.07467
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +25,12 @@ __all__ = [
     "batch_norm_backward_staged",
     "group_norm",
     "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
 ]
 
 
@@ -181,6 +186,44 @@ def group_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray |
     dgamma = None if cache.gamma is None else (dy * xhat).sum(others)
     dbeta = None if cache.beta is None else dy.sum(others)
     return dx, dgamma, dbeta
+
+
+def instance_norm(
+    x: Any, gamma: Any = None, beta: Any = None, *, axis: int = 1, eps: float = 1e-5
+) -> tuple[np.ndarray, Cache]:
+    """Normalize each channel of each example: group norm with a group for each; see `normext.instance_norm`."""
+    x = _floating(x)
+    return group_norm(x, x.shape[axis], gamma, beta, axis=axis, eps=eps)
+
+
+instance_norm_backward = group_norm_backward
+
+
+def rms_norm(x: Any, gamma: Any = None, *, axis: int = -1, eps: float = 1e-6) -> tuple[np.ndarray, Cache]:
+    """Divide each row by its root mean square ([4]_, section 4); see `normext.rms_norm`.
+
+    Examples
+    --------
+    >>> y, cache = rms_norm([[3.0, 4.0, 0.0, 0.0]], eps=0.0)
+    >>> y
+    array([[1.2, 1.6, 0. , 0. ]])
+    """
+    x = _floating(x)
+    axis, rows, row_axes = _layer_axes(x, axis)
+    mean, rstd = np.zeros(x.shape[:axis]), _rstd((x**2).mean(row_axes), eps)
+    gamma = _as_dtype(gamma, x)
+    y = _affine(x, 0, _reshape(rstd, rows), gamma, None)
+    return y, Cache(x, gamma, None, mean, rstd, axis, eps, True)
+
+
+def rms_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
+    """Gradients of `rms_norm`: of ``g = gamma * dy``, what moves the size of xhat is taken out."""
+    axis, rows, row_axes = _layer_axes(cache.x, cache.axis)
+    rstd = _reshape(cache.rstd, rows)
+    xhat = cache.x * rstd
+    g = dy if cache.gamma is None else dy * cache.gamma
+    dx = rstd * (g - xhat * (g * xhat).mean(row_axes, keepdims=True))
+    return dx, None if cache.gamma is None else (dy * xhat).sum(tuple(range(axis)))
 
 
 def _grouped(x, axis, num_groups):

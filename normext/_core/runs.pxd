@@ -7,17 +7,25 @@ cdef enum Parameters:
     PER_RUN
     ALONG_RUN
 
+# Where mean and rstd come from: they are given, and constants to the backward pass; or they are the group's own; or its own about
+# zero (RMS norm: the mean is 0 and the variance the mean square).
+cdef enum Statistics:
+    GIVEN
+    CENTRED
+    ABOUT_ZERO
+
 # So many groups, each of `runs` runs of `n` contiguous numbers that share one statistic: a channel of N,C,H,W is N runs of H*W, a
 # row of layer norm is one run. `channels` is for parameters PER_RUN.
 cdef struct Runs:
     Py_ssize_t groups, runs, n, channels
 
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                        Parameters kind, bint training, double eps, double *mean, double *rstd, double *var) except -1
+                        Parameters kind, Statistics statistics, double eps, double *mean, double *rstd, double *var) except -1
 cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                       Parameters kind, bint training, bint given, double count, const double *mean, const double *rstd,
+                       Parameters kind, Statistics statistics, bint given, double count, const double *mean, const double *rstd,
                        double *sums, double *dots) except -1
 cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                        const double *mean, const double *rstd, double *dbeta, double *dgamma) except -1
+                        Statistics statistics, const double *mean, const double *rstd, double *dbeta,
+                        double *dgamma) except -1
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
                           const double *mean, const double *rstd, double *sums, double *dots) except -1

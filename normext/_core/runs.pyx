@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Statistics over contiguous runs: batch norm of N,C,H,W and layer norm.
+"""Statistics over contiguous runs: batch norm of N,C,H,W, layer, RMS and group norm.
 
 A group whose numbers fit the cache is one task: its statistics, then its result, while the group is still there. Large groups are
 split into parts that threads share, first for the statistics, then for the result. The split depends on the shape alone and
@@ -71,11 +71,16 @@ cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t g
         k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, m)
 
 
-cdef inline void finish_moments(nx_moments m, double eps, double *mean, double *rstd, double *var) noexcept nogil:
+cdef inline void finish_moments(nx_moments m, Statistics statistics, double eps, double *mean, double *rstd,
+                                double *var) noexcept nogil:
+    cdef double variance = m.m2 / m.count
+    if statistics == ABOUT_ZERO:
+        variance += m.mean * m.mean
+        m.mean = 0
     mean[0] = m.mean
-    rstd[0] = inverse_std(m.m2 / m.count, eps)
+    rstd[0] = inverse_std(variance, eps)
     if var != NULL:
-        var[0] = m.m2 / m.count
+        var[0] = variance
 
 
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
@@ -100,24 +105,24 @@ cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, co
 
 
 cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                          Parameters kind, bint training, double eps, Py_ssize_t group, Py_ssize_t blocks, double *mean,
+                          Parameters kind, Statistics statistics, double eps, Py_ssize_t group, Py_ssize_t blocks, double *mean,
                           double *rstd, double *var) noexcept nogil:
     cdef nx_moments m
-    if training:
+    if statistics != GIVEN:
         group_moments(k, shape, x, group, 0, blocks, &m)
-        finish_moments(m, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+        finish_moments(m, statistics, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data != NULL:
         group_affine(k, shape, x, y, gamma, beta, kind, group, 0, blocks, mean[group], rstd[group])
 
 
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                        Parameters kind, bint training, double eps, double *mean, double *rstd, double *var) except -1:
+                        Parameters kind, Statistics statistics, double eps, double *mean, double *rstd, double *var) except -1:
     """y = gamma * (x - mean) * rstd + beta.
 
     Parameters
     ----------
     gamma, beta : may be NULL.
-    training : whether mean, rstd and var (may be NULL) are to be computed and stored, or mean and rstd are given.
+    statistics : unless GIVEN, mean, rstd and var (may be NULL) are computed and stored.
     y : no more than the statistics is done where its data is NULL.
     """
     cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
@@ -127,9 +132,9 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     cdef nx_moments m
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            normalize_group(k, shape, x, y, gamma, beta, kind, training, eps, group, blocks, mean, rstd, var)
+            normalize_group(k, shape, x, y, gamma, beta, kind, statistics, eps, group, blocks, mean, rstd, var)
         return 0
-    if training:
+    if statistics != GIVEN:
         partial = np.empty((shape.groups, parts, 3))
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             group_moments(k, shape, x, task // parts, task % parts * blocks // parts, (task % parts + 1) * blocks // parts,
@@ -138,7 +143,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
             m = nx_moments(0, 0, 0)
             for part in range(parts):
                 nx_merge(&m, (<nx_moments *> &partial[group, part, 0])[0])
-            finish_moments(m, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+            finish_moments(m, statistics, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -162,20 +167,23 @@ cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, con
 
 
 cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                        Parameters kind, bint training, double count, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
+                        Parameters kind, Statistics statistics, double count, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
                         double mean, double rstd, double sum, double dot) noexcept nogil:
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd."""
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd.
+
+    Statistics about zero have no mean to pass a gradient through: the middle term is not there.
+    """
     cdef Py_ssize_t index
     cdef Block b
-    cdef double a = rstd
+    cdef double a = rstd, g_mean = sum / count if statistics == CENTRED else 0
     if kind == PER_GROUP:
         a = rstd if gamma == NULL else rstd * element(k, gamma, group)
         gamma = NULL
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape, k.run_block, index)
-        if training:
+        if statistics != GIVEN:
             k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
-                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, sum / count, a,
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, a,
                           -a * rstd * rstd * (dot / count), 0, along(gamma, k.itemsize, b))
         else:  # the statistics are constants, and x does not matter
             k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
@@ -183,16 +191,16 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
 
 
 cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                         Parameters kind, bint training, bint given, double count, Py_ssize_t group, Py_ssize_t blocks,
+                         Parameters kind, Statistics statistics, bint given, double count, Py_ssize_t group, Py_ssize_t blocks,
                          double mean, double rstd, double *sum, double *dot) noexcept nogil:
     if not given:
         group_dots(k, shape, x, dy, gamma if kind == ALONG_RUN else NULL, group, 0, blocks, mean, sum, dot)
     if dx.data != NULL:
-        group_combine(k, shape, x, dy, dx, gamma, kind, training, count, group, 0, blocks, mean, rstd, sum[0], dot[0])
+        group_combine(k, shape, x, dy, dx, gamma, kind, statistics, count, group, 0, blocks, mean, rstd, sum[0], dot[0])
 
 
 cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                       Parameters kind, bint training, bint given, double count, const double *mean, const double *rstd,
+                       Parameters kind, Statistics statistics, bint given, double count, const double *mean, const double *rstd,
                        double *sums, double *dots) except -1:
     """The gradient dx and, for each group, sum(g) and sum(g * (x - mean)).
 
@@ -209,7 +217,7 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     cdef double[:, :, ::1] partial
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_group(k, shape, x, dy, dx, gamma, kind, training, given, count, group, blocks, mean[group],
+            backward_group(k, shape, x, dy, dx, gamma, kind, statistics, given, count, group, blocks, mean[group],
                            rstd[group], sums + group, dots + group)
         return 0
     if not given:
@@ -226,15 +234,15 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     if dx.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        group_combine(k, shape, x, dy, dx, gamma, kind, training, count, task // parts, task % parts * blocks // parts,
+        group_combine(k, shape, x, dy, dx, gamma, kind, statistics, count, task // parts, task % parts * blocks // parts,
                       (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts], sums[task // parts],
                       dots[task // parts])
     return 0
 
 
 cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                        Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *dbeta,
-                        double *dgamma) noexcept nogil:
+                        Statistics statistics, Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd,
+                        double *dbeta, double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma: first the latter, since dx may be written over dy."""
     cdef Py_ssize_t row, blocks = block_count(shape, k.run_block), start = first, end
     cdef double sum, dot
@@ -244,7 +252,7 @@ cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                    dy.data + start * dy.group_stride * k.itemsize, dy.group_stride, end - start, shape.n, mean + start,
                    rstd + start, dbeta, dgamma)
         for row in range(start, end):
-            backward_group(k, shape, x, dy, dx, gamma, ALONG_RUN, True, False, <double> shape.n, row, blocks, mean[row], rstd[row],
+            backward_group(k, shape, x, dy, dx, gamma, ALONG_RUN, statistics, False, <double> shape.n, row, blocks, mean[row], rstd[row],
                            &sum, &dot)
         start = end
 
@@ -262,7 +270,8 @@ cdef void sum_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Py_ss
 
 
 cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                        const double *mean, const double *rstd, double *dbeta, double *dgamma) except -1:
+                        Statistics statistics, const double *mean, const double *rstd, double *dbeta,
+                        double *dgamma) except -1:
     """The gradient dx of rows (one run a group) and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) over the rows."""
     cdef Py_ssize_t chunks = max(1, min(<Py_ssize_t> PARTS, shape.groups // CHUNK_ROWS))
     cdef Py_ssize_t task, j, elements = shape.groups * shape.n
@@ -270,7 +279,7 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
     cdef double[:, :, ::1] partial
     cdef double[:, ::1] sums
     if chunks == 1 and elements < GROUP_PARTED:
-        backward_rows(k, shape, x, dy, dx, gamma, 0, shape.groups, mean, rstd, dbeta, dgamma)
+        backward_rows(k, shape, x, dy, dx, gamma, statistics, 0, shape.groups, mean, rstd, dbeta, dgamma)
         return 0
     if chunks < PARTS // 4:  # too few rows to share out: strips of columns instead, and the rows' runs in parts
         threads = threads_for(ceil_div(shape.n, STRIP), elements)
@@ -278,12 +287,12 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                            schedule="static"):
             sum_rows(k, shape, x, dy, task * STRIP, mean, rstd, dbeta, dgamma)
         sums = np.empty((2, shape.groups))
-        return runs_backward(k, shape, x, dy, dx, gamma, ALONG_RUN, True, False, <double> shape.n, mean, rstd, &sums[0, 0],
+        return runs_backward(k, shape, x, dy, dx, gamma, ALONG_RUN, statistics, False, <double> shape.n, mean, rstd, &sums[0, 0],
                              &sums[1, 0])
     partial = np.zeros((chunks, 2, shape.n))
     threads = threads_for(chunks, elements)
     for task in prange(chunks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        backward_rows(k, shape, x, dy, dx, gamma, task * shape.groups // chunks, (task + 1) * shape.groups // chunks, mean, rstd,
+        backward_rows(k, shape, x, dy, dx, gamma, statistics, task * shape.groups // chunks, (task + 1) * shape.groups // chunks, mean, rstd,
                       &partial[task, 0, 0], &partial[task, 1, 0])
     for task in range(chunks):
         for j in range(shape.n):

@@ -64,7 +64,7 @@ cdef void gather_plane(const floating *image, Py_ssize_t H, Py_ssize_t W, Window
         column += g.ow
 
 
-cdef void scatter_plane(const floating *column, Py_ssize_t H, Py_ssize_t W, Windows g, Py_ssize_t ky, Py_ssize_t kx, Py_ssize_t first,
+cdef void scatter_plane(const nx_kernels *k, const floating *column, Py_ssize_t H, Py_ssize_t W, Windows g, Py_ssize_t ky, Py_ssize_t kx, Py_ssize_t first,
                         Py_ssize_t last, floating *image) noexcept nogil:
     """The adjoint of gather_plane: adds the column to where it came from."""
     cdef Py_ssize_t dx = kx * g.dw - g.pw, oy, ox, y
@@ -75,8 +75,7 @@ cdef void scatter_plane(const floating *column, Py_ssize_t H, Py_ssize_t W, Wind
         if 0 <= y < H:
             row = image + y * W + dx
             if g.sw == 1:
-                for ox in range(start, end):
-                    row[ox] += column[ox]
+                k.add(column + start, row + start, end - start)
             else:
                 for ox in range(start, end):
                     row[ox * g.sw] += column[ox]
@@ -111,6 +110,7 @@ def scatter(const floating[:, :, ::1] cols, floating[:, :, :, ::1] x, tuple kern
     cdef Windows g = windows_of(kernel, stride, padding, dilation, output)
     cdef Py_ssize_t C = x.shape[1], H = x.shape[2], W = x.shape[3], positions = g.kh * g.kw, task, n, c, position, row
     cdef Py_ssize_t tasks = x.shape[0] * C
+    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64)
     cdef int threads = threads_for(tasks, tasks * positions * cols.shape[2])
     if last < 0:
         last = g.oh
@@ -121,7 +121,7 @@ def scatter(const floating[:, :, ::1] cols, floating[:, :, :, ::1] x, tuple kern
         c = task % C
         for position in range(positions):
             row = c * positions + position
-            scatter_plane(&cols[row, n, 0] if channels_first else &cols[n, row, 0], H, W, g, position // g.kw, position % g.kw, first,
+            scatter_plane(k, &cols[row, n, 0] if channels_first else &cols[n, row, 0], H, W, g, position // g.kw, position % g.kw, first,
                           last, &x[n, c, 0, 0])
 
 
