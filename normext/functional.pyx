@@ -184,7 +184,11 @@ cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
     return cnp.PyArray_ISNOTSWAPPED(a) == cnp.PyArray_ISNOTSWAPPED(b)
 
 
-def overlaps(a, b):
+cdef bint overlaps(cnp.ndarray a, cnp.ndarray b) except -1:
+    cdef char *a_data = <char *> cnp.PyArray_DATA(a)
+    cdef char *b_data = <char *> cnp.PyArray_DATA(b)
+    if cnp.PyArray_ISONESEGMENT(a) and cnp.PyArray_ISONESEGMENT(b):
+        return a_data < b_data + cnp.PyArray_NBYTES(b) and b_data < a_data + cnp.PyArray_NBYTES(a)
     try:
         return np.shares_memory(a, b, max_work=100_000)
     except np.exceptions.TooHardError:

@@ -18,6 +18,7 @@
 #ifndef NORMEXT_KERNELS_H
 #define NORMEXT_KERNELS_H
 
+#include <math.h>
 #include <stddef.h>
 
 /* Count, mean and sum of squared deviations from the mean of the numbers seen so far. */
@@ -25,8 +26,15 @@ typedef struct {
     double count, mean, m2;
 } nx_moments;
 
-/* Adds the moments of another set of numbers to m: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise
- * Algorithm for Computing Sample Variances", 1979, equation 2.1. */
+/* Merges the moments of two sets of numbers: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm
+ * for Computing Sample Variances", 1979, equation 2.1. The other set is `share` of the whole, and `count` the first's size. */
+static inline void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2, double count, double share)
+{
+    double delta = other_mean - *mean;
+    *mean += delta * share;
+    *m2 += other_m2 + delta * delta * (count * share);
+}
+
 static inline void nx_merge(nx_moments *m, nx_moments other)
 {
     if (other.count == 0) return;
@@ -34,10 +42,24 @@ static inline void nx_merge(nx_moments *m, nx_moments other)
         *m = other;
         return;
     }
-    double total = m->count + other.count, delta = other.mean - m->mean;
-    m->mean += delta * (other.count / total);
-    m->m2 += other.m2 + delta * delta * (m->count * (other.count / total));
-    m->count = total;
+    nx_merge_share(&m->mean, &m->m2, other.mean, other.m2, m->count, other.count / (m->count + other.count));
+    m->count += other.count;
+}
+
+/* 1 / sqrt(variance + eps), and 0 where both are 0: a constant gives beta even without an eps. */
+static inline double nx_inverse_std(double variance, double eps)
+{
+    return variance + eps != 0 ? 1 / sqrt(variance + eps) : 0;
+}
+
+/* Mean, variance and 1 / sqrt(variance + eps); about zero (RMS norm) the mean is 0 and the variance the mean square. */
+static inline void nx_finish_moments(nx_moments m, int centred, double eps, double *mean, double *rstd, double *var)
+{
+    double variance = m.m2 / m.count;
+    if (!centred) variance += m.mean * m.mean;
+    *mean = centred ? m.mean : 0;
+    *rstd = nx_inverse_std(variance, eps);
+    if (var) *var = variance;
 }
 
 typedef struct {
@@ -73,6 +95,13 @@ typedef struct {
     /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) */
     void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
                         ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b);
+
+    /* Rows that are each one block with statistics of its own, start to end: as run_moments, nx_finish_moments and run_affine, and as
+     * run_dots and run_combine, one after the other, but without what calling them a row at a time costs. */
+    void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
+                           double eps, const void *gamma, const void *beta, double *mean, double *rstd);
+    void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
+                          ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd);
 
     /* y[j][i] = x[i][j] for i < rows, j < cols */
     void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y, ptrdiff_t y_stride);

@@ -21,7 +21,7 @@ NX_INLINE T OP(sum_lanes)(V *lanes)
     return OP(sum)(lanes[0]);
 }
 
-static double OP(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, T scale)
+NX_INLINE double OP(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, T scale)
 {
     V s[NV], factor = OP(set)(scale), zero = ZERO;
     for (int k = 0; k < NV; k++) s[k] = zero;
@@ -79,7 +79,7 @@ NX_INLINE nx_moments OP(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrd
 
 /* With a mean of 1 or more there is no underflow to mend: a deviation is 0 or some 1e-8 of the mean, and the rescaled mean itself
  * could overflow. */
-static void OP(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
+NX_INLINE void OP(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
 {
     nx_moments block = OP(run_moments_scaled)(x, x_stride, runs, n, m, 1);
     if (!isfinite(block.m2))
@@ -87,6 +87,11 @@ static void OP(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, p
     else if (block.m2 < T_TINY * block.count && fabs(block.mean) < 1)
         block = OP(run_moments_scaled)(x, x_stride, runs, n, m, T_RESCALE);
     nx_merge(m, block);
+}
+
+static void OP(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
+{
+    OP(add_moments)(x, x_stride, runs, n, m);
 }
 
 NX_INLINE void OP(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
@@ -200,6 +205,45 @@ static void OP(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, p
     else OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, NULL);
 }
 
+NX_INLINE void OP(normalize_rows_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
+                                       int centred, double eps, const T *gamma, const T *beta, double *mean, double *rstd)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, x += x_stride, y += y_stride) {
+        nx_moments m = {0, 0, 0};
+        OP(add_moments)(x, 0, 1, n, &m);
+        nx_finish_moments(m, centred, eps, mean + r, rstd + r, NULL);
+        OP(affine_loop)(x, 0, y, 0, 1, n, mean[r], rstd[r], 0, gamma, beta);
+    }
+}
+
+static void OP(normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
+                               double eps, const void *gamma, const void *beta, double *mean, double *rstd)
+{
+    if (gamma && beta) OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, beta, mean, rstd);
+    else if (gamma) OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, NULL, mean, rstd);
+    else if (beta) OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, beta, mean, rstd);
+    else OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, NULL, mean, rstd);
+}
+
+NX_INLINE void OP(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
+                                      ptrdiff_t rows, ptrdiff_t n, int centred, const T *gamma, const double *mean,
+                                      const double *rstd)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, x += x_stride, dy += dy_stride, dx += dx_stride) {
+        double sum = 0, dot = 0;
+        OP(dots_loop)(x, 0, dy, 0, 1, n, mean[r], gamma, &sum, &dot);
+        OP(combine_loop)(x, 0, dy, 0, dx, 0, 1, n, mean[r], centred ? sum / (double)n : 0, rstd[r],
+                         -rstd[r] * rstd[r] * rstd[r] * (dot / (double)n), 0, gamma);
+    }
+}
+
+static void OP(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
+                              ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd)
+{
+    if (gamma) OP(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, gamma, mean, rstd);
+    else OP(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, NULL, mean, rstd);
+}
+
 /* Columns -------------------------------------------------------------------------------------------------------------------- *
  *
  * A strip of columns at a time; within it row by row, so that memory is read in order, GROUP rows abreast, whose sums are added to
@@ -246,53 +290,78 @@ NX_INLINE void OP(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, p
     }
 }
 
+/* Whether the squares of a block's column left the range of T. */
+NX_INLINE int OP(out_of_range)(T squares, T pivot, ptrdiff_t rows)
+{
+    return (!isfinite(squares)) | ((squares < T_TINY * (T)rows) & (pivot < 1) & (pivot > -1));
+}
+
+/* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
+NX_INLINE void OP(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const T *pivot, const T *factor, const T *s, const T *q, double count,
+                                 double *NX_RESTRICT mean, double *NX_RESTRICT m2)
+{
+    double n = (double)rows, each = 1 / n, share = n / (count + n);
+    for (ptrdiff_t j = 0; j < cols; j++) {
+        double back = 1 / (double)factor[j], sum = s[j], block_m2 = q[j] - sum * (sum * each);
+        double block_mean = pivot[j] + sum * each * back;
+        block_m2 = block_m2 < 0 ? 0 : block_m2 * back * back;
+        if (count == 0) {
+            mean[j] = block_mean;
+            m2[j] = block_m2;
+        } else {
+            nx_merge_share(mean + j, m2 + j, block_mean, block_m2, count, share);
+        }
+    }
+}
+
 /* The moments of a strip's block of rows, merged into mean and m2; see run_moments_scaled. A column that was found out of range
  * with factor 1 is done again with another: one vector of columns at a time, in which the good ones keep theirs. */
 static void OP(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2,
                                   const T *factor, int again)
 {
-    T pivot[STRIP], offset[STRIP], s[STRIP] = {0}, q[STRIP] = {0};
+    T pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
     ptrdiff_t padded = (cols + W - 1) / W * W;
+    for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
     if (count == 0) {
 #define SUM_GROUP(n) OP(col_sum_group)(x + i * x_stride, x_stride, n, cols, factor, s)
         ROW_GROUPS(rows, i, SUM_GROUP);
 #undef SUM_GROUP
+        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (T)((double)s[j] / factor[j] / (double)rows);
+    } else {
+        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (T)mean[j];
     }
+    for (ptrdiff_t j = cols; j < padded; j++) pivot[j] = 0;
     for (ptrdiff_t j = 0; j < padded; j++) {
-        pivot[j] = j >= cols ? 0 : count == 0 ? (T)((double)s[j] / factor[j] / (double)rows) : (T)mean[j];
         offset[j] = -pivot[j] * factor[j];
         s[j] = 0;
     }
 #define MOMENTS_GROUP(n) OP(col_moments_group)(x + i * x_stride, x_stride, n, cols, factor, offset, s, q)
     ROW_GROUPS(rows, i, MOMENTS_GROUP);
 #undef MOMENTS_GROUP
+    int bad = 0;
+    for (ptrdiff_t j = 0; j < cols; j++) bad |= OP(out_of_range)(q[j], pivot[j], rows);
+    if (again || !bad) {
+        OP(merge_columns)(cols, rows, pivot, factor, s, q, count, mean, m2);
+        return;
+    }
     for (ptrdiff_t j0 = 0; j0 < cols; j0 += W) {
-        ptrdiff_t end = j0 + W < cols ? j0 + W : cols;
+        ptrdiff_t width = cols - j0 < W ? cols - j0 : W;
         T rescaled[W];
-        int bad = 0;
-        for (ptrdiff_t j = j0; j < j0 + W; j++) {
-            int overflow = !isfinite(q[j]), underflow = q[j] < T_TINY * (T)rows && pivot[j] < 1 && pivot[j] > -1;
-            rescaled[j - j0] = overflow ? 1 / T_RESCALE : underflow ? T_RESCALE : 1;
-            bad |= j < end && !again && (overflow || underflow);
+        bad = 0;
+        for (ptrdiff_t j = 0; j < W; j++) {
+            int out = OP(out_of_range)(q[j0 + j], pivot[j0 + j], rows);
+            rescaled[j] = !out ? 1 : isfinite(q[j0 + j]) ? T_RESCALE : 1 / T_RESCALE;
+            bad |= j < width && out;
         }
-        if (bad) {
-            OP(col_moments_strip)(x + j0, x_stride, rows, end - j0, count, mean + j0, m2 + j0, rescaled, 1);
-            continue;
-        }
-        for (ptrdiff_t j = j0; j < end; j++) {
-            double n = (double)rows, sum = s[j], scale = factor[j], block_m2 = q[j] - sum * (sum / n);
-            nx_moments m = {count, mean[j], m2[j]};
-            nx_merge(&m, (nx_moments){n, pivot[j] + sum / n / scale, block_m2 < 0 ? 0 : block_m2 / scale / scale});
-            mean[j] = m.mean;
-            m2[j] = m.m2;
-        }
+        if (bad) OP(col_moments_strip)(x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, rescaled, 1);
+        else OP(merge_columns)(width, rows, pivot + j0, factor + j0, s + j0, q + j0, count, mean + j0, m2 + j0);
     }
 }
 
 static void OP(col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2)
 {
     T ones[STRIP];
-    for (ptrdiff_t j = 0; j < STRIP; j++) ones[j] = 1;
+    for (ptrdiff_t j = 0; j < STRIP && j < cols + W; j++) ones[j] = 1;
     STRIPS (j0, width)
         OP(col_moments_strip)((const T *)x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, ones, 0);
 }
@@ -515,8 +584,23 @@ static void OP(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
 }
 
 const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
-    sizeof(T),       RUN_BLOCK,     COL_ROWS,     OP(run_moments), OP(col_moments),     OP(run_affine), OP(col_affine), OP(run_dots),
-    OP(col_dots),    OP(row_dots),  OP(run_combine), OP(col_combine), OP(transpose_rows), OP(add_run),  OP(pool_row),
+    sizeof(T),
+    RUN_BLOCK,
+    COL_ROWS,
+    OP(run_moments),
+    OP(col_moments),
+    OP(run_affine),
+    OP(col_affine),
+    OP(run_dots),
+    OP(col_dots),
+    OP(row_dots),
+    OP(run_combine),
+    OP(col_combine),
+    OP(normalize_rows),
+    OP(rows_backward),
+    OP(transpose_rows),
+    OP(add_run),
+    OP(pool_row),
 };
 
 #undef OP

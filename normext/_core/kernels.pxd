@@ -1,12 +1,12 @@
 # The C primitives as Cython sees them (src_c/kernels.h says what each does), and what both geometries share.
 
-from libc.math cimport sqrt
-
 cdef extern from "kernels.h" nogil:
     ctypedef struct nx_moments:
         double count, mean, m2
 
     void nx_merge(nx_moments *m, nx_moments other)
+    double inverse_std "nx_inverse_std"(double variance, double eps)
+    void nx_finish_moments(nx_moments m, bint centred, double eps, double *mean, double *rstd, double *var)
 
     ctypedef struct nx_kernels:
         ptrdiff_t itemsize, run_block, col_rows
@@ -29,6 +29,12 @@ cdef extern from "kernels.h" nogil:
         void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean,
                             const double *a, const double *b) noexcept nogil
+        void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
+                               bint centred, double eps, const void *gamma, const void *beta, double *mean,
+                               double *rstd) noexcept nogil
+        void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
+                              ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, const void *gamma,
+                              const double *mean, const double *rstd) noexcept nogil
         void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y,
                           ptrdiff_t y_stride) noexcept nogil
         void (*add)(const void *x, void *y, ptrdiff_t n) noexcept nogil
@@ -60,11 +66,6 @@ cdef struct Operand:
 cdef inline double element(const nx_kernels *k, const char *p, Py_ssize_t i) noexcept nogil:
     """The i-th number of a contiguous parameter of the kernels' type."""
     return (<const float *> p)[i] if k.itemsize == 4 else (<const double *> p)[i]
-
-
-cdef inline double inverse_std(double variance, double eps) noexcept nogil:
-    """1 / sqrt(variance + eps), and 0 where both are 0: a constant gives beta even without an eps."""
-    return 1 / sqrt(variance + eps) if variance + eps != 0 else 0
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:

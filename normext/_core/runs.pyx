@@ -11,7 +11,7 @@ from cython.parallel cimport prange
 
 import numpy as np
 
-from normext._core.kernels cimport Operand, ceil_div, element, inverse_std, nx_kernels, nx_merge, nx_moments
+from normext._core.kernels cimport Operand, ceil_div, element, nx_finish_moments, nx_kernels, nx_merge, nx_moments
 from normext._core.runtime cimport threads_for
 
 cdef enum:
@@ -71,18 +71,6 @@ cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t g
         k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, m)
 
 
-cdef inline void finish_moments(nx_moments m, Statistics statistics, double eps, double *mean, double *rstd,
-                                double *var) noexcept nogil:
-    cdef double variance = m.m2 / m.count
-    if statistics == ABOUT_ZERO:
-        variance += m.mean * m.mean
-        m.mean = 0
-    mean[0] = m.mean
-    rstd[0] = inverse_std(variance, eps)
-    if var != NULL:
-        var[0] = variance
-
-
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
                        Parameters kind, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
                        double rstd) noexcept nogil:
@@ -110,9 +98,17 @@ cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y,
     cdef nx_moments m
     if statistics != GIVEN:
         group_moments(k, shape, x, group, 0, blocks, &m)
-        finish_moments(m, statistics, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+        nx_finish_moments(m, statistics == CENTRED, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data != NULL:
         group_affine(k, shape, x, y, gamma, beta, kind, group, 0, blocks, mean[group], rstd[group])
+
+
+cdef void normalize_some_rows(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
+                              bint centred, double eps, Py_ssize_t task, Py_ssize_t tasks, double *mean,
+                              double *rstd) noexcept nogil:
+    cdef Py_ssize_t first = task * shape.groups // tasks, rows = (task + 1) * shape.groups // tasks - first
+    k.normalize_rows(x.data + first * x.group_stride * k.itemsize, x.group_stride, y.data + first * y.group_stride * k.itemsize,
+                     y.group_stride, rows, shape.n, centred, eps, gamma, beta, mean + first, rstd + first)
 
 
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
@@ -130,6 +126,11 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     cdef int threads = threads_for(tasks, tasks // parts * shape.runs * shape.n)
     cdef double[:, :, ::1] partial
     cdef nx_moments m
+    if kind == ALONG_RUN and statistics != GIVEN and blocks == 1 and y.data != NULL:
+        tasks = threads  # each row is on its own, and no bit depends on the split
+        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            normalize_some_rows(k, shape, x, y, gamma, beta, statistics == CENTRED, eps, task, tasks, mean, rstd)
+        return 0
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             normalize_group(k, shape, x, y, gamma, beta, kind, statistics, eps, group, blocks, mean, rstd, var)
@@ -143,7 +144,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
             m = nx_moments(0, 0, 0)
             for part in range(parts):
                 nx_merge(&m, (<nx_moments *> &partial[group, part, 0])[0])
-            finish_moments(m, statistics, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+            nx_finish_moments(m, statistics == CENTRED, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -251,9 +252,15 @@ cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
         k.row_dots(x.data + start * x.group_stride * k.itemsize, x.group_stride,
                    dy.data + start * dy.group_stride * k.itemsize, dy.group_stride, end - start, shape.n, mean + start,
                    rstd + start, dbeta, dgamma)
-        for row in range(start, end):
-            backward_group(k, shape, x, dy, dx, gamma, ALONG_RUN, statistics, False, <double> shape.n, row, blocks, mean[row], rstd[row],
-                           &sum, &dot)
+        if blocks == 1:
+            k.rows_backward(x.data + start * x.group_stride * k.itemsize, x.group_stride,
+                            dy.data + start * dy.group_stride * k.itemsize, dy.group_stride,
+                            dx.data + start * dx.group_stride * k.itemsize, dx.group_stride, end - start, shape.n,
+                            statistics == CENTRED, gamma, mean + start, rstd + start)
+        else:
+            for row in range(start, end):
+                backward_group(k, shape, x, dy, dx, gamma, ALONG_RUN, statistics, False, <double> shape.n, row, blocks,
+                               mean[row], rstd[row], &sum, &dot)
         start = end
 
 
