@@ -22,13 +22,28 @@ from normext.functional import (
     rms_norm,
     rms_norm_backward,
 )
+from normext.layers import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+    fold_batch_norm,
+    population_stats,
+)
 from normext.windows import col2im, im2col
 
 __all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
     "col2im",
+    "fold_batch_norm",
     "get_num_threads",
     "group_norm",
     "group_norm_backward",
@@ -37,6 +52,7 @@ __all__ = [
     "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "population_stats",
     "rms_norm",
     "rms_norm_backward",
     "set_num_threads",
