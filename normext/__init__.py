@@ -31,6 +31,7 @@ from normext.layers import (
     fold_batch_norm,
     population_stats,
 )
+from normext.second_order import batch_norm_backward_backward, layer_norm_backward_backward
 from normext.windows import col2im, im2col
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_backward",
     "col2im",
     "fold_batch_norm",
     "get_num_threads",
@@ -52,6 +54,7 @@ __all__ = [
     "instance_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "layer_norm_backward_backward",
     "population_stats",
     "rms_norm",
     "rms_norm_backward",

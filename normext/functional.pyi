@@ -37,6 +37,7 @@ class Cache:
     @property
     def training(self) -> bool: ...
 
+def checked_cache(cache: Cache, norm: str) -> Cache: ...
 def batch_norm(
     x: ArrayLike,
     gamma: ArrayLike | None = None,

@@ -600,7 +600,8 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     return y, new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_))
 
 
-cdef Cache checked_cache(object cache, str norm):
+cpdef Cache checked_cache(object cache, str norm):
+    """The cache, if it is of that norm and still has its x."""
     if not isinstance(cache, Cache) or (<Cache> cache).norm != norm:
         what = f"that of {(<Cache> cache).norm}" if isinstance(cache, Cache) else type(cache).__name__
         raise TypeError(f"cache must be what {norm} returned, got {what}")
