@@ -83,16 +83,34 @@ cdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray bet
 
 
 cdef cnp.ndarray floating_array(object a, str name):
-    """a as an array of float32 or float64, of any strides and byte order: itself if it is one, integers as float64."""
+    """a as an array of floats, of any strides and byte order: itself if it is one, integers as float64."""
     cdef cnp.ndarray array
     if not cnp.PyArray_CheckExact(a):
         a = np.asarray(a)
     array = a
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
         return array
+    if array.dtype.name in ("float16", "bfloat16"):
+        return array
     if array.dtype.kind in "iub":
         return array.astype(np.float64)
-    raise TypeError(f"{name} must be an array of float32 or float64 (or of integers, taken as float64), got dtype {array.dtype}")
+    raise TypeError(
+        f"{name} must be an array of float32, float64, float16 or bfloat16 (or of integers, taken as float64), got dtype {array.dtype}"
+    )
+
+
+cdef inline bint is_wide(cnp.ndarray x) noexcept:
+    """Whether x is of float32 or float64, which the kernels compute in; 16-bit floats are converted a block at a time."""
+    return cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE
+
+
+cdef inline int computing_type(cnp.ndarray x) noexcept:
+    return cnp.NPY_DOUBLE if cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE else cnp.NPY_FLOAT
+
+
+cdef inline bint is_plain(cnp.ndarray x) noexcept:
+    """Contiguous, aligned, native, and of a type that the kernels compute in."""
+    return is_wide(x) and cnp.PyArray_ISCARRAY_RO(x)
 
 
 cdef int checked_axis(object axis, int ndim) except -1:
@@ -140,17 +158,17 @@ cdef tuple shape_of(int ndim, const cnp.npy_intp *dims):
 
 
 cdef cnp.ndarray parameter(object p, str name, cnp.ndarray x, int ndim, const cnp.npy_intp *dims):
-    """gamma or beta: contiguous, in the dtype of x, of the wanted shape; None stays None."""
+    """gamma or beta: contiguous, in the type that x is computed in, of the wanted shape; None stays None."""
     cdef cnp.ndarray array
     if p is None:
         return None
-    if not (cnp.PyArray_CheckExact(p) and cnp.PyArray_TYPE(<cnp.ndarray> p) == cnp.PyArray_TYPE(x)
+    if not (cnp.PyArray_CheckExact(p) and cnp.PyArray_TYPE(<cnp.ndarray> p) == computing_type(x)
             and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> p)):
         array = np.asarray(p)
-        if array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
         if same_dims(array, ndim, dims):
-            p = np.array(array, x.dtype.newbyteorder("="), order="C")
+            p = np.array(array, np.float64 if computing_type(x) == cnp.NPY_DOUBLE else np.float32, order="C")
         else:
             p = array
     array = p
@@ -235,15 +253,16 @@ cdef inline double *doubles(cnp.ndarray a) noexcept:
 
 
 cdef inline const nx_kernels *kernels_of(cnp.ndarray x) noexcept:
-    return kernels_for(NX_FLOAT32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT else NX_FLOAT64)
+    return kernels_for(NX_FLOAT64 if computing_type(x) == cnp.NPY_DOUBLE else NX_FLOAT32)
 
 
 cdef inline cnp.ndarray empty(int ndim, const cnp.npy_intp *dims, int type_number):
     return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
 
 
-cdef cnp.ndarray parameter_gradient(const double *sums, const double *factor, int ndim, const cnp.npy_intp *dims, int type_number):
-    """``sums * factor`` (1 if that is NULL) as an array in the shape and dtype of a parameter."""
+cdef cnp.ndarray parameter_gradient(const double *sums, const double *factor, int ndim, const cnp.npy_intp *dims, cnp.ndarray x):
+    """``sums * factor`` (1 if that is NULL) as an array in the shape of a parameter and the type that x is computed in."""
+    cdef int type_number = computing_type(x)
     cdef cnp.ndarray gradient = empty(ndim, dims, type_number)
     cdef Py_ssize_t i
     cdef double value
@@ -281,8 +300,8 @@ cdef list merge_axes(tuple arrays, axes):
 
 
 cdef bint walkable(tuple arrays):
-    """Native byte order, aligned, and strides that are whole elements."""
-    return all([cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> a) and all([s % a.itemsize == 0 for s in a.strides]) for a in arrays])
+    """Native byte order, aligned, of a type that the kernels compute in, and strides that are whole elements."""
+    return all([is_wide(a) and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> a) and all([s % a.itemsize == 0 for s in a.strides]) for a in arrays])
 
 
 cdef bint batch_layout(tuple arrays, int axis, BatchLayout *layout) except -1:
@@ -296,7 +315,7 @@ cdef bint batch_layout(tuple arrays, int axis, BatchLayout *layout) except -1:
         inner *= cnp.PyArray_DIM(first, i)
     layout.channels = cnp.PyArray_DIM(first, axis)
     for array in arrays:
-        contiguous = contiguous and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
+        contiguous = contiguous and is_plain(array)
     if contiguous:
         if layout.channels == 1:
             outer, inner = 1, outer * inner
@@ -337,7 +356,7 @@ cdef bint row_layout(tuple arrays, int axis, Runs *shape, Operand *operands) exc
         else:
             shape.n *= cnp.PyArray_DIM(first, i)
     for array in arrays:
-        contiguous = contiguous and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> array)
+        contiguous = contiguous and is_plain(array)
     if contiguous:
         for i in range(len(arrays)):
             operands[i] = Operand(data(arrays[i]), shape.n, 0)
@@ -375,8 +394,8 @@ def blocks(tuple shape, axes):
 
 
 cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index):
-    """A block as the kernels want it: contiguous, native."""
-    return np.array(a[index], dtype=a.dtype.newbyteorder("="), order="C")
+    """A block as the kernels want it: contiguous, native, of a type that they compute in."""
+    return np.array(a[index], dtype=np.float64 if computing_type(a) == cnp.NPY_DOUBLE else np.float32, order="C")
 
 
 # Batch norm ------------------------------------------------------------------------------------------------------------------
@@ -492,9 +511,10 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     ----------
     x : array_like of float32 or float64
         Of any rank and any strides: (N, D), (N, C, H, W) with ``axis=1``, (N, H, W, C) with ``axis=-1``. Integers are taken as
-        float64.
+        float64. float16 and bfloat16 (the dtype of ml_dtypes) are storage: converted a block at a time, computed in float32.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift of each channel, converted to the dtype of x. Default: 1 and 0.
+        Scale and shift of each channel, converted to the dtype of x, or to float32 if that has 16 bits, as are their gradients.
+        Default: 1 and 0.
     running_mean, running_var : ndarray of floats, shape (C,), optional
         Running statistics. In training they are updated in place where given,
         ``running = momentum * running + (1 - momentum) * batch``, with the biased variance; in evaluation both are needed.
@@ -641,7 +661,7 @@ def batch_norm_backward(dy, cache, *, out=None):
     dx : ndarray
         In the shape and dtype of x; `out` if that was given.
     dgamma, dbeta : ndarray, shape (C,), or None
-        In the dtype of x; None for a parameter that was None.
+        In the dtype of x (float32 if that has 16 bits); None for a parameter that was None.
 
     Raises
     ------
@@ -685,8 +705,8 @@ def batch_norm_backward(dy, cache, *, out=None):
         batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.training, c.mean, c.rstd, sums[0], sums[1])
     return (
         dx,
-        None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, cnp.PyArray_TYPE(x)),
-        None if c.beta is None else parameter_gradient(doubles(sums), NULL, 1, &channels, cnp.PyArray_TYPE(x)),
+        None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, x),
+        None if c.beta is None else parameter_gradient(doubles(sums), NULL, 1, &channels, x),
     )
 
 
@@ -781,8 +801,8 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object out):
         layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, doubles(sums), dgamma)
     return (
         dx,
-        None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
-        None if c.beta is None else parameter_gradient(doubles(sums), NULL, row_ndim, row_dims, cnp.PyArray_TYPE(x)),
+        None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, x),
+        None if c.beta is None else parameter_gradient(doubles(sums), NULL, row_ndim, row_dims, x),
     )
 
 
@@ -795,7 +815,7 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
     Parameters
     ----------
     x : array_like of float32 or float64
-        Of any rank and any strides. Integers are taken as float64.
+        Of any rank and any strides. Integers are taken as float64; float16 and bfloat16 as by `batch_norm`.
     gamma, beta : array_like, shape ``x.shape[axis:]``, optional
         Scale and shift of each position in a row, converted to the dtype of x. Default: 1 and 0.
     axis : int, default -1
@@ -861,7 +881,7 @@ def layer_norm_backward(dy, cache, *, out=None):
     dx : ndarray
         In the shape and dtype of x; `out` if that was given.
     dgamma, dbeta : ndarray, shape ``x.shape[axis:]``, or None
-        In the dtype of x; None for a parameter that was None.
+        In the dtype of x (float32 if that has 16 bits); None for a parameter that was None.
 
     Raises
     ------
@@ -897,7 +917,7 @@ def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, out=None):
     Parameters
     ----------
     x : array_like of float32 or float64
-        Of any rank and any strides. Integers are taken as float64.
+        Of any rank and any strides. Integers are taken as float64; float16 and bfloat16 as by `batch_norm`.
     gamma : array_like, shape ``x.shape[axis:]``, optional
         Scale of each position in a row, converted to the dtype of x. Default: 1.
     axis : int, default -1
@@ -995,7 +1015,7 @@ cdef Operand group_operand(cnp.ndarray a, Runs shape):
 cdef list image_blocks(tuple arrays):
     """Slices along the first axis of arrays (N, C, ...): all at once if they are contiguous, else a block's worth each."""
     cdef Py_ssize_t N = arrays[0].shape[0], step
-    if all([cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a) for a in arrays]):
+    if all([is_plain(a) for a in arrays]):
         return [slice(0, N)]
     step = max(1, COPY_BLOCK * N // arrays[0].size)
     return [slice(start, min(start + step, N)) for start in range(0, N, step)]
@@ -1011,7 +1031,8 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
     Parameters
     ----------
     x : array_like of float32 or float64
-        Examples along the first axis, channels along `axis`. Integers are taken as float64.
+        Examples along the first axis, channels along `axis`. Integers are taken as float64; float16 and bfloat16 as by
+        `batch_norm`.
     num_groups : int
         Divides the number of channels C.
     gamma, beta : array_like, shape (C,), optional
@@ -1077,7 +1098,7 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
         pieces = image_blocks((x_view, y_view))
         for piece in pieces:
             x_block, y_block = x_view, y_view
-            if len(pieces) > 1 or not cnp.PyArray_ISCARRAY_RO(x_view) or not cnp.PyArray_ISCARRAY_RO(y_view):
+            if len(pieces) > 1 or not is_plain(x_view) or not is_plain(y_view):
                 x_block = block_copy(x_view, (piece,))
                 y_block = np.empty_like(x_block)
             shape = channel_groups(x_block, groups)
@@ -1108,7 +1129,7 @@ def group_norm_backward(dy, cache, *, out=None):
     dx : ndarray
         In the shape and dtype of x; `out` if that was given.
     dgamma, dbeta : ndarray, shape (C,), or None
-        In the dtype of x; None for a parameter that was None.
+        In the dtype of x (float32 if that has 16 bits); None for a parameter that was None.
 
     Raises
     ------
@@ -1139,7 +1160,7 @@ def group_norm_backward(dy, cache, *, out=None):
         pieces = image_blocks((x_view, dy_view, dx_view))
         for piece in pieces:
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
-            if len(pieces) > 1 or not all([cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a) for a in (x_view, dy_view, dx_view)]):
+            if len(pieces) > 1 or not all([is_plain(a) for a in (x_view, dy_view, dx_view)]):
                 x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
                 dx_block = np.empty_like(x_block)
             shape = channel_groups(x_block, c.mean.shape[1])
@@ -1149,7 +1170,7 @@ def group_norm_backward(dy, cache, *, out=None):
             if dx_block is not dx_view:
                 dx_view[piece] = dx_block
     dot = (sums[1] * np.repeat(c.rstd, channels // c.mean.shape[1], axis=1)).sum(axis=0)
-    dtype = x.dtype.newbyteorder("=")
+    dtype = np.float64 if computing_type(x) == cnp.NPY_DOUBLE else np.float32
     return dx, None if c.gamma is None else dot.astype(dtype), None if c.beta is None else sums[0].sum(axis=0).astype(dtype)
 
 
@@ -1164,7 +1185,8 @@ def instance_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     Parameters
     ----------
     x : array_like of float32 or float64
-        Examples along the first axis, channels along `axis`. Integers are taken as float64.
+        Examples along the first axis, channels along `axis`. Integers are taken as float64; float16 and bfloat16 as by
+        `batch_norm`.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, converted to the dtype of x. Default: 1 and 0.
     axis : int, default 1
@@ -1221,7 +1243,7 @@ def instance_norm_backward(dy, cache, *, out=None):
     dx : ndarray
         In the shape and dtype of x; `out` if that was given.
     dgamma, dbeta : ndarray, shape (C,), or None
-        In the dtype of x; None for a parameter that was None.
+        In the dtype of x (float32 if that has 16 bits); None for a parameter that was None.
 
     Raises
     ------
