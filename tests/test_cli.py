@@ -69,7 +69,7 @@ def test_check_exits_1_on_a_layer_with_a_wrong_backward_pass(capsys, monkeypatch
     assert "2 beyond their limit" in lines[-1]
 
 
-@pytest.mark.parametrize("study", ["deep", "weight-scale", "batch-size", "layer-width", "all"])
+@pytest.mark.parametrize("study", ["deep", "weight-scale", "batch-size", "layer-width", "convnet", "all"])
 def test_study_help_describes_the_study(capsys, study):
     with pytest.raises(SystemExit) as stop:
         main(["study", study, "--help"])

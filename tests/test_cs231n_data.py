@@ -307,7 +307,11 @@ def test_vis_nn_refuses_rows_of_different_lengths():
 STUDENT_MODULES = [
     "layers",
     "layer_utils",
+    "fast_layers",
+    "im2col",
+    "im2col_cython",
     "classifiers/fc_net",
+    "classifiers/cnn",
     "solver",
     "optim",
     "gradient_check",
@@ -400,11 +404,48 @@ def test_notebook_on_batch_normalization_net_by_net(normalization, student_packa
     assert capsys.readouterr().out.startswith("(Iteration 1 / 20) loss: ")
 
 
+def test_notebook_on_convolutional_networks(student_package):
+    cnn = importlib.import_module("cs231n.classifiers.cnn")  # the notebook star-imports the layers from here too
+    data = importlib.import_module("cs231n.data_utils").get_CIFAR10_data(num_training=12, num_validation=6, num_test=2)
+    np.random.seed(231)
+    net = cnn.ThreeLayerConvNet(weight_scale=1e-2)
+    solver = importlib.import_module("cs231n.solver").Solver(
+        net,
+        data,
+        num_epochs=10,
+        batch_size=6,
+        update_rule="adam",
+        optim_config={"learning_rate": 1e-3},
+        verbose=False,
+    )
+    solver.train()
+    assert max(solver.train_acc_history) > 0.5
+    filters = net.params["W1"].transpose(0, 2, 3, 1)
+    grid = importlib.import_module("cs231n.vis_utils").visualize_grid(filters)
+    assert grid.shape == (47, 47, 3)  # six filters of 7 pixels each way, and 5 gaps
+
+    x, w, b = np.random.randn(10, 3, 31, 31), np.random.randn(5, 3, 3, 3), np.random.randn(5)
+    conv_param = {"stride": 2, "pad": 1}
+    out, cache = cnn.conv_forward_naive(x, w, b, conv_param)
+    fast_out, fast_cache = cnn.conv_forward_fast(x, w, b, conv_param)
+    assert relative_error(out, fast_out) < 1e-9
+    gradients, fast = cnn.conv_backward_naive(out, cache), cnn.conv_backward_fast(out, fast_cache)
+    assert max(map(relative_error, gradients, fast)) < 1e-9
+
+
 @pytest.mark.parametrize(
     "name, some",
     [
         ("layers", {"affine_forward", "batchnorm_backward_alt", "layernorm_backward", "svm_loss", "dropout_backward"}),
+        ("layers", {"conv_forward_naive", "max_pool_backward_naive", "spatial_batchnorm_forward"}),
+        ("layers", {"spatial_groupnorm_forward", "spatial_groupnorm_backward"}),
         ("layer_utils", {"affine_relu_backward", "affine_norm_relu_forward"}),
+        ("layer_utils", {"conv_relu_forward", "conv_bn_relu_backward", "conv_relu_pool_forward"}),
+        ("fast_layers", {"conv_forward_fast", "conv_backward_im2col", "conv_forward_strides"}),
+        ("fast_layers", {"max_pool_forward_fast", "max_pool_backward_reshape", "max_pool_forward_im2col"}),
+        ("im2col", {"get_im2col_indices", "im2col_indices", "col2im_indices"}),
+        ("im2col_cython", {"im2col_cython", "col2im_cython", "col2im_6d_cython"}),
+        ("classifiers.cnn", {"ThreeLayerConvNet", "conv_forward_naive", "conv_forward_fast", "conv_relu_pool_forward"}),
         ("classifiers.fc_net", {"FullyConnectedNet", "TwoLayerNet", "batchnorm_forward", "affine_relu_forward"}),
         ("solver", {"Solver"}),
         ("optim", {"sgd", "sgd_momentum", "rmsprop", "adam"}),

@@ -22,6 +22,7 @@ import normext
 from normext.cli import main
 from normext.studies import STUDIES, Study
 from normext.studies.batch_size import BatchSize
+from normext.studies.convnet import ConvNet, ConvTraining
 from normext.studies.data import Data, load_data
 from normext.studies.deep import Deep
 from normext.studies.layer_width import LayerWidth
@@ -126,7 +127,7 @@ def test_the_report_shows_the_plots_and_the_plots_show_curves(everything, study)
     report = (everything / study.name / "report.md").read_text()
     assert report.startswith(f"# {study.title}\n")
     plots = re.findall(r"!\[.*\]\((.*)\)", report)
-    assert plots == [path.name for path in (everything / study.name).glob("*.png")]
+    assert sorted(plots) == sorted(path.name for path in (everything / study.name).glob("*.png"))
     image = imread(everything / study.name / plots[0])[..., :3]
     baseline = np.abs(image - to_rgb(NORM_STYLES[None]["color"])).max(axis=-1) < 0.1
     # Its curve crosses every panel: an entry in the legend alone is a few per cent of the width.
@@ -144,9 +145,20 @@ def test_digits_show_the_effects_that_are_far_beyond_chance(everything):
         "weight-scale": "with batch norm more scales train",
         "batch-size-batch": "batch norm gets better with the batch size",
         "layer-width": "layer norm fails where a row has very few features",
+        "convnet": "with spatial batch norm the net bears a larger learning rate",
     }
     for name, conclusion in conclusions.items():
         assert f"**So {conclusion}" in (everything / name / "report.md").read_text()
+
+
+def test_the_filters_of_a_convolutional_net_are_recorded_and_shown(everything):
+    records = stored(everything / "convnet")
+    assert {np.shape(record["history"]["filters"]) for record in records.values()} == {(32, 1, 5, 5)}
+    assert stored(everything / "deep")["no-norm"]["history"]["filters"] is None
+    picture = imread(everything / "convnet" / "filters.png")[..., :3]
+    np.testing.assert_array_equal(picture, picture[..., :1].repeat(3, axis=-1))  # digits have grey filters
+    # From black over as many greys as 32 filters of 25 numbers have to white.
+    assert len(np.unique(picture)) > 100
 
 
 # Going on, and starting afresh.
@@ -219,10 +231,24 @@ def test_fresh_runs_everything_again_to_the_same_numbers(points, tmp_path, capsy
         lambda record: b'{"specification": 1}',
         lambda record: record.replace(b'"loss_history": [', b'"loss_history": ["x", '),
         lambda record: re.sub(rb'"loss_history": \[.*?\]', b'"loss_history": []', record),
+        lambda record: record.replace(b'"filters"', b'"others"'),
+        lambda record: record.replace(b'"filters": null', b'"filters": [[1.0], [1.0, 2.0]]'),
         lambda record: record.replace(b'"epochs": 2', b'"epochs": 3'),
         lambda record: record.replace(b'"data": "points"', b'"data": "other points"'),
     ],
-    ids=["truncated", "empty", "binary", "list", "no history", "no number", "no losses", "other epochs", "other data"],
+    ids=[
+        "truncated",
+        "empty",
+        "binary",
+        "list",
+        "no history",
+        "no number",
+        "no losses",
+        "no filters",
+        "ragged filters",
+        "other epochs",
+        "other data",
+    ],
 )
 def test_a_record_that_is_damaged_or_of_another_training_is_run_again(points, tmp_path, capsys, damage):
     run_studies([TinyStudy()], points, tmp_path)
@@ -272,10 +298,12 @@ def test_a_diverged_training_is_a_result_and_is_recorded_in_strict_json(points, 
     assert replace(read, loss_history=[]) == replace(history, loss_history=[])
 
 
-def test_infinite_losses_are_recorded_with_their_sign(tmp_path):
-    history = History([1.5, math.inf, -math.inf, math.nan], [0.1, 0.2], [0.1, 0.2], 1.0)
-    save_history(tmp_path / "record.json", TINY, history)
-    np.testing.assert_array_equal(load_history(tmp_path / "record.json", TINY).loss_history, history.loss_history)
+def test_infinite_losses_and_filters_are_recorded_with_their_sign(tmp_path):
+    numbers = [1.5, math.inf, -math.inf, math.nan]
+    save_history(tmp_path / "record.json", TINY, History(numbers, [0.1, 0.2], [0.1, 0.2], 1.0, [[[numbers]]]))
+    read = load_history(tmp_path / "record.json", TINY)
+    np.testing.assert_array_equal(read.loss_history, numbers)
+    np.testing.assert_array_equal(read.filters, [[[numbers]]])
 
 
 def test_a_line_tells_that_a_training_diverged(points, tmp_path, capsys):
@@ -293,9 +321,10 @@ def test_a_line_tells_that_a_training_diverged(points, tmp_path, capsys):
 def test_plots_and_report_take_diverged_trainings(diverging):
     def history(training):
         bad = training.normalization == diverging or training.weight_scale > 0.3
-        return invented(training, 0.1 if bad else 0.9, loss=math.nan if bad else 1.0)
+        bad_number = math.nan if bad else 1.0
+        return invented(training, 0.1 if bad else 0.9, loss=bad_number, weight=bad_number)
 
-    for study in (Deep(), WeightScale()):
+    for study in (Deep(), ConvNet(), WeightScale()):
         results = [Result(training, history(training)) for training in study.trainings("digits", 1, True)]
         study.report(results)
         for figure in study.figures(results).values():
@@ -308,10 +337,11 @@ def test_plots_and_report_take_diverged_trainings(diverging):
 # The reports follow the numbers. The histories are invented, so that both outcomes are met.
 
 
-def invented(training, accuracy, loss=1.0, start=0.1):
+def invented(training, accuracy, loss=1.0, start=0.1, weight=1.0):
     """A history that is at this accuracy in every epoch."""
     curve = [start] + [accuracy] * training.epochs
-    return History([loss] * 20 * training.epochs, curve, curve, 1.0)
+    filters = np.full((2, 1, 3, 3), weight).tolist() if isinstance(training, ConvTraining) else None
+    return History([loss] * 20 * training.epochs, curve, curve, 1.0, filters)
 
 
 def report(study, accuracy, quick=True):
@@ -404,6 +434,21 @@ def test_layer_width_report_says_where_layer_norm_fails():
     assert "**This run does not show the expected effect,**" in text and "Why" not in text
 
 
+def test_convnet_report_says_which_learning_rates_each_net_bears():
+    def steady(training):
+        if training.normalization is None:
+            return {0.001: 0.90, 0.003: 0.86, 0.01: 0.30}[training.learning_rate]
+        return {0.001: 0.80, 0.003: 0.95, 0.01: 0.93}[training.learning_rate]
+
+    text = report(ConvNet(), steady, quick=False)
+    assert "changes by -10.0 points at 0.001, +9.0 points at 0.003 and +63.0 points at 0.01" in text
+    assert "without normalization at 0.001 and 0.003, the net with batch norm at 0.003 and 0.01" in text
+    assert "**So with spatial batch norm the net bears a larger learning rate.**" in text
+    assert "At a learning rate of 0.01 the root mean square of the filters becomes 1 with batch norm" in text
+    text = report(ConvNet(), lambda training: 0.9)
+    assert "**This run does not show the expected effect,**" in text and "Why" not in text
+
+
 # The specifications and the data.
 
 
@@ -436,9 +481,9 @@ def test_names_of_trainings_are_unique_file_names(study, quick):
 def test_digits_are_split_and_centred():
     data = load_data("digits")
     arrays = data.arrays
-    assert arrays["X_train"].shape == (1000, 64) and arrays["X_val"].shape == (797, 64)
+    assert arrays["X_train"].shape == (1000, 1, 8, 8) and arrays["X_val"].shape == (797, 1, 8, 8)
     np.testing.assert_allclose(arrays["X_train"].mean(axis=0), 0, atol=1e-10)
-    everything = np.concatenate([arrays["X_train"], arrays["X_val"]])
+    everything = np.concatenate([arrays["X_train"], arrays["X_val"]]).reshape(-1, 64)
     assert 200 < np.ptp(everything, axis=0).max() <= 255.001
     assert set(arrays["y_train"]) == set(arrays["y_val"]) == set(range(10))
     # Up to the constant that was subtracted, they are all of scikit-learn's images, each once.

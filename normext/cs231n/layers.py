@@ -1,9 +1,10 @@
 """The layers of the assignment: every one is a forward function and its backward.
 
 ``*_forward`` returns ``(out, cache)``; ``*_backward(dout, cache)`` takes the gradient of the loss by `out` and returns
-the gradients by the inputs, in their order. N is the number of rows in the batch, D of features, C of classes. Arrays
-are float32 or float64, and results have the dtype of the data; whole numbers are taken as float64. A cache refers to
-the inputs rather than copying them, so do not change those in place between the two passes.
+the gradients by the inputs, in their order. N is the number of examples in the batch and D of features; of scores, C is
+the number of classes; of images (N, C, H, W), C is that of channels, H the height and W the width. Arrays are float32
+or float64, and results have the dtype of the data; whole numbers are taken as float64. A cache refers to the inputs
+rather than copying them, so do not change those in place between the two passes.
 """
 
 import math
@@ -11,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from normext import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
+from normext import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from normext.cs231n.im2col import exact_windows, pad, unpad
 from normext.reference import batch_norm_backward_staged
 
 __all__ = [
@@ -20,13 +29,21 @@ __all__ = [
     "batchnorm_backward",
     "batchnorm_backward_alt",
     "batchnorm_forward",
+    "conv_backward_naive",
+    "conv_forward_naive",
     "dropout_backward",
     "dropout_forward",
     "layernorm_backward",
     "layernorm_forward",
+    "max_pool_backward_naive",
+    "max_pool_forward_naive",
     "relu_backward",
     "relu_forward",
     "softmax_loss",
+    "spatial_batchnorm_backward",
+    "spatial_batchnorm_forward",
+    "spatial_groupnorm_backward",
+    "spatial_groupnorm_forward",
     "svm_loss",
 ]
 
@@ -311,23 +328,7 @@ def batchnorm_forward(x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any]) -
     >>> bn_param["running_mean"]
     array([0.2, 0.4])
     """
-    mode = bn_param.get("mode")
-    if mode not in ("train", "test"):
-        raise ValueError(f'Invalid forward batchnorm mode "{mode}"')
-    x = _matrix(x, "x")
-    running_mean, running_var = (_running(bn_param, key, x) for key in ("running_mean", "running_var"))
-    out, cache = batch_norm(
-        x,
-        gamma,
-        beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        training=mode == "train",
-        momentum=bn_param.get("momentum", 0.9),
-        eps=bn_param.get("eps", 1e-5),
-    )
-    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
-    return out, cache
+    return _batchnorm(_matrix(x, "x"), gamma, beta, bn_param)
 
 
 def batchnorm_backward(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -543,6 +544,323 @@ def dropout_backward(dout: Any, cache: Any) -> np.ndarray:
     return _floats(dout, "dout") if cache is None else _upstream(dout, cache.shape) * cache
 
 
+def conv_forward_naive(x: Any, w: Any, b: Any, conv_param: dict[str, int]) -> tuple[np.ndarray, Any]:
+    """A convolutional layer, one output at a time: the product of a filter and a window, summed, plus a bias.
+
+    ``out[n, f, i, j] = sum(window * w[f]) + b[f]``. The window of image n is as large as the filter and starts i
+    strides down and j strides across in the padded image. (Mathematics turns the filter by 180 degrees first and calls
+    this cross-correlation; a net that learns its filters need not [1]_.) For speed take
+    `normext.cs231n.fast_layers.conv_forward_fast`.
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, H, W)
+    w : array_like, shape (F, C, HH, WW)
+        F filters.
+    b : array_like, shape (F,)
+        A bias for each filter.
+    conv_param : dict
+        ``stride``, the steps from one window to the next, and ``pad``, the rows and columns of zeros on every side of
+        an image. Both are required.
+
+    Returns
+    -------
+    out : ndarray, shape (N, F, 1 + (H + 2 * pad - HH) / stride, 1 + (W + 2 * pad - WW) / stride)
+    cache : opaque
+        For `conv_backward_naive`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other, or the last window does not end where the padded image does.
+    TypeError
+        If x, w or b does not hold real numbers.
+
+    References
+    ----------
+    .. [1] I. Goodfellow, Y. Bengio and A. Courville, "Deep Learning", MIT Press, 2016, section 9.1.
+
+    Examples
+    --------
+    >>> out, cache = conv_forward_naive([[[[1.0, 2.0, 4.0]]]], [[[[-1.0, 1.0]]]], [0.5], {"stride": 1, "pad": 0})
+    >>> out
+    array([[[[1.5, 2.5]]]])
+    """
+    x, w, b = _images(x, "x"), _floats(w, "w"), _floats(b, "b")
+    if w.ndim != 4 or w.shape[1] != x.shape[1] or b.shape != w.shape[:1]:
+        raise ValueError(
+            f"x (N, C, H, W), w (F, C, HH, WW) and b (F,) must fit, got {x.shape}, {w.shape} and {b.shape}"
+        )
+    g = exact_windows(x.shape[2:], w.shape[2:], conv_param["stride"], conv_param["pad"])
+    padded = pad(x, g.padding)
+    out = np.empty((len(x), len(w), *g.output), np.result_type(x, w))
+    for n, f, i, j in np.ndindex(out.shape):
+        rows, columns = _window(g, i, j)
+        out[n, f, i, j] = np.sum(padded[n, :, rows, columns] * w[f]) + b[f]
+    return out, (x, w, g)
+
+
+def conv_backward_naive(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `conv_forward_naive`, one output at a time.
+
+    Of ``sum(window * w[f]) + b[f]`` the gradient by the window is the filter, and that by the filter is the window.
+
+    Parameters
+    ----------
+    dout : array_like
+        In the shape of out.
+    cache : opaque
+        From `conv_forward_naive`.
+
+    Returns
+    -------
+    dx, dw, db : ndarray
+        In the shapes of x, w and b.
+
+    Raises
+    ------
+    ValueError
+        If dout does not have the shape of out.
+
+    Examples
+    --------
+    >>> out, cache = conv_forward_naive([[[[1.0, 2.0, 4.0]]]], [[[[-1.0, 1.0]]]], [0.5], {"stride": 1, "pad": 0})
+    >>> dx, dw, db = conv_backward_naive([[[[1.0, 10.0]]]], cache)
+    >>> dx, dw, db
+    (array([[[[-1., -9., 10.]]]]), array([[[[21., 42.]]]]), array([11.]))
+    """
+    x, w, g = cache
+    dout = _upstream(dout, (len(x), len(w), *g.output))
+    padded = pad(x, g.padding)
+    dpadded, dw = np.zeros_like(padded), np.zeros_like(w)
+    for (n, f, i, j), gradient in np.ndenumerate(dout):
+        rows, columns = _window(g, i, j)
+        dpadded[n, :, rows, columns] += gradient * w[f]
+        dw[f] += gradient * padded[n, :, rows, columns]
+    return unpad(dpadded, g.padding), dw, dout.sum(axis=(0, 2, 3))
+
+
+def max_pool_forward_naive(x: Any, pool_param: dict[str, int]) -> tuple[np.ndarray, Any]:
+    """Max pooling, one output at a time: the largest number in a window of a channel. NaN wins, as in NumPy's max.
+
+    For speed take `normext.cs231n.fast_layers.max_pool_forward_fast`.
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, H, W)
+    pool_param : dict
+        ``pool_height`` and ``pool_width``, the size of a window, and ``stride``, the steps from one window to the next:
+        a stride below the size makes them overlap. All are required.
+
+    Returns
+    -------
+    out : ndarray, shape (N, C, 1 + (H - pool_height) / stride, 1 + (W - pool_width) / stride)
+    cache : opaque
+        For `max_pool_backward_naive`.
+
+    Raises
+    ------
+    ValueError
+        If x does not have four axes, or the last window does not end where the image does.
+    TypeError
+        If x does not hold real numbers.
+
+    Examples
+    --------
+    >>> out, cache = max_pool_forward_naive([[[[1.0, 2.0, 2.0]]]], {"pool_height": 1, "pool_width": 2, "stride": 1})
+    >>> out
+    array([[[[2., 2.]]]])
+    """
+    x = _images(x, "x")
+    kernel = pool_param["pool_height"], pool_param["pool_width"]
+    g = exact_windows(x.shape[2:], kernel, pool_param["stride"], 0)
+    out = np.empty((*x.shape[:2], *g.output), x.dtype)
+    for n, c, i, j in np.ndindex(out.shape):
+        rows, columns = _window(g, i, j)
+        out[n, c, i, j] = x[n, c, rows, columns].max()
+    return out, (x, g)
+
+
+def max_pool_backward_naive(dout: Any, cache: Any) -> np.ndarray:
+    """Gradient of `max_pool_forward_naive`: a window's goes to its largest number, and of equal ones to the first.
+
+    Parameters
+    ----------
+    dout : array_like
+        In the shape of out.
+    cache : opaque
+        From `max_pool_forward_naive`.
+
+    Returns
+    -------
+    ndarray, shape (N, C, H, W)
+        dx.
+
+    Raises
+    ------
+    ValueError
+        If dout does not have the shape of out.
+
+    Examples
+    --------
+    >>> out, cache = max_pool_forward_naive([[[[1.0, 2.0, 2.0]]]], {"pool_height": 1, "pool_width": 2, "stride": 1})
+    >>> max_pool_backward_naive([[[[10.0, 5.0]]]], cache)
+    array([[[[ 0., 15.,  0.]]]])
+    """
+    x, g = cache
+    dout = _upstream(dout, (*x.shape[:2], *g.output))
+    dx = np.zeros_like(x)
+    for (n, c, i, j), gradient in np.ndenumerate(dout):
+        rows, columns = _window(g, i, j)
+        largest = np.unravel_index(x[n, c, rows, columns].argmax(), g.kernel)
+        dx[n, c, rows, columns][largest] += gradient
+    return dx
+
+
+def spatial_batchnorm_forward(x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any]) -> tuple[np.ndarray, Any]:
+    """Batch normalization of every channel of images, over all images and pixels: `normext.batch_norm` [1]_.
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, H, W)
+    gamma, beta : array_like, shape (C,)
+        Scale and shift.
+    bn_param : dict
+        As for `batchnorm_forward`; the running statistics have the shape (C,).
+
+    Returns
+    -------
+    out : ndarray, shape (N, C, H, W)
+    cache : opaque
+        For `spatial_batchnorm_backward`.
+
+    Raises
+    ------
+    ValueError
+        If the mode is neither 'train' nor 'test', or a shape does not fit. bn_param is then left as it was.
+    TypeError
+        If x does not hold real numbers.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+           Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167, section 3.2.
+
+    Examples
+    --------
+    >>> bn_param = {"mode": "train", "eps": 0.0}
+    >>> spatial_batchnorm_forward([[[[1.0, 3.0]]], [[[3.0, 1.0]]]], [1], [0], bn_param)[0].ravel()
+    array([-1.,  1.,  1., -1.])
+    """
+    return _batchnorm(_images(x, "x"), gamma, beta, bn_param)
+
+
+def spatial_batchnorm_backward(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `spatial_batchnorm_forward`, compiled: `normext.batch_norm_backward`.
+
+    Parameters
+    ----------
+    dout : array_like, shape (N, C, H, W)
+    cache : opaque
+        From `spatial_batchnorm_forward`.
+
+    Returns
+    -------
+    dx : ndarray, shape (N, C, H, W)
+    dgamma, dbeta : ndarray, shape (C,)
+
+    Raises
+    ------
+    ValueError
+        If dout does not have the shape of out.
+
+    Examples
+    --------
+    >>> out, cache = spatial_batchnorm_forward([[[[1.0, 3.0]]]], [1], [0], {"mode": "train"})
+    >>> dx, dgamma, dbeta = spatial_batchnorm_backward([[[[1.0, 2.0]]]], cache)
+    >>> dbeta
+    array([3.])
+    """
+    return batch_norm_backward(_upstream(dout, cache.x.shape), cache)
+
+
+def spatial_groupnorm_forward(
+    x: Any, gamma: Any, beta: Any, G: int, gn_param: dict[str, Any]
+) -> tuple[np.ndarray, Any]:
+    """Normalization of every image's channels in G groups, in training and test alike: `normext.group_norm` [1]_.
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, H, W)
+    gamma, beta : array_like, shape (1, C, 1, 1)
+        Scale and shift of every channel.
+    G : int
+        Number of groups; it divides C.
+    gn_param : dict
+        ``eps``, added to the variance, default 1e-5. Anything else in it is left alone.
+
+    Returns
+    -------
+    out : ndarray, shape (N, C, H, W)
+    cache : opaque
+        For `spatial_groupnorm_backward`.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit, or G does not divide C.
+    TypeError
+        If x does not hold real numbers.
+
+    References
+    ----------
+    .. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494, section 3.
+
+    Examples
+    --------
+    >>> x, one = np.array([1.0, 3.0, 10.0, 30.0]).reshape(1, 4, 1, 1), np.ones((1, 4, 1, 1))
+    >>> spatial_groupnorm_forward(x, one, 0 * one, 2, {"eps": 0.0})[0].ravel()
+    array([-1.,  1., -1.,  1.])
+    """
+    x = _images(x, "x")
+    per_channel = (1, x.shape[1], 1, 1)
+    for name, values in (("gamma", gamma), ("beta", beta)):
+        if np.shape(values) != per_channel:
+            raise ValueError(f"{name} must have the shape (1, C, 1, 1) = {per_channel}, got {np.shape(values)}")
+    return group_norm(x, G, np.ravel(gamma), np.ravel(beta), eps=gn_param.get("eps", 1e-5))
+
+
+def spatial_groupnorm_backward(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `spatial_groupnorm_forward`, compiled: `normext.group_norm_backward`.
+
+    Parameters
+    ----------
+    dout : array_like, shape (N, C, H, W)
+    cache : opaque
+        From `spatial_groupnorm_forward`.
+
+    Returns
+    -------
+    dx : ndarray, shape (N, C, H, W)
+    dgamma, dbeta : ndarray, shape (1, C, 1, 1)
+
+    Raises
+    ------
+    ValueError
+        If dout does not have the shape of out.
+
+    Examples
+    --------
+    >>> x, one = np.array([1.0, 3.0, 10.0, 30.0]).reshape(1, 4, 1, 1), np.ones((1, 4, 1, 1))
+    >>> out, cache = spatial_groupnorm_forward(x, one, 0 * one, 2, {})
+    >>> dx, dgamma, dbeta = spatial_groupnorm_backward(x, cache)
+    >>> dbeta.shape
+    (1, 4, 1, 1)
+    """
+    dx, dgamma, dbeta = group_norm_backward(_upstream(dout, cache.x.shape), cache)
+    return dx, dgamma.reshape(1, -1, 1, 1), dbeta.reshape(1, -1, 1, 1)
+
+
 def _floats(values, name):
     """An array of floats: whole numbers become float64, as in NumPy's own arithmetic."""
     values = np.asarray(values)
@@ -560,6 +878,13 @@ def _matrix(values, name):
     return values
 
 
+def _images(values, name):
+    values = _floats(values, name)
+    if values.ndim != 4:
+        raise ValueError(f"{name} must have four axes (N, C, H, W), got shape {values.shape}")
+    return values
+
+
 def _rows(x):
     # Not reshape(N, -1): that has no answer when there are no rows.
     return x.reshape(len(x), math.prod(x.shape[1:]))
@@ -573,6 +898,26 @@ def _upstream(dout, shape):
     return dout
 
 
+def _batchnorm(x, gamma, beta, bn_param):
+    """`normext.batch_norm` of every channel, axis 1 of x, as `batchnorm_forward` describes it."""
+    mode = bn_param.get("mode")
+    if mode not in ("train", "test"):
+        raise ValueError(f'Invalid forward batchnorm mode "{mode}"')
+    running_mean, running_var = (_running(bn_param, key, x) for key in ("running_mean", "running_var"))
+    out, cache = batch_norm(
+        x,
+        gamma,
+        beta,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=mode == "train",
+        momentum=bn_param.get("momentum", 0.9),
+        eps=bn_param.get("eps", 1e-5),
+    )
+    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
+    return out, cache
+
+
 def _running(bn_param, key, x):
     """The running statistic under `key` in a new array, at least as precise as x; zeros where there is none yet."""
     given = bn_param.get(key)
@@ -580,6 +925,12 @@ def _running(bn_param, key, x):
         return np.zeros(x.shape[1], x.dtype)
     given = np.asarray(given)
     return given.astype(np.result_type(given, x))
+
+
+def _window(g, i, j):
+    """Rows and columns of the window that is i-th from the top and j-th from the left."""
+    top, left = i * g.stride[0], j * g.stride[1]
+    return slice(top, top + g.kernel[0]), slice(left, left + g.kernel[1])
 
 
 def _scores_and_labels(x, y):

@@ -5,6 +5,7 @@ module of its own and a line in `STUDIES`.
 """
 
 from normext.studies.batch_size import BatchSize
+from normext.studies.convnet import ConvNet
 from normext.studies.deep import Deep
 from normext.studies.layer_width import LayerWidth
 from normext.studies.study import Study
@@ -18,4 +19,5 @@ STUDIES: dict[str, tuple[Study, ...]] = {
     "weight-scale": (WeightScale(),),
     "batch-size": (BatchSize("batch"), BatchSize("layer")),
     "layer-width": (LayerWidth(),),
+    "convnet": (ConvNet(),),
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normext.studies.plots import NORM_STYLES, panels
-from normext.studies.report_text import listed, percent, points, setup, table
+from normext.studies.report_text import late, listed, percent, points, setup, table
 from normext.studies.study import Result, Study
 from normext.studies.training import NORM_NAMES, Training
 
@@ -84,8 +84,8 @@ class BatchSize(Study):
                 f"{NORM_NAMES[norm]}, batches of {size}",
                 percent(np.mean([max(history.train_acc_history) for _, history in group])),
                 percent(np.mean([max(history.val_acc_history) for _, history in group])),
-                percent(np.mean(_late(group))),
-                f"{100 * np.std(_late(group), ddof=1):.1f}",
+                percent(np.mean(late(group))),
+                f"{100 * np.std(late(group), ddof=1):.1f}",
             ]
             for (norm, size), group in groups.items()
         ]
@@ -98,7 +98,7 @@ class BatchSize(Study):
             f"validation images and by {100 * train_change:+.1f} ± {points(train_error)} on the training images "
             "(standard error over the seeds). A change on the validation images counts here if it is more than two "
             f"standard errors. Without normalization, in batches of {SIZES[0]}, it is "
-            f"{percent(np.mean(_late(groups[None, SIZES[0]])))} on these."
+            f"{percent(np.mean(late(groups[None, SIZES[0]])))} on these."
         )
         verdict = self._batch_verdict if self.normalization == "batchnorm" else self._layer_verdict
         return "\n\n".join(
@@ -146,14 +146,9 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str | None, int], list[Resu
     return groups
 
 
-def _late(group: list[Result], name: str = "val_acc_history") -> list[float]:
-    """The accuracy over the second half of the epochs, of each seed."""
-    return [float(np.mean(getattr(history, name)[-((of.epochs + 1) // 2) :])) for of, history in group]
-
-
 def _change(groups: dict[tuple[str | None, int], list[Result]], norm: str, name: str) -> tuple[float, float]:
     """The change of the late accuracy from the smallest to the largest batches, and its standard error."""
-    small, large = (_late(groups[norm, size], name) for size in (SIZES[0], SIZES[-1]))
+    small, large = (late(groups[norm, size], name) for size in (SIZES[0], SIZES[-1]))
     error = np.sqrt((np.var(large, ddof=1) + np.var(small, ddof=1)) / len(small))
     return float(np.mean(large) - np.mean(small)), float(error)
 

@@ -22,7 +22,7 @@ class Data:
     description : str
         One sentence for the reports.
     arrays : dict of ndarray
-        X_train, y_train, X_val, y_val.
+        X_train, y_train, X_val, y_val; the images have the shape (N, C, H, W).
     """
 
     name: str
@@ -70,7 +70,7 @@ def load_data(name: str, folder: Path | None = None) -> Data:
     Examples
     --------
     >>> load_data("digits").arrays["X_train"].shape
-    (1000, 64)
+    (1000, 1, 8, 8)
     """
     if name == "digits":
         if folder is not None:
@@ -97,7 +97,7 @@ def _digits() -> dict[str, np.ndarray]:
         raise ImportError("the digits need scikit-learn: pip install normext[study]") from None
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
-    images, labels = images[order] * (255 / 16), labels[order]
+    images, labels = images[order].reshape(-1, 1, 8, 8) * (255 / 16), labels[order]
     images -= images[:TRAIN_IMAGES].mean(axis=0)
     return {
         "X_train": images[:TRAIN_IMAGES],

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from normext.studies.training import NORM_NAMES, Training
+import numpy as np
 
-__all__ = ["gain", "listed", "percent", "points", "setup", "table"]
+from normext.studies.training import NORM_NAMES, History, Training
+
+__all__ = ["gain", "late", "listed", "percent", "points", "setup", "table"]
 
 
 def percent(share: float) -> str:
@@ -56,13 +58,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ruler, *rows))
 
 
-def setup(trainings: Sequence[Training]) -> str:
+def setup(trainings: Sequence[Training], net: str | None = None) -> str:
     """One sentence on what the trainings have in common and in what they differ.
 
     Parameters
     ----------
     trainings : sequence of Training
         All of a study, of one depth.
+    net : str, optional
+        What the net is. Default: its hidden layers.
 
     Returns
     -------
@@ -76,13 +80,31 @@ def setup(trainings: Sequence[Training]) -> str:
         return listed(f"{value:g}" for value in different)
 
     norms = listed(dict.fromkeys(NORM_NAMES[training.normalization] for training in trainings))
-    depth = len(trainings[0].hidden_dims)
-    widths = listed(dict.fromkeys(training.hidden_dims[0] for training in trainings))
+    if net is None:
+        depth = len(trainings[0].hidden_dims)
+        widths = listed(dict.fromkeys(training.hidden_dims[0] for training in trainings))
+        net = f"{depth} hidden layer{'s' * (depth > 1)} of {widths}, then the layer of scores"
     return (
-        f"Setup: {depth} hidden layer{'s' * (depth > 1)} of {widths}, then the layer of scores; {norms}; "
-        f"weight scale {values('weight_scale')}, batch size {values('batch_size')}, "
+        f"Setup: {net}; {norms}; weight scale {values('weight_scale')}, batch size {values('batch_size')}, "
         f"Adam with learning rate {values('learning_rate')}, {values('epochs')} epochs, seed {values('seed')}."
     )
+
+
+def late(results: Iterable[tuple[Training, History]], name: str = "val_acc_history") -> list[float]:
+    """The accuracy over the second half of the epochs, of each training.
+
+    Parameters
+    ----------
+    results : iterable of Result
+        The trainings.
+    name : str, default "val_acc_history"
+        Which accuracy: the name of a history.
+
+    Returns
+    -------
+    list of float
+    """
+    return [float(np.mean(getattr(history, name)[-((of.epochs + 1) // 2) :])) for of, history in results]
 
 
 def gain(training: Training) -> float:

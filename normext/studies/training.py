@@ -29,12 +29,15 @@ class History:
         Accuracies in 0..1 after the first iteration and after each epoch, so that the index is the epoch.
     seconds : float
         How long the training took.
+    filters : list, optional
+        The filters that a convolutional net ends with, (F, C, HH, WW) as lists of lists. None of another net.
     """
 
     loss_history: list[float]
     train_acc_history: list[float]
     val_acc_history: list[float]
     seconds: float
+    filters: list[Any] | None = None
 
     @property
     def diverged(self) -> bool:
@@ -106,11 +109,13 @@ class Training:
         )
         with np.errstate(all="ignore"):  # A training that diverges is a result, told in its history.
             solver.train()
+        weights = solver.model.params["W1"]
         return History(
             [float(loss) for loss in solver.loss_history],
             [float(accuracy) for accuracy in solver.train_acc_history],
             [float(accuracy) for accuracy in solver.val_acc_history],
             time.perf_counter() - start,
+            weights.tolist() if weights.ndim == 4 else None,
         )
 
 
@@ -134,8 +139,7 @@ def save_history(path: Path, training: Training, history: History) -> None:
     OSError
         If the file cannot be written.
     """
-    losses = [loss if math.isfinite(loss) else str(loss) for loss in history.loss_history]
-    record = {"specification": asdict(training), "history": asdict(history) | {"loss_history": losses}}
+    record = {"specification": asdict(training), "history": _strict(asdict(history))}
     write_file(path, json.dumps(record, allow_nan=False) + "\n")
 
 
@@ -160,6 +164,18 @@ def load_history(path: Path, training: Training) -> History | None:
             return None
         history = record["history"]
         curves = [[float(value) for value in history[f"{name}_history"]] for name in ("loss", "train_acc", "val_acc")]
-        return History(*curves, float(history["seconds"])) if all(curves) else None
+        filters = history["filters"]
+        if filters is not None:
+            filters = np.array(filters, np.float64).tolist()
+        return History(*curves, float(history["seconds"]), filters) if all(curves) else None
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # Truncated, or not ours.
         return None
+
+
+def _strict(value):
+    """The value with strings for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,1 +1,1 @@
-"""The assignment's networks: `fc_net` holds the fully connected ones."""
+"""The assignment's networks: `fc_net` holds the fully connected ones, `cnn` the convolutional one."""
