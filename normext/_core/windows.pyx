@@ -83,12 +83,12 @@ cdef void scatter_plane(const nx_kernels *k, const floating *column, Py_ssize_t 
 
 
 def gather(const floating[:, :, :, ::1] x, floating[:, :, ::1] cols, tuple kernel, tuple stride, tuple padding, tuple dilation,
-           tuple output, Py_ssize_t first=0, Py_ssize_t last=-1):
+           tuple output, Py_ssize_t first=0, Py_ssize_t last=-1, bint one_thread=False):
     """cols (N, C*kh*kw, windows) of x (N, C, H, W), for the windows in rows first to last of the output (-1: all)."""
     cdef Windows g = windows_of(kernel, stride, padding, dilation, output)
     cdef Py_ssize_t C = x.shape[1], H = x.shape[2], W = x.shape[3], positions = g.kh * g.kw, task, n, position, rest
     cdef Py_ssize_t tasks = x.shape[0] * C * positions
-    cdef int threads = threads_for(tasks, tasks * cols.shape[2])
+    cdef int threads = 1 if one_thread else threads_for(tasks, tasks * cols.shape[2])
     if last < 0:
         last = g.oh
     if tasks * cols.shape[2] == 0:
@@ -102,7 +102,7 @@ def gather(const floating[:, :, :, ::1] x, floating[:, :, ::1] cols, tuple kerne
 
 
 def scatter(const floating[:, :, ::1] cols, floating[:, :, :, ::1] x, tuple kernel, tuple stride, tuple padding, tuple dilation,
-            tuple output, Py_ssize_t first=0, Py_ssize_t last=-1, bint channels_first=False):
+            tuple output, Py_ssize_t first=0, Py_ssize_t last=-1, bint one_thread=False, bint channels_first=False):
     """Adds to x (N, C, H, W) the sums of the columns that each of its numbers went to; the adjoint of `gather`.
 
     cols is (N, C*kh*kw, windows), or (C*kh*kw, N, windows) with `channels_first`.
@@ -111,7 +111,7 @@ def scatter(const floating[:, :, ::1] cols, floating[:, :, :, ::1] x, tuple kern
     cdef Py_ssize_t C = x.shape[1], H = x.shape[2], W = x.shape[3], positions = g.kh * g.kw, task, n, c, position, row
     cdef Py_ssize_t tasks = x.shape[0] * C
     cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64)
-    cdef int threads = threads_for(tasks, tasks * positions * cols.shape[2])
+    cdef int threads = 1 if one_thread else threads_for(tasks, tasks * positions * cols.shape[2])
     if last < 0:
         last = g.oh
     if tasks * positions * cols.shape[2] * H * W == 0:

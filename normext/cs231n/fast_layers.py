@@ -2,7 +2,8 @@
 
 A convolution is a matrix product with the windows as columns. These are made a block at a time, small enough to be
 still in cache when the product reads them, and made again in the backward pass: extra memory is bounded by the block,
-not by the batch.
+not by the batch. One thread makes a block: the product's threads are the BLAS's, and to put one set of threads to sleep
+and wake the other for every block costs more than it saves, and very much more where other programs want the cores.
 """
 
 import math
@@ -124,7 +125,7 @@ def conv_backward_fast(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, n
             np.matmul(flat_w.T, gradient, out=dx[images].reshape(cols.shape))
         else:
             np.matmul(flat_w.T, gradient, out=cols)  # over the columns, which are done with
-            _windows.scatter(cols, dx[images], *g, rows.start, rows.stop)
+            _windows.scatter(cols, dx[images], *g, rows.start, rows.stop, one_thread=True)
     return dx, dw.reshape(w.shape), dout.sum(axis=(0, 2, 3))
 
 
@@ -252,7 +253,7 @@ def _blocks(x: np.ndarray, g: Windows) -> Iterator[tuple[slice, slice, np.ndarra
                 cols = x[image_slice].reshape(shape)
             else:
                 cols = memory[: math.prod(shape)].reshape(shape)
-                _windows.gather(x[image_slice], cols, *g, first, row_slice.stop)
+                _windows.gather(x[image_slice], cols, *g, first, row_slice.stop, one_thread=True)
             yield image_slice, row_slice, cols
 
 
