@@ -202,6 +202,8 @@ def test_convolution(rng, monkeypatch, kernel, stride, pad, dtype, block_bytes):
     dout = rng.normal(size=out.shape).astype(dtype)
     dx, dw, db = conv_backward_fast(dout, cache)
     assert dx.dtype == dw.dtype == db.dtype == dtype
+    none, *others = conv_backward_fast(dout, cache, input_gradient=False)
+    assert none is None and all(np.array_equal(a, b) for a, b in zip(others, (dw, db), strict=True))
     other_x, other_w = rng.normal(size=x.shape), rng.normal(size=w.shape)
     np.testing.assert_allclose(
         np.vdot(dx, other_x), np.vdot(dout, plain_conv(other_x, w, 0 * b, stride, pad)), rtol=limit * 100

@@ -2,7 +2,7 @@
 
 import os
 
-# GCC's OpenMP reads its settings when it is loaded, which is here. Left to itself, a thread that has nothing to do burns
+# GCC's OpenMP reads its settings when it is loaded, which is here. Left alone, a thread that has nothing to do burns
 # its core for some milliseconds in case more comes, while NumPy's BLAS, whose turn it is in a network, wants that core.
 # A tenth of a millisecond still lets calls that follow at once find the threads awake.
 _SPIN = {"GOMP_SPINCOUNT": "1000"}

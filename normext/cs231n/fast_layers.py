@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from normext._core import windows as _windows
+from normext.cs231n.im2col import exact_windows
 from normext.windows import Windows, contiguous_floats
 
 __all__ = [
@@ -72,7 +73,7 @@ def conv_forward_fast(x: Any, w: Any, b: Any, conv_param: dict[str, Any]) -> tup
         )
     dtype = np.result_type(x, w)
     x, w, b = (a.astype(dtype, copy=False) for a in (x, w, b))
-    g = _exact_windows(x.shape[2:], w.shape[2:], conv_param["stride"], conv_param["pad"])
+    g = exact_windows(x.shape[2:], w.shape[2:], conv_param["stride"], conv_param["pad"])
     F = len(w)
     out = np.empty((len(x), F, *g.output), dtype)
     flat_w, flat_out = w.reshape(F, -1), out.reshape(len(x), F, math.prod(g.output))
@@ -83,7 +84,9 @@ def conv_forward_fast(x: Any, w: Any, b: Any, conv_param: dict[str, Any]) -> tup
     return out, (x, w, g)
 
 
-def conv_backward_fast(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def conv_backward_fast(
+    dout: Any, cache: Any, *, input_gradient: bool = True
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """Gradients of `conv_forward_fast`.
 
     Parameters
@@ -91,10 +94,12 @@ def conv_backward_fast(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, n
     dout : array_like, shape (N, F, H', W')
     cache : opaque
         From `conv_forward_fast`.
+    input_gradient : bool, default True
+        False leaves dx out and gives None for it: the first layer of a network does not need it.
 
     Returns
     -------
-    dx : ndarray, shape (N, C, H, W)
+    dx : ndarray, shape (N, C, H, W), or None
     dw : ndarray, shape (F, C, HH, WW)
     db : ndarray, shape (F,)
 
@@ -117,10 +122,12 @@ def conv_backward_fast(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, n
     F = len(w)
     dout = _upstream(dout, (len(x), F, *g.output), x.dtype)
     flat_w, flat_dout = w.reshape(F, -1), dout.reshape(len(x), F, math.prod(g.output))
-    dx, dw = np.zeros_like(x), np.zeros_like(flat_w)
+    dx, dw = np.zeros_like(x) if input_gradient else None, np.zeros_like(flat_w)
     for images, rows, cols in _blocks(x, g):
         gradient = flat_dout[images, :, rows.start * g.output[1] : rows.stop * g.output[1]]
         dw += np.matmul(gradient, cols.transpose(0, 2, 1)).sum(axis=0)
+        if dx is None:
+            continue
         if _pointwise(g):
             np.matmul(flat_w.T, gradient, out=dx[images].reshape(cols.shape))
         else:
@@ -163,7 +170,7 @@ def max_pool_forward_fast(x: Any, pool_param: dict[str, Any]) -> tuple[np.ndarra
     if x.ndim != 4:
         raise ValueError(f"x must have four axes (N, C, H, W), got shape {x.shape}")
     kernel = pool_param["pool_height"], pool_param["pool_width"]
-    g = _exact_windows(x.shape[2:], kernel, pool_param["stride"], 0)
+    g = exact_windows(x.shape[2:], kernel, pool_param["stride"], 0)
     planes = x.shape[0] * x.shape[1]
     out = np.empty((*x.shape[:2], *g.output), x.dtype)
     winner = np.empty((planes, *g.output), np.uint8 if math.prod(kernel) <= 256 else np.int32)
@@ -213,18 +220,6 @@ conv_forward_im2col = conv_forward_strides = conv_forward_fast
 conv_backward_im2col = conv_backward_strides = conv_backward_fast
 max_pool_forward_im2col = max_pool_forward_reshape = max_pool_forward_fast
 max_pool_backward_im2col = max_pool_backward_reshape = max_pool_backward_fast
-
-
-def _exact_windows(size, kernel, stride, padding):
-    """Windows that leave nothing over at the end of a row or column."""
-    g = Windows.over(size, kernel, stride, padding, 1)
-    for name, n, k, s, p in zip(("height", "width"), size, g.kernel, g.stride, g.padding):
-        if (n + 2 * p - k) % s:
-            raise ValueError(
-                f"windows of {name} {k} at stride {s} do not fit the image's {name} {n} with padding {p}: "
-                f"{n} + 2 * {p} - {k} is not a multiple of {s}"
-            )
-    return g
 
 
 def _pointwise(g):

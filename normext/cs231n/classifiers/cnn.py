@@ -189,7 +189,7 @@ class ThreeLayerConvNet:
         dout = relu_backward(max_pool_backward_fast(dout, pool_cache), relu_cache)
         if self.normalization is not None:
             dout, grads["gamma1"], grads["beta1"] = self._norm_backward(dout, norm_cache)
-        _, grads["W1"], grads["b1"] = conv_backward_fast(dout, conv_cache)
+        _, grads["W1"], grads["b1"] = conv_backward_fast(dout, conv_cache, input_gradient=False)
         if self.reg:
             for name in ("W1", "W2", "W3"):
                 loss += 0.5 * self.reg * float(np.vdot(p[name], p[name]))
