@@ -630,6 +630,12 @@ cpdef Cache checked_cache(object cache, str norm):
     return cache
 
 
+cdef cnp.ndarray gradient_array(object out, Cache c, cnp.ndarray dy):
+    """Where dx goes: over dy at most, and over nothing that a backward pass still reads."""
+    inputs = () if out is None else (("x", c.x), ("gamma", c.gamma), ("cache.mean", c.mean), ("cache.rstd", c.rstd))
+    return result_array(out, c.x, dy, "dy", inputs)
+
+
 cdef cnp.ndarray upstream(object dy, cnp.ndarray x):
     """The gradient from above: in the shape of x, and in its dtype or converted to it."""
     cdef cnp.ndarray array = floating_array(dy, "dy")
@@ -692,8 +698,7 @@ def batch_norm_backward(dy, cache, *, out=None):
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
     cdef cnp.npy_intp[2] two_channels = [2, channels]
     cdef double *dots
-    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
-                                                                 ("cache.rstd", c.rstd)))
+    dx = gradient_array(out, c, dy_)
     sums = cnp.PyArray_EMPTY(2, two_channels, cnp.NPY_DOUBLE, 0)
     dots = doubles(sums) + channels
     if cnp.PyArray_SIZE(x) == 0:
@@ -786,8 +791,7 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object out):
     cdef cnp.npy_intp[2] sums_shape = [2, 1]
     cdef double *dgamma
     cdef int i
-    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
-                                                                 ("cache.rstd", c.rstd)))
+    dx = gradient_array(out, c, dy_)
     for i in range(row_ndim):
         sums_shape[1] *= row_dims[i]
     sums = cnp.PyArray_ZEROS(2, sums_shape, cnp.NPY_DOUBLE, 0)
@@ -1012,13 +1016,13 @@ cdef Operand group_operand(cnp.ndarray a, Runs shape):
     return Operand(data(a), shape.runs * shape.n, shape.n)
 
 
-cdef list image_blocks(tuple arrays):
-    """Slices along the first axis of arrays (N, C, ...): all at once if they are contiguous, else a block's worth each."""
+cdef tuple image_blocks(tuple arrays):
+    """Whether arrays (N, C, ...) can be walked as they are, and slices along their first axis: all at once then, else a block each."""
     cdef Py_ssize_t N = arrays[0].shape[0], step
     if all([is_plain(a) for a in arrays]):
-        return [slice(0, N)]
+        return True, [slice(0, N)]
     step = max(1, COPY_BLOCK * N // arrays[0].size)
-    return [slice(start, min(start + step, N)) for start in range(0, N, step)]
+    return False, [slice(start, min(start + step, N)) for start in range(0, N, step)]
 
 
 def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
@@ -1095,16 +1099,16 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
     mean, rstd = empty(2, statistics_shape, cnp.NPY_DOUBLE), empty(2, statistics_shape, cnp.NPY_DOUBLE)
     if cnp.PyArray_SIZE(x_) != 0:
         x_view, y_view = np.moveaxis(x_, axis_, 1), np.moveaxis(y, axis_, 1)
-        pieces = image_blocks((x_view, y_view))
+        plain, pieces = image_blocks((x_view, y_view))
         for piece in pieces:
             x_block, y_block = x_view, y_view
-            if len(pieces) > 1 or not is_plain(x_view) or not is_plain(y_view):
+            if not plain:
                 x_block = block_copy(x_view, (piece,))
                 y_block = np.empty_like(x_block)
             shape = channel_groups(x_block, groups)
             normalize_runs(kernels_of(x_), shape, group_operand(x_block, shape), group_operand(y_block, shape), data(gamma_),
                            data(beta_), PER_RUN, CENTRED, eps_, doubles(mean[piece]), doubles(rstd[piece]), NULL)
-            if y_block is not y_view:
+            if not plain:
                 y_view[piece] = y_block
     return y, new_cache("group_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
 
@@ -1151,23 +1155,22 @@ def group_norm_backward(dy, cache, *, out=None):
     cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums, x_view, dy_view, dx_view, x_block, dy_block, dx_block
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
     cdef Runs shape
-    dx = result_array(out, x, dy_, "dy", () if out is None else (("x", x), ("gamma", c.gamma), ("cache.mean", c.mean),
-                                                                 ("cache.rstd", c.rstd)))
+    dx = gradient_array(out, c, dy_)
     # sum(dy) and sum(dy * (x - mean)) of every channel of every example.
     sums = np.empty((2, x.shape[0], channels))
     if cnp.PyArray_SIZE(x) != 0:
         x_view, dy_view, dx_view = (np.moveaxis(a, c.axis, 1) for a in (x, dy_, dx))
-        pieces = image_blocks((x_view, dy_view, dx_view))
+        plain, pieces = image_blocks((x_view, dy_view, dx_view))
         for piece in pieces:
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
-            if len(pieces) > 1 or not all([is_plain(a) for a in (x_view, dy_view, dx_view)]):
+            if not plain:
                 x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
                 dx_block = np.empty_like(x_block)
             shape = channel_groups(x_block, c.mean.shape[1])
             grouped_backward(kernels_of(x), shape, group_operand(x_block, shape), group_operand(dy_block, shape),
                              group_operand(dx_block, shape), data(c.gamma), doubles(c.mean[piece]), doubles(c.rstd[piece]),
                              doubles(sums[0][piece]), doubles(sums[1][piece]))
-            if dx_block is not dx_view:
+            if not plain:
                 dx_view[piece] = dx_block
     dot = (sums[1] * np.repeat(c.rstd, channels // c.mean.shape[1], axis=1)).sum(axis=0)
     dtype = np.float64 if computing_type(x) == cnp.NPY_DOUBLE else np.float32

@@ -44,7 +44,6 @@ cdef extern from "kernels.h" nogil:
     enum:
         NX_FLOAT32
         NX_FLOAT64
-        NX_TYPES
 
     ctypedef struct nx_isa:
         const char *name
