@@ -23,9 +23,9 @@ C_FILES = sorted(str(path) for path in Path("src_c").iterdir())
 # Instruction set -> what the compiler must be told: GCC and clang, MSVC.
 VARIANTS = {"baseline": ([], [])}
 if X86_64:
-    VARIANTS["avx2"] = (["-mavx2", "-mfma"], ["/arch:AVX2"])
+    VARIANTS["avx2"] = (["-mavx2", "-mfma", "-mf16c"], ["/arch:AVX2"])
     VARIANTS["avx512"] = (
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mbmi2"],
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mbmi2"],
         ["/arch:AVX512"],
     )
 

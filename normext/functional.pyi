@@ -1,4 +1,4 @@
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +36,8 @@ class Cache:
     def eps(self) -> float: ...
     @property
     def training(self) -> bool: ...
+    @property
+    def activation(self) -> Literal["relu"] | None: ...
 
 def checked_cache(cache: Cache, norm: str) -> Cache: ...
 def batch_norm(
@@ -49,9 +51,11 @@ def batch_norm(
     momentum: float = 0.9,
     eps: float = 1e-5,
     axis: int = 1,
+    activation: Literal["relu"] | None = None,
     out: _Floats | None = None,
 ) -> tuple[_Floats, Cache]: ...
 def batch_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...
+@overload
 def layer_norm(
     x: ArrayLike,
     gamma: ArrayLike | None = None,
@@ -59,9 +63,23 @@ def layer_norm(
     *,
     axis: int = -1,
     eps: float = 1e-5,
+    residual: None = None,
     out: _Floats | None = None,
 ) -> tuple[_Floats, Cache]: ...
-def layer_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...
+@overload
+def layer_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    residual: ArrayLike,
+    out: _Floats | None = None,
+) -> tuple[_Floats, _Floats, Cache]: ...
+def layer_norm_backward(
+    dy: ArrayLike, cache: Cache, *, dsum: ArrayLike | None = None, out: _Floats | None = None
+) -> _Gradients: ...
 def group_norm(
     x: ArrayLike,
     num_groups: SupportsIndex,
@@ -73,15 +91,29 @@ def group_norm(
     out: _Floats | None = None,
 ) -> tuple[_Floats, Cache]: ...
 def group_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> _Gradients: ...
+@overload
 def rms_norm(
     x: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
     axis: int = -1,
     eps: float = 1e-6,
+    residual: None = None,
     out: _Floats | None = None,
 ) -> tuple[_Floats, Cache]: ...
-def rms_norm_backward(dy: ArrayLike, cache: Cache, *, out: _Floats | None = None) -> tuple[_Floats, _Floats | None]: ...
+@overload
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-6,
+    residual: ArrayLike,
+    out: _Floats | None = None,
+) -> tuple[_Floats, _Floats, Cache]: ...
+def rms_norm_backward(
+    dy: ArrayLike, cache: Cache, *, dsum: ArrayLike | None = None, out: _Floats | None = None
+) -> tuple[_Floats, _Floats | None]: ...
 def instance_norm(
     x: ArrayLike,
     gamma: ArrayLike | None = None,

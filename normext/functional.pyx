@@ -2,6 +2,10 @@
 
 Arrays whose memory the loops can walk are used where they lie. Others (strided along the innermost axis, byte-swapped, unaligned)
 are copied a block at a time.
+
+What a call fuses with the norm is named by an argument of the forward pass, and saves a pass of its own through memory both ways:
+``activation='relu'`` of batch norm, whose backward pass finds the mask again from x, and ``residual=r`` of layer and RMS norm, which
+return the sum ``x + r`` too and take its own gradient as `dsum`.
 """
 
 from libc.math cimport isfinite
@@ -9,8 +13,14 @@ cimport numpy as cnp
 
 import numpy as np
 
-from normext._core.columns cimport columns_backward, normalize_columns
-from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, Operand, inverse_std, nx_kernels
+from normext._core.columns cimport (
+    ColumnGroups,
+    column_groups_backward,
+    columns_backward,
+    normalize_column_groups,
+    normalize_columns,
+)
+from normext._core.kernels cimport NX_BFLOAT16, NX_FLOAT16, NX_FLOAT32, NX_FLOAT64, Operand, inverse_std, nx_kernels
 from normext._core.runs cimport (
     ABOUT_ZERO,
     ALONG_RUN,
@@ -23,6 +33,7 @@ from normext._core.runs cimport (
     grouped_backward,
     layer_backward,
     normalize_runs,
+    normalize_sums,
     runs_backward,
 )
 from normext._core.runtime cimport kernels_for
@@ -52,7 +63,7 @@ cdef class Cache:
     Attributes
     ----------
     x, gamma, beta : ndarray
-        The arguments; gamma and beta in the dtype of x, or None.
+        The arguments; gamma and beta in the dtype of x (float32 if that has 16 bits), or None. With a residual, x is the sum.
     mean, rstd : ndarray of float64
         Mean and ``1 / sqrt(variance + eps)`` of each channel (batch norm) or row (layer norm).
     axis : int
@@ -60,37 +71,47 @@ cdef class Cache:
     eps : float
     training : bool
         Whether the statistics are those of x and depend on it.
+    activation : {'relu', None}
+        What followed the norm in the same call.
     """
 
     cdef readonly cnp.ndarray x, gamma, beta, mean, rstd
     cdef readonly int axis
     cdef readonly double eps
     cdef readonly bint training
+    cdef readonly str activation
     cdef str norm
     cdef bint in_place
 
 
 cdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd, int axis,
-                     double eps, bint training, bint in_place):
+                     double eps, bint training, bint in_place, str activation=None):
     cdef Cache cache = Cache.__new__(Cache)
     cache.norm = norm
     cache.x, cache.gamma, cache.beta, cache.mean, cache.rstd = x, gamma, beta, mean, rstd
-    cache.axis, cache.eps, cache.training, cache.in_place = axis, eps, training, in_place
+    cache.axis, cache.eps, cache.training, cache.in_place, cache.activation = axis, eps, training, in_place, activation
     return cache
 
 
 # Arguments -------------------------------------------------------------------------------------------------------------------
 
 
+cdef int bfloat16 = -1  # its type number, once ml_dtypes has given it one and an array of it came by
+
+
 cdef cnp.ndarray floating_array(object a, str name):
     """a as an array of floats, of any strides and byte order: itself if it is one, integers as float64."""
+    global bfloat16
     cdef cnp.ndarray array
     if not cnp.PyArray_CheckExact(a):
         a = np.asarray(a)
     array = a
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
         return array
-    if array.dtype.name in ("float16", "bfloat16"):
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16:
+        return array
+    if array.dtype.name == "bfloat16":
+        bfloat16 = cnp.PyArray_TYPE(array)
         return array
     if array.dtype.kind in "iub":
         return array.astype(np.float64)
@@ -99,18 +120,18 @@ cdef cnp.ndarray floating_array(object a, str name):
     )
 
 
-cdef inline bint is_wide(cnp.ndarray x) noexcept:
-    """Whether x is of float32 or float64, which the kernels compute in; 16-bit floats are converted a block at a time."""
-    return cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE
-
-
 cdef inline int computing_type(cnp.ndarray x) noexcept:
+    """The type that x is computed in: its own, or float32 if that has 16 bits."""
     return cnp.NPY_DOUBLE if cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE else cnp.NPY_FLOAT
 
 
+cdef object computing_dtype(cnp.ndarray x):
+    return np.float64 if computing_type(x) == cnp.NPY_DOUBLE else np.float32
+
+
 cdef inline bint is_plain(cnp.ndarray x) noexcept:
-    """Contiguous, aligned, native, and of a type that the kernels compute in."""
-    return is_wide(x) and cnp.PyArray_ISCARRAY_RO(x)
+    """Contiguous, aligned and native."""
+    return cnp.PyArray_ISCARRAY_RO(x)
 
 
 cdef int checked_axis(object axis, int ndim) except -1:
@@ -130,6 +151,13 @@ cdef bint checked_bool(object value, str name) except -1:
     if isinstance(value, (np.bool_, int)) and value in (0, 1):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+cdef bint checked_activation(object activation) except -1:
+    """Whether it is a relu."""
+    if activation is not None and activation != "relu":
+        raise ValueError(f"activation must be 'relu' or None, got {activation!r}")
+    return activation is not None
 
 
 cdef double checked_number(object value, str name, double low, double high) except? -1:
@@ -168,7 +196,7 @@ cdef cnp.ndarray parameter(object p, str name, cnp.ndarray x, int ndim, const cn
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
         if same_dims(array, ndim, dims):
-            p = np.array(array, np.float64 if computing_type(x) == cnp.NPY_DOUBLE else np.float32, order="C")
+            p = np.array(array, computing_dtype(x), order="C")
         else:
             p = array
     array = p
@@ -253,7 +281,12 @@ cdef inline double *doubles(cnp.ndarray a) noexcept:
 
 
 cdef inline const nx_kernels *kernels_of(cnp.ndarray x) noexcept:
-    return kernels_for(NX_FLOAT64 if computing_type(x) == cnp.NPY_DOUBLE else NX_FLOAT32)
+    cdef int type_number = cnp.PyArray_TYPE(x)
+    if type_number == cnp.NPY_FLOAT:
+        return kernels_for(NX_FLOAT32)
+    if type_number == cnp.NPY_DOUBLE:
+        return kernels_for(NX_FLOAT64)
+    return kernels_for(NX_FLOAT16 if type_number == cnp.NPY_FLOAT16 else NX_BFLOAT16)
 
 
 cdef inline cnp.ndarray empty(int ndim, const cnp.npy_intp *dims, int type_number):
@@ -300,8 +333,8 @@ cdef list merge_axes(tuple arrays, axes):
 
 
 cdef bint walkable(tuple arrays):
-    """Native byte order, aligned, of a type that the kernels compute in, and strides that are whole elements."""
-    return all([is_wide(a) and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> a) and all([s % a.itemsize == 0 for s in a.strides]) for a in arrays])
+    """Native byte order, aligned, and strides that are whole elements."""
+    return all([cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> a) and all([s % a.itemsize == 0 for s in a.strides]) for a in arrays])
 
 
 cdef bint batch_layout(tuple arrays, int axis, BatchLayout *layout) except -1:
@@ -345,7 +378,7 @@ cdef bint batch_layout(tuple arrays, int axis, BatchLayout *layout) except -1:
 
 
 cdef bint row_layout(tuple arrays, int axis, Runs *shape, Operand *operands) except -1:
-    """Layer norm's view of up to three arrays of one shape, (row, contiguous run); False where there is none."""
+    """Layer norm's view of up to four arrays of one shape, (row, contiguous run); False where there is none."""
     cdef cnp.ndarray a, first = arrays[0]
     cdef Py_ssize_t i
     cdef bint contiguous = True
@@ -394,35 +427,36 @@ def blocks(tuple shape, axes):
 
 
 cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index):
-    """A block as the kernels want it: contiguous, native, of a type that they compute in."""
-    return np.array(a[index], dtype=np.float64 if computing_type(a) == cnp.NPY_DOUBLE else np.float32, order="C")
+    """A block as the kernels want it: contiguous and native, and in the type that it is computed in."""
+    return np.array(a[index], dtype=computing_dtype(a), order="C")
 
 
 # Batch norm ------------------------------------------------------------------------------------------------------------------
 
 
-cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, double eps,
+cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, double eps, bint relu,
                        double *mean, double *rstd, double *var) except -1:
     """Operands x, y, in either geometry."""
     if layout.columns:
         return normalize_columns(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
-                                 data(beta), training, eps, mean, rstd, var)
+                                 data(beta), training, eps, relu, mean, rstd, var)
     return normalize_runs(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
-                          data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN, eps, mean, rstd, var)
+                          data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN, eps, relu, mean, rstd, var)
 
 
-cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, bint training, bint given, double count,
-                        const double *mean, const double *rstd, double *sums, double *dots) except -1:
+cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, bint relu, bint given,
+                        double count, const double *mean, const double *rstd, double *sums, double *dots) except -1:
     """Operands x, dy, dx, in either geometry."""
     if layout.columns:
         return columns_backward(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1],
-                                layout.operands[2], data(gamma), training, given, count, mean, rstd, sums, dots)
+                                layout.operands[2], data(gamma), data(beta), training, relu, given, count, mean, rstd, sums, dots)
     return runs_backward(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
-                         layout.operands[2], data(gamma), PER_GROUP, CENTRED if training else GIVEN, given, count, mean, rstd, sums, dots)
+                         Operand(NULL, 0, 0), layout.operands[2], data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN,
+                         relu, given, count, mean, rstd, sums, dots)
 
 
 cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
-                                 double eps, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var) except -1:
+                                 double eps, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var) except -1:
     """batch_forward for arrays that have no layout."""
     cdef BatchLayout layout
     cdef cnp.ndarray x_block, y_block, block_mean, block_rstd, block_var
@@ -433,7 +467,7 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
             block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
             batch_layout((x_block,), axis, &layout)
             layout.operands[1].data = NULL
-            batch_forward(&layout, x_block, None, None, True, eps, doubles(block_mean), doubles(block_rstd), doubles(block_var))
+            batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd), doubles(block_var))
             # The merge of kernels.h, for all channels of the block at once.
             channels, n = index[axis], x_block.size // x_block.shape[axis]
             total, delta = count[channels] + n, block_mean - mean[channels]
@@ -451,16 +485,17 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         channels = index[axis]
         batch_layout((x_block, y_block), axis, &layout)
         batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
-                      eps, doubles(mean[channels]), doubles(rstd[channels]), NULL)
+                      eps, relu, doubles(mean[channels]), doubles(rstd[channels]), NULL)
         y[index] = y_block
     return 0
 
 
-cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, bint training,
-                                  cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray sums, cnp.ndarray dots) except -1:
+cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta,
+                                  bint training, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray sums,
+                                  cnp.ndarray dots) except -1:
     """batch_backward for arrays that have no layout: all sums first, then dx."""
     cdef BatchLayout layout
-    cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots, channel_gamma
+    cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots
     cdef double count = x.size // x.shape[axis]
     cdef bint given
     sums[:] = dots[:] = 0
@@ -470,12 +505,12 @@ cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
             dx_block = np.empty_like(x_block)
             channels = index[axis]
             block_sums, block_dots = (sums[channels], dots[channels]) if given else np.empty((2, x_block.shape[axis]))
-            channel_gamma = None if gamma is None else gamma[channels]
             batch_layout((x_block, dy_block, dx_block), axis, &layout)
             if not given:
                 layout.operands[2].data = NULL
-            batch_backward(&layout, x_block, channel_gamma, training, given, count, doubles(mean[channels]),
-                           doubles(rstd[channels]), doubles(block_sums), doubles(block_dots))
+            batch_backward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels],
+                           training, relu, given, count, doubles(mean[channels]), doubles(rstd[channels]), doubles(block_sums),
+                           doubles(block_dots))
             if given:
                 dx[index] = dx_block
             else:
@@ -501,7 +536,7 @@ cdef int update_running(cnp.ndarray running, cnp.ndarray batch, double momentum)
 
 
 def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None, training=True, momentum=0.9, eps=1e-5, axis=1,
-               out=None):
+               activation=None, out=None):
     """Normalize each channel of x over the batch: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
 
     Algorithm 1 of [1]_. In training, mean and (biased) variance are those of the batch, taken for each channel over all other axes;
@@ -526,6 +561,10 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
         Added to the variance. Not negative.
     axis : int, default 1
         The channel axis.
+    activation : {'relu', None}, default None
+        With 'relu', what is returned is ``maximum(y, 0)``, and the backward pass goes through both. It is done where the numbers are
+        in registers: a relu of its own would read and write all of y once more, and its backward pass dy, dx and a mask. No mask is
+        kept; the backward pass finds it again from x.
     out : ndarray, optional
         Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
         pass is refused, as x is gone.
@@ -544,8 +583,8 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
         If a dtype is not one of the above, or training is not a bool.
     ValueError
         If a shape does not fit, in training there is nothing to take a mean of, in evaluation a running statistic is missing, a
-        running statistic that is to be updated or `out` is read-only, `out` overlaps an argument other than as said, or momentum or
-        eps is out of range. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+        running statistic that is to be updated or `out` is read-only, `out` overlaps an argument other than as said, momentum or eps
+        is out of range, or the activation is unknown. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
 
     See Also
     --------
@@ -586,6 +625,7 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     cdef double momentum_ = checked_number(momentum, "momentum", 0, 1), eps_ = checked_number(eps, "eps", 0, 1e300)
     cdef cnp.ndarray running_mean_ = running_statistic(running_mean, "running_mean", channels, training_)
     cdef cnp.ndarray running_var_ = running_statistic(running_var, "running_var", channels, training_)
+    cdef bint relu = checked_activation(activation)
     cdef Py_ssize_t i
     if channels == 0:
         raise ValueError(f"x has no channels: shape {np.shape(x_)}, axis {axis_}")
@@ -610,14 +650,15 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     if cnp.PyArray_SIZE(x_) == 0:
         pass
     elif batch_layout((x_, y), axis_, &layout):
-        batch_forward(&layout, x_, gamma_, beta_, training_, eps_, doubles(mean), doubles(rstd), doubles(var))
+        batch_forward(&layout, x_, gamma_, beta_, training_, eps_, relu, doubles(mean), doubles(rstd), doubles(var))
     else:
-        batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, mean, rstd, var)
+        batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, relu, mean, rstd, var)
     if training_ and running_mean_ is not None:
         update_running(running_mean_, mean, momentum_)
     if training_ and running_var_ is not None:
         update_running(running_var_, var, momentum_)
-    return y, new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_))
+    return y, new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_),
+                        activation)
 
 
 cpdef Cache checked_cache(object cache, str norm):
@@ -630,17 +671,19 @@ cpdef Cache checked_cache(object cache, str norm):
     return cache
 
 
-cdef cnp.ndarray gradient_array(object out, Cache c, cnp.ndarray dy):
+cdef cnp.ndarray gradient_array(object out, Cache c, cnp.ndarray dy, cnp.ndarray dsum=None):
     """Where dx goes: over dy at most, and over nothing that a backward pass still reads."""
-    inputs = () if out is None else (("x", c.x), ("gamma", c.gamma), ("cache.mean", c.mean), ("cache.rstd", c.rstd))
+    cdef tuple inputs = ()
+    if out is not None:
+        inputs = (("x", c.x), ("gamma", c.gamma), ("beta", c.beta), ("cache.mean", c.mean), ("cache.rstd", c.rstd), ("dsum", dsum))
     return result_array(out, c.x, dy, "dy", inputs)
 
 
-cdef cnp.ndarray upstream(object dy, cnp.ndarray x):
-    """The gradient from above: in the shape of x, and in its dtype or converted to it."""
-    cdef cnp.ndarray array = floating_array(dy, "dy")
+cdef cnp.ndarray like_x(object a, str name, cnp.ndarray x):
+    """An array that must have the shape of x, in the dtype of x or converted to it."""
+    cdef cnp.ndarray array = floating_array(a, name)
     if not same_dims(array, cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x)):
-        raise ValueError(f"dy must have the shape of x, {np.shape(x)}, got {np.shape(array)}")
+        raise ValueError(f"{name} must have the shape of x, {np.shape(x)}, got {np.shape(array)}")
     if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
         array = array.astype(x.dtype.newbyteorder("="))
     return array
@@ -651,7 +694,7 @@ def batch_norm_backward(dy, cache, *, out=None):
 
     In training, with ``xhat = (x - mean) * rstd`` and m numbers in a channel ([1]_, section 3, simplified):
     ``dx = gamma * rstd * (dy - sum(dy) / m - xhat * sum(dy * xhat) / m)``. In evaluation the statistics are constants and
-    ``dx = gamma * rstd * dy``.
+    ``dx = gamma * rstd * dy``. After ``activation='relu'``, dy counts as 0 where y was not above 0.
 
     Parameters
     ----------
@@ -694,7 +737,7 @@ def batch_norm_backward(dy, cache, *, out=None):
     """
     cdef Cache c = checked_cache(cache, "batch_norm")
     cdef BatchLayout layout
-    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums
+    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dx, sums
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
     cdef cnp.npy_intp[2] two_channels = [2, channels]
     cdef double *dots
@@ -704,10 +747,11 @@ def batch_norm_backward(dy, cache, *, out=None):
     if cnp.PyArray_SIZE(x) == 0:
         sums[...] = 0
     elif batch_layout((x, dy_, dx), c.axis, &layout):
-        batch_backward(&layout, x, c.gamma, c.training, False, <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean),
-                       doubles(c.rstd), doubles(sums), dots)
+        batch_backward(&layout, x, c.gamma, c.beta, c.training, c.activation is not None, False,
+                       <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean), doubles(c.rstd), doubles(sums), dots)
     else:
-        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.training, c.mean, c.rstd, sums[0], sums[1])
+        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd,
+                                 sums[0], sums[1])
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, x),
@@ -729,14 +773,14 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         y_block = np.empty_like(x_block)
         block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
-        normalize_runs(kernels_of(x), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps,
+        normalize_runs(kernels_of(x_block), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps, False,
                        doubles(block_mean), doubles(block_rstd), NULL)
         y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
     return 0
 
 
 cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma,
-                                  Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, double *dbeta,
+                                  Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray dsum, double *dbeta,
                                   double *dgamma) except -1:
     cdef Runs shape
     cdef Operand[3] operands
@@ -745,19 +789,19 @@ cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
         x_block, dy_block = block_copy(x, index), block_copy(dy, index)
         dx_block = np.empty_like(x_block)
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
-        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(gamma), statistics,
+        layer_backward(kernels_of(x_block), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2], data(gamma), statistics,
                        doubles(np.ascontiguousarray(mean[index[:axis]])), doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta,
                        dgamma)
-        dx[index] = dx_block
+        dx[index] = dx_block if dsum is None else dx_block + block_copy(dsum, index)
     return 0
 
 
-cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object axis, object eps, object out):
-    """Layer norm and RMS norm: arguments, result and cache."""
+cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object axis, object eps, object residual, object out):
+    """Layer norm and RMS norm: arguments, result and cache; with a residual, the sum before the cache."""
     cdef Statistics statistics = CENTRED if norm == "layer_norm" else ABOUT_ZERO
     cdef Runs shape
-    cdef Operand[2] operands
-    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
+    cdef Operand[4] operands
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, residual_ = None, total = x_
     cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_)), row_ndim = cnp.PyArray_NDIM(x_) - axis_
     cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x_) + axis_
     cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, row_ndim, row_dims)
@@ -767,42 +811,56 @@ cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object 
     for i in range(row_ndim):
         if row_dims[i] == 0:
             raise ValueError(f"x has rows without numbers: shape {np.shape(x_)}, axis {axis_}")
-    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
+    if residual is not None:
+        residual_ = like_x(residual, "residual", x_)
+    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_), ("residual", residual_)))
     mean, rstd = empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE), empty(axis_, cnp.PyArray_DIMS(x_), cnp.NPY_DOUBLE)
+    if residual_ is not None:
+        total = result_array(None, x_, x_, "x", ())
     if cnp.PyArray_SIZE(x_) == 0:
         pass
-    elif row_layout((x_, y), axis_, &shape, operands):
-        normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, statistics, eps_, doubles(mean),
-                       doubles(rstd), NULL)
+    elif residual_ is not None and row_layout((x_, residual_, total, y), axis_, &shape, operands):
+        normalize_sums(kernels_of(x_), shape, operands[0], operands[1], operands[2], operands[3], data(gamma_), data(beta_), statistics,
+                       eps_, doubles(mean), doubles(rstd))
     else:
-        layer_forward_by_blocks(x_, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
-    return y, new_cache(norm, x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
+        if residual_ is not None:
+            np.add(x_, residual_, out=total)
+        if row_layout((total, y), axis_, &shape, operands):
+            normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, statistics, eps_,
+                           False, doubles(mean), doubles(rstd), NULL)
+        else:
+            layer_forward_by_blocks(total, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
+    cache = new_cache(norm, total, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, total))
+    return (y, cache) if residual_ is None else (y, total, cache)
 
 
-cdef tuple gradients_of_rows(str norm, object dy, object cache, object out):
+cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, object out):
     """dx, dgamma and dbeta of layer norm and RMS norm."""
     cdef Statistics statistics = CENTRED if norm == "layer_norm" else ABOUT_ZERO
     cdef Cache c = checked_cache(cache, norm)
     cdef Runs shape
-    cdef Operand[3] operands
-    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums
+    cdef Operand[4] operands
+    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dsum_ = None, dx, sums
     cdef int row_ndim = cnp.PyArray_NDIM(x) - c.axis
     cdef const cnp.npy_intp *row_dims = cnp.PyArray_DIMS(x) + c.axis
     cdef cnp.npy_intp[2] sums_shape = [2, 1]
     cdef double *dgamma
     cdef int i
-    dx = gradient_array(out, c, dy_)
+    if dsum is not None:
+        dsum_ = like_x(dsum, "dsum", x)
+    dx = gradient_array(out, c, dy_, dsum_)
     for i in range(row_ndim):
         sums_shape[1] *= row_dims[i]
     sums = cnp.PyArray_ZEROS(2, sums_shape, cnp.NPY_DOUBLE, 0)
     dgamma = doubles(sums) + sums_shape[1]
+    operands[3] = Operand(NULL, 0, 0)
     if cnp.PyArray_SIZE(x) == 0:
         pass
-    elif row_layout((x, dy_, dx), c.axis, &shape, operands):
-        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[2], data(c.gamma), statistics, doubles(c.mean),
-                       doubles(c.rstd), doubles(sums), dgamma)
+    elif row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
+        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[3], operands[2], data(c.gamma), statistics,
+                       doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
     else:
-        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, doubles(sums), dgamma)
+        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, dsum_, doubles(sums), dgamma)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, x),
@@ -810,7 +868,7 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object out):
     )
 
 
-def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
+def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, residual=None, out=None):
     """Normalize each row of x: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
 
     [1]_, section 3. A row is `axis` and all axes after it together; its mean and (biased) variance are its own, in training and
@@ -826,17 +884,23 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
         The first normalized axis.
     eps : float, default 1e-5
         Added to the variance. Not negative.
+    residual : array_like, optional
+        In the shape of x, converted to its dtype. What is normalized is then ``x + residual``, which is returned too, as the blocks of
+        a transformer need it. Rows are added up and normalized while they are in cache: an addition of its own would write all of
+        the sum and have it read again.
     out : ndarray, optional
-        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
-        pass is refused, as x is gone.
+        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` without a
+        residual the backward pass is refused, as x is gone.
 
     Returns
     -------
     y : ndarray
         In the shape and dtype of x; `out` if that was given. A row that is constant gives exactly beta.
+    sum : ndarray
+        ``x + residual``, in the shape and dtype of x. Only with a residual.
     cache : object
-        For `layer_norm_backward`. It refers to x and gamma and holds two float64 numbers for each row; x must not be changed before
-        the backward pass.
+        For `layer_norm_backward`. It refers to x (or the sum) and gamma and holds two float64 numbers for each row; x must not be
+        changed before the backward pass.
 
     Raises
     ------
@@ -861,11 +925,14 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, out=None):
     >>> y
     array([[-1., 10.],
            [-1., 10.]])
+    >>> y, total, cache = normext.layer_norm([[1.0, 3.0]], residual=[[1.0, 1.0]])
+    >>> total
+    array([[2., 4.]])
     """
-    return normalize_rows("layer_norm", x, gamma, beta, axis, eps, out)
+    return normalize_rows("layer_norm", x, gamma, beta, axis, eps, residual, out)
 
 
-def layer_norm_backward(dy, cache, *, out=None):
+def layer_norm_backward(dy, cache, *, dsum=None, out=None):
     """Gradients of `layer_norm` with respect to x, gamma and beta.
 
     With ``xhat = (x - mean) * rstd``, ``g = gamma * dy`` and n numbers in a row,
@@ -877,13 +944,16 @@ def layer_norm_backward(dy, cache, *, out=None):
         The gradient with respect to y, in the shape of x; converted to the dtype of x.
     cache : object
         What the call of `layer_norm` returned.
+    dsum : array_like, optional
+        The gradient with respect to the sum that a call with a residual returned, from where else it went; it is added to dx before
+        that is written.
     out : ndarray, optional
         Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
 
     Returns
     -------
     dx : ndarray
-        In the shape and dtype of x; `out` if that was given.
+        In the shape and dtype of x; `out` if that was given. With a residual it is the gradient of that, too.
     dgamma, dbeta : ndarray, shape ``x.shape[axis:]``, or None
         In the dtype of x (float32 if that has 16 bits); None for a parameter that was None.
 
@@ -910,10 +980,10 @@ def layer_norm_backward(dy, cache, *, out=None):
     >>> dbeta
     array([1., 1., 1.])
     """
-    return gradients_of_rows("layer_norm", dy, cache, out)
+    return gradients_of_rows("layer_norm", dy, cache, dsum, out)
 
 
-def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, out=None):
+def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, residual=None, out=None):
     """Divide each row of x by its root mean square: ``y = gamma * x / sqrt(mean(x**2) + eps)``.
 
     [1]_, section 4. Layer norm without the mean: a row is `axis` and all axes after it together.
@@ -928,16 +998,19 @@ def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, out=None):
         The first normalized axis.
     eps : float, default 1e-6
         Added to the mean square. Not negative.
+    residual : array_like, optional
+        As for `layer_norm`: what is normalized is ``x + residual``, which is returned too.
     out : ndarray, optional
-        Where to write y, in the shape and dtype of x. It may be x itself; any other overlap is refused. After ``out=x`` the backward
-        pass is refused, as x is gone.
+        As for `layer_norm`.
 
     Returns
     -------
     y : ndarray
         In the shape and dtype of x; `out` if that was given. A row of zeros gives zeros.
+    sum : ndarray
+        ``x + residual``, in the shape and dtype of x. Only with a residual.
     cache : object
-        For `rms_norm_backward`. It refers to x and gamma and holds two float64 numbers for each row (the mean is 0).
+        For `rms_norm_backward`. It refers to x (or the sum) and gamma and holds two float64 numbers for each row (the mean is 0).
 
     Raises
     ------
@@ -958,10 +1031,10 @@ def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, out=None):
     >>> y
     array([[1.2, 1.6, 0. , 0. ]])
     """
-    return normalize_rows("rms_norm", x, gamma, None, axis, eps, out)
+    return normalize_rows("rms_norm", x, gamma, None, axis, eps, residual, out)
 
 
-def rms_norm_backward(dy, cache, *, out=None):
+def rms_norm_backward(dy, cache, *, dsum=None, out=None):
     """Gradients of `rms_norm` with respect to x and gamma.
 
     With ``xhat = x * rstd``, ``g = gamma * dy`` and n numbers in a row, ``dx = rstd * (g - xhat * sum(g * xhat) / n)``.
@@ -972,13 +1045,16 @@ def rms_norm_backward(dy, cache, *, out=None):
         The gradient with respect to y, in the shape of x; converted to the dtype of x.
     cache : object
         What the call of `rms_norm` returned.
+    dsum : array_like, optional
+        The gradient with respect to the sum that a call with a residual returned, from where else it went; it is added to dx before
+        that is written.
     out : ndarray, optional
         Where to write dx, in the shape and dtype of x. It may be dy itself; any other overlap is refused.
 
     Returns
     -------
     dx : ndarray
-        In the shape and dtype of x; `out` if that was given.
+        In the shape and dtype of x; `out` if that was given. With a residual it is the gradient of that, too.
     dgamma : ndarray, shape ``x.shape[axis:]``, or None
         In the dtype of x; None if gamma was None.
 
@@ -999,30 +1075,144 @@ def rms_norm_backward(dy, cache, *, out=None):
     >>> bool(abs(dx).max() < 1e-15)  # y does not change when x grows
     True
     """
-    dx, dgamma, _ = gradients_of_rows("rms_norm", dy, cache, out)
+    dx, dgamma, _ = gradients_of_rows("rms_norm", dy, cache, dsum, out)
     return dx, dgamma
 
 
 # Group norm ------------------------------------------------------------------------------------------------------------------
 
 
-cdef Runs channel_groups(cnp.ndarray x, Py_ssize_t num_groups):
+# How examples lie in memory. With one number for each channel, a group is a run of its own, as a row is for layer norm.
+cdef enum GroupLayout:
+    CHANNELS_FIRST
+    CHANNELS_LAST
+    ONE_PIXEL
+    COPIED
+
+
+cdef tuple group_layout(tuple arrays, int axis):
+    """The layout of all arrays, and views of them with the channel axis where it wants them."""
+    cdef tuple first = tuple([np.moveaxis(a, axis, 1) for a in arrays]), last
+    if all([is_plain(a) for a in first]):
+        return ONE_PIXEL if first[0].size == first[0].shape[0] * first[0].shape[1] else CHANNELS_FIRST, first
+    last = tuple([np.moveaxis(a, axis, -1) for a in arrays])
+    if all([is_plain(a) for a in last]):
+        return CHANNELS_LAST, last
+    return COPIED, first
+
+
+cdef list example_blocks(cnp.ndarray x):
+    """Slices along the first axis, a block each."""
+    cdef Py_ssize_t N = x.shape[0], step = max(1, COPY_BLOCK * N // x.size)
+    return [slice(start, min(start + step, N)) for start in range(0, N, step)]
+
+
+cdef Runs channel_runs(cnp.ndarray x, Py_ssize_t num_groups):
     """x (N, C, ...) as groups of channels, each channel a run."""
     cdef Py_ssize_t N = x.shape[0], C = x.shape[1]
     return Runs(N * num_groups, C // num_groups, x.size // (N * C), C)
 
 
-cdef Operand group_operand(cnp.ndarray a, Runs shape):
+cdef Operand runs_operand(cnp.ndarray a, Runs shape):
     return Operand(data(a), shape.runs * shape.n, shape.n)
 
 
-cdef tuple image_blocks(tuple arrays):
-    """Whether arrays (N, C, ...) can be walked as they are, and slices along their first axis: all at once then, else a block each."""
-    cdef Py_ssize_t N = arrays[0].shape[0], step
-    if all([is_plain(a) for a in arrays]):
-        return True, [slice(0, N)]
-    step = max(1, COPY_BLOCK * N // arrays[0].size)
-    return False, [slice(start, min(start + step, N)) for start in range(0, N, step)]
+cdef ColumnGroups channel_columns(cnp.ndarray x, Py_ssize_t num_groups):
+    """x (N, ..., C) as groups of columns."""
+    cdef Py_ssize_t N = x.shape[0], C = x.shape[x.ndim - 1]
+    return ColumnGroups(N, x.size // (N * C), num_groups, C // num_groups)
+
+
+cdef Operand columns_operand(cnp.ndarray a, ColumnGroups shape):
+    cdef Py_ssize_t C = shape.groups * shape.per_group
+    return Operand(data(a), shape.rows * C, C)
+
+
+cdef Operand group_operand(cnp.ndarray a, Py_ssize_t group, Py_ssize_t per_group):
+    """One group of x (N, C): rows for layer norm."""
+    return Operand(data(a) + group * per_group * cnp.PyArray_ITEMSIZE(a), a.shape[1], 0)
+
+
+cdef char *group_parameter(cnp.ndarray p, Py_ssize_t group, Py_ssize_t per_group):
+    if p is None:
+        return NULL
+    return data(p) + group * per_group * cnp.PyArray_ITEMSIZE(p)
+
+
+cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp.ndarray gamma, cnp.ndarray beta, double eps):
+    """Writes y; returns mean and rstd, (N, groups)."""
+    cdef Py_ssize_t N = x.shape[0], per_group = x.shape[axis] // groups, group
+    cdef cnp.ndarray mean, rstd, x_view, y_view, x_block, y_block
+    cdef Runs runs
+    cdef ColumnGroups columns
+    layout, (x_view, y_view) = group_layout((x, y), axis)
+    if layout == ONE_PIXEL:
+        mean, rstd = np.empty((groups, N)), np.empty((groups, N))
+        for group in range(groups):
+            normalize_runs(kernels_of(x), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
+                           group_operand(y_view, group, per_group), group_parameter(gamma, group, per_group),
+                           group_parameter(beta, group, per_group), ALONG_RUN, CENTRED, eps, False, doubles(mean) + group * N,
+                           doubles(rstd) + group * N, NULL)
+        return mean.T, rstd.T
+    mean, rstd = np.empty((N, groups)), np.empty((N, groups))
+    if layout == CHANNELS_LAST:
+        columns = channel_columns(x_view, groups)
+        normalize_column_groups(kernels_of(x), columns, columns_operand(x_view, columns), columns_operand(y_view, columns), data(gamma),
+                                data(beta), eps, doubles(mean), doubles(rstd))
+        return mean, rstd
+    for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
+        x_block, y_block = x_view, y_view
+        if layout == COPIED:
+            x_block = block_copy(x_view, (piece,))
+            y_block = np.empty_like(x_block)
+        runs = channel_runs(x_block, groups)
+        normalize_runs(kernels_of(x_block), runs, runs_operand(x_block, runs), runs_operand(y_block, runs), data(gamma), data(beta),
+                       PER_RUN, CENTRED, eps, False, doubles(mean[piece]), doubles(rstd[piece]), NULL)
+        if layout == COPIED:
+            y_view[piece] = y_block
+    return mean, rstd
+
+
+cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean, cnp.ndarray rstd,
+                        cnp.ndarray dgamma, cnp.ndarray dbeta) except -1:
+    """Writes dx, and the sums over all examples of dy * xhat and dy."""
+    cdef Py_ssize_t N = x.shape[0], groups = mean.shape[1], per_group = x.shape[axis] // groups, group
+    cdef cnp.ndarray sums, x_view, dy_view, dx_view, x_block, dy_block, dx_block
+    cdef Runs runs
+    cdef ColumnGroups columns
+    layout, (x_view, dy_view, dx_view) = group_layout((x, dy, dx), axis)
+    if layout == ONE_PIXEL:
+        mean, rstd = np.ascontiguousarray(mean.T), np.ascontiguousarray(rstd.T)
+        dgamma[:] = dbeta[:] = 0
+        for group in range(groups):
+            layer_backward(kernels_of(x), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
+                           group_operand(dy_view, group, per_group), Operand(NULL, 0, 0), group_operand(dx_view, group, per_group),
+                           group_parameter(gamma, group, per_group), CENTRED, doubles(mean) + group * N, doubles(rstd) + group * N,
+                           doubles(dbeta) + group * per_group, doubles(dgamma) + group * per_group)
+        return 0
+    mean, rstd = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
+    # sum(dy) and sum(dy * (x - mean)) of every channel of every example.
+    sums = np.empty((2, N, groups * per_group))
+    if layout == CHANNELS_LAST:
+        columns = channel_columns(x_view, groups)
+        column_groups_backward(kernels_of(x), columns, columns_operand(x_view, columns), columns_operand(dy_view, columns),
+                               columns_operand(dx_view, columns), data(gamma), doubles(mean), doubles(rstd), doubles(sums[0]),
+                               doubles(sums[1]))
+    else:
+        for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
+            x_block, dy_block, dx_block = x_view, dy_view, dx_view
+            if layout == COPIED:
+                x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
+                dx_block = np.empty_like(x_block)
+            runs = channel_runs(x_block, groups)
+            grouped_backward(kernels_of(x_block), runs, runs_operand(x_block, runs), runs_operand(dy_block, runs),
+                             runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]), doubles(rstd[piece]),
+                             doubles(sums[0][piece]), doubles(sums[1][piece]))
+            if layout == COPIED:
+                dx_view[piece] = dx_block
+    dbeta[:] = sums[0].sum(axis=0)
+    dgamma[:] = np.einsum("ngc,ng->gc", sums[1].reshape(N, groups, per_group), rstd).reshape(-1)
+    return 0
 
 
 def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
@@ -1076,14 +1266,12 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
     >>> y
     array([[-1.,  1., -1.,  1.]])
     """
-    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, x_view, y_view, x_block, y_block
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
     cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
-    cdef cnp.npy_intp[2] statistics_shape
     cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
     cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
     cdef Py_ssize_t groups
-    cdef Runs shape
     try:
         groups = num_groups
     except (TypeError, OverflowError):
@@ -1095,21 +1283,10 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
     if cnp.PyArray_SIZE(x_) == 0 and cnp.PyArray_DIM(x_, 0) != 0:
         raise ValueError(f"x has groups without numbers: shape {np.shape(x_)}, axis {axis_}")
     y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
-    statistics_shape[0], statistics_shape[1] = cnp.PyArray_DIM(x_, 0), groups
-    mean, rstd = empty(2, statistics_shape, cnp.NPY_DOUBLE), empty(2, statistics_shape, cnp.NPY_DOUBLE)
-    if cnp.PyArray_SIZE(x_) != 0:
-        x_view, y_view = np.moveaxis(x_, axis_, 1), np.moveaxis(y, axis_, 1)
-        plain, pieces = image_blocks((x_view, y_view))
-        for piece in pieces:
-            x_block, y_block = x_view, y_view
-            if not plain:
-                x_block = block_copy(x_view, (piece,))
-                y_block = np.empty_like(x_block)
-            shape = channel_groups(x_block, groups)
-            normalize_runs(kernels_of(x_), shape, group_operand(x_block, shape), group_operand(y_block, shape), data(gamma_),
-                           data(beta_), PER_RUN, CENTRED, eps_, doubles(mean[piece]), doubles(rstd[piece]), NULL)
-            if not plain:
-                y_view[piece] = y_block
+    if cnp.PyArray_SIZE(x_) == 0:
+        mean, rstd = np.empty((x_.shape[0], groups)), np.empty((x_.shape[0], groups))
+    else:
+        mean, rstd = group_forward(x_, y, axis_, groups, gamma_, beta_, eps_)
     return y, new_cache("group_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
 
 
@@ -1152,29 +1329,16 @@ def group_norm_backward(dy, cache, *, out=None):
     True
     """
     cdef Cache c = checked_cache(cache, "group_norm")
-    cdef cnp.ndarray x = c.x, dy_ = upstream(dy, x), dx, sums, x_view, dy_view, dx_view, x_block, dy_block, dx_block
+    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dx = gradient_array(out, c, dy_)
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
-    cdef Runs shape
-    dx = gradient_array(out, c, dy_)
-    # sum(dy) and sum(dy * (x - mean)) of every channel of every example.
-    sums = np.empty((2, x.shape[0], channels))
+    cdef cnp.ndarray dgamma = np.zeros(channels), dbeta = np.zeros(channels)
     if cnp.PyArray_SIZE(x) != 0:
-        x_view, dy_view, dx_view = (np.moveaxis(a, c.axis, 1) for a in (x, dy_, dx))
-        plain, pieces = image_blocks((x_view, dy_view, dx_view))
-        for piece in pieces:
-            x_block, dy_block, dx_block = x_view, dy_view, dx_view
-            if not plain:
-                x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
-                dx_block = np.empty_like(x_block)
-            shape = channel_groups(x_block, c.mean.shape[1])
-            grouped_backward(kernels_of(x), shape, group_operand(x_block, shape), group_operand(dy_block, shape),
-                             group_operand(dx_block, shape), data(c.gamma), doubles(c.mean[piece]), doubles(c.rstd[piece]),
-                             doubles(sums[0][piece]), doubles(sums[1][piece]))
-            if not plain:
-                dx_view[piece] = dx_block
-    dot = (sums[1] * np.repeat(c.rstd, channels // c.mean.shape[1], axis=1)).sum(axis=0)
-    dtype = np.float64 if computing_type(x) == cnp.NPY_DOUBLE else np.float32
-    return dx, None if c.gamma is None else dot.astype(dtype), None if c.beta is None else sums[0].sum(axis=0).astype(dtype)
+        group_backward(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, dgamma, dbeta)
+    return (
+        dx,
+        None if c.gamma is None else parameter_gradient(doubles(dgamma), NULL, 1, &channels, x),
+        None if c.beta is None else parameter_gradient(doubles(dbeta), NULL, 1, &channels, x),
+    )
 
 
 # Instance norm ---------------------------------------------------------------------------------------------------------------

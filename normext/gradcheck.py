@@ -145,6 +145,7 @@ _LAYER = layer_norm, layer_norm_backward
 _GROUP = group_norm, group_norm_backward
 _INSTANCE = instance_norm, instance_norm_backward
 _RMS = rms_norm, rms_norm_backward
+_RESIDUAL = {"residual": np.arange(17 * 19).reshape(17, 19) % 7 / 4 - 1}
 _EVALUATION = {"training": False, "running_mean": np.linspace(-1, 2, 19), "running_var": np.linspace(0.5, 4, 19)}
 
 # 19 is above 16, the most float32 numbers that one vector holds, and odd: whole vectors and a remainder both occur.
@@ -155,14 +156,19 @@ LAYERS: tuple[Layer, ...] = (
     Layer("batch norm (N, D), evaluation", _BATCH, (23, 19), _affine(19), _EVALUATION),
     Layer("batch norm (N, C, H, W), evaluation", _BATCH, (2, 19, 3, 3), _affine(19), _EVALUATION),
     Layer("batch norm (N, D), no gamma, beta", _BATCH, (23, 19), {}),
+    Layer("batch norm (N, D), relu", _BATCH, (23, 19), _affine(19), {"activation": "relu"}),
+    Layer("batch norm (N, C, H, W), relu", _BATCH, (3, 5, 7, 3), _affine(5), {"activation": "relu"}),
     Layer("layer norm, last axis", _LAYER, (17, 19), _affine(19)),
     Layer("layer norm, last three axes", _LAYER, (7, 3, 5, 3), _affine(3, 5, 3), {"axis": 1}),
     Layer("layer norm, no gamma, beta", _LAYER, (17, 19), {}),
+    Layer("layer norm, residual", _LAYER, (17, 19), _affine(19), _RESIDUAL),
     Layer("group norm (N, C, H, W)", _GROUP, (3, 6, 5, 3), _affine(6), {"num_groups": 2}),
     Layer("group norm (N, H, W, C)", _GROUP, (3, 5, 3, 6), _affine(6), {"num_groups": 3, "axis": -1}),
+    Layer("group norm (N, C)", _GROUP, (7, 12), _affine(12), {"num_groups": 3}),
     Layer("instance norm (N, C, H, W)", _INSTANCE, (3, 4, 5, 3), _affine(4)),
     Layer("RMS norm, last axis", _RMS, (17, 19), {"gamma": (19,)}),
     Layer("RMS norm, last three axes, no gamma", _RMS, (7, 3, 5, 3), {}, {"axis": 1}),
+    Layer("RMS norm, residual", _RMS, (17, 19), {"gamma": (19,)}, _RESIDUAL),
 )
 
 # The most that rounding explains.
@@ -174,15 +180,19 @@ LIMITS: dict[str, float] = {
     "twin": 1e-12,
     # A dozen float32 roundings of 6e-8, in dx on terms that cancel.
     "float32": 2e-6,
+    # Two roundings to the storage type: of the sum with a residual, and of the result.
+    "float16": 2 * 2.0**-11,
+    "bfloat16": 2 * 2.0**-8,
 }
 
 
 def check_layers(layers: Iterable[Layer] | None = None) -> list[Row]:
-    """Check the results of each layer three ways.
+    """Check the results of each layer in several ways.
 
     - *numerical*: the gradients against centred differences of the forward pass, in float64.
     - *twin*: y and the gradients against `normext.reference`, in float64.
     - *float32*: y and the gradients in float32 against the same in float64. The input is exact in both.
+    - *float16*, and *bfloat16* where ml_dtypes is installed: likewise, with x and dy stored so.
 
     Parameters
     ----------
@@ -250,7 +260,6 @@ def _check_layer(layer: Layer) -> list[Row]:
     twin = getattr(reference, name), getattr(reference, name + "_backward")
 
     double = _results(layer.norm, x, dy, parameters, layer.options)
-    single = _results(layer.norm, *(a.astype(np.float32) for a in (x, dy)), parameters, layer.options)
     numerical = {
         "d" + of: numerical_gradient(lambda _: layer.norm[0](x, **parameters, **layer.options)[0], at, dy)
         for of, at in {"x": x, **parameters}.items()
@@ -258,8 +267,11 @@ def _check_layer(layer: Layer) -> list[Row]:
     comparisons = {
         "numerical": (double, numerical),
         "twin": (double, _results(twin, x, dy, parameters, layer.options)),
-        "float32": (single, double),
     }
+    for dtype in _narrow_dtypes():
+        stored = [a.astype(dtype) for a in (x, dy)]
+        wide = [a.astype(np.float64) for a in stored]
+        comparisons[dtype.name] = tuple(_results(layer.norm, *a, parameters, layer.options) for a in (stored, wide))
     return [
         Row(layer.name, comparison, quantity, _error(found.get(quantity), wanted), LIMITS[comparison])
         for comparison, (found, expected) in comparisons.items()
@@ -267,9 +279,17 @@ def _check_layer(layer: Layer) -> list[Row]:
     ]
 
 
+def _narrow_dtypes() -> list[np.dtype]:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        return [np.dtype(np.float32), np.dtype(np.float16)]
+    return [np.dtype(np.float32), np.dtype(np.float16), np.dtype(bfloat16)]
+
+
 def _results(norm, x, dy, parameters, options) -> dict[str, np.ndarray]:
     forward, backward = norm
-    y, cache = forward(x, **parameters, **options)
+    y, *_, cache = forward(x, **parameters, **options)
     gradients = zip(("dx", "dgamma", "dbeta"), backward(dy, cache))
     return {"y": y, **{name: gradient for name, gradient in gradients if gradient is not None}}
 

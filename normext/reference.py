@@ -45,6 +45,7 @@ class Cache(NamedTuple):
     axis: int
     eps: float
     training: bool
+    activation: str | None = None
 
 
 def batch_norm(
@@ -58,6 +59,7 @@ def batch_norm(
     momentum: float = 0.9,
     eps: float = 1e-5,
     axis: int = 1,
+    activation: str | None = None,
 ) -> tuple[np.ndarray, Cache]:
     """Normalize each channel over the batch (Algorithm 1 of [1]_); see `normext.batch_norm`.
 
@@ -80,13 +82,17 @@ def batch_norm(
     rstd = _rstd(var, eps)
     gamma, beta = _as_dtype(gamma, x), _as_dtype(beta, x)
     y = _affine(x, *(_reshape(p, channels) for p in (mean, rstd, gamma, beta)))
-    return y, Cache(x, gamma, beta, mean, rstd, axis, eps, training)
+    return y if activation is None else np.maximum(y, 0), Cache(
+        x, gamma, beta, mean, rstd, axis, eps, training, activation
+    )
 
 
 def batch_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Gradients of `batch_norm` in the simplified (closed) form; see `normext.batch_norm_backward`."""
     _, channels, others = _batch_axes(cache.x, cache.axis)
-    mean, rstd, gamma = (_reshape(p, channels) for p in (cache.mean, cache.rstd, cache.gamma))
+    mean, rstd, gamma, beta = (_reshape(p, channels) for p in (cache.mean, cache.rstd, cache.gamma, cache.beta))
+    if cache.activation is not None:
+        dy = dy * (_affine(cache.x, mean, rstd, gamma, beta) > 0)
     return _gradients(dy, cache, mean, rstd, gamma, stat_axes=others, param_axes=others)
 
 
@@ -124,8 +130,8 @@ def batch_norm_backward_staged(dy: Any, cache: Cache) -> tuple[np.ndarray, np.nd
 
 
 def layer_norm(
-    x: Any, gamma: Any = None, beta: Any = None, *, axis: int = -1, eps: float = 1e-5
-) -> tuple[np.ndarray, Cache]:
+    x: Any, gamma: Any = None, beta: Any = None, *, axis: int = -1, eps: float = 1e-5, residual: Any = None
+) -> tuple:
     """Normalize each row, that is `axis` and all axes after it together ([2]_, section 3); see `normext.layer_norm`.
 
     Examples
@@ -135,20 +141,26 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    x = _floating(x)
+    x = _floating(x) if residual is None else _floating(x) + residual
     axis, rows, row_axes = _layer_axes(x, axis)
     mean, var = x.mean(row_axes), x.var(row_axes)
     rstd = _rstd(var, eps)
     gamma, beta = _as_dtype(gamma, x), _as_dtype(beta, x)
     y = _affine(x, _reshape(mean, rows), _reshape(rstd, rows), gamma, beta)
-    return y, Cache(x, gamma, beta, mean, rstd, axis, eps, True)
+    cache = Cache(x, gamma, beta, mean, rstd, axis, eps, True)
+    return (y, cache) if residual is None else (y, x, cache)
 
 
-def layer_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+def layer_norm_backward(
+    dy: Any, cache: Cache, *, dsum: Any = 0
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Gradients of `layer_norm`: batch norm's, rows and columns changed over; see `normext.layer_norm_backward`."""
     axis, rows, row_axes = _layer_axes(cache.x, cache.axis)
     mean, rstd = _reshape(cache.mean, rows), _reshape(cache.rstd, rows)
-    return _gradients(dy, cache, mean, rstd, cache.gamma, stat_axes=row_axes, param_axes=tuple(range(axis)))
+    dx, dgamma, dbeta = _gradients(
+        dy, cache, mean, rstd, cache.gamma, stat_axes=row_axes, param_axes=tuple(range(axis))
+    )
+    return dx + dsum, dgamma, dbeta
 
 
 def group_norm(
@@ -199,7 +211,7 @@ def instance_norm(
 instance_norm_backward = group_norm_backward
 
 
-def rms_norm(x: Any, gamma: Any = None, *, axis: int = -1, eps: float = 1e-6) -> tuple[np.ndarray, Cache]:
+def rms_norm(x: Any, gamma: Any = None, *, axis: int = -1, eps: float = 1e-6, residual: Any = None) -> tuple:
     """Divide each row by its root mean square ([4]_, section 4); see `normext.rms_norm`.
 
     Examples
@@ -208,22 +220,23 @@ def rms_norm(x: Any, gamma: Any = None, *, axis: int = -1, eps: float = 1e-6) ->
     >>> y
     array([[1.2, 1.6, 0. , 0. ]])
     """
-    x = _floating(x)
+    x = _floating(x) if residual is None else _floating(x) + residual
     axis, rows, row_axes = _layer_axes(x, axis)
     mean, rstd = np.zeros(x.shape[:axis]), _rstd((x**2).mean(row_axes), eps)
     gamma = _as_dtype(gamma, x)
     y = _affine(x, 0, _reshape(rstd, rows), gamma, None)
-    return y, Cache(x, gamma, None, mean, rstd, axis, eps, True)
+    cache = Cache(x, gamma, None, mean, rstd, axis, eps, True)
+    return (y, cache) if residual is None else (y, x, cache)
 
 
-def rms_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
+def rms_norm_backward(dy: Any, cache: Cache, *, dsum: Any = 0) -> tuple[np.ndarray, np.ndarray | None]:
     """Gradients of `rms_norm`: of ``g = gamma * dy``, what moves the size of xhat is taken out."""
     axis, rows, row_axes = _layer_axes(cache.x, cache.axis)
     rstd = _reshape(cache.rstd, rows)
     xhat = cache.x * rstd
     g = dy if cache.gamma is None else dy * cache.gamma
     dx = rstd * (g - xhat * (g * xhat).mean(row_axes, keepdims=True))
-    return dx, None if cache.gamma is None else (dy * xhat).sum(tuple(range(axis)))
+    return dx + dsum, None if cache.gamma is None else (dy * xhat).sum(tuple(range(axis)))
 
 
 def _grouped(x, axis, num_groups):

@@ -91,7 +91,7 @@ def batch_norm_backward_backward(
     TypeError
         If an array does not hold real numbers, or cache is not one of `normext.batch_norm`.
     ValueError
-        If a shape does not fit, or ddgamma or ddbeta is given where the parameter was None.
+        If a shape does not fit, ddgamma or ddbeta is given where the parameter was None, or the call had an activation.
 
     See Also
     --------
@@ -127,6 +127,8 @@ def batch_norm_backward_backward(
     True
     """
     x = checked_cache(cache, "batch_norm").x
+    if cache.activation is not None:
+        raise ValueError(f"cache is of a call with activation={cache.activation!r}, which has no second order here")
     channels = [n if i == cache.axis else 1 for i, n in enumerate(x.shape)]
     others = tuple(i for i in range(x.ndim) if i != cache.axis)
     return _second_order(ddx, dy, cache, ddgamma, ddbeta, channels, channels, stat_axes=others, param_axes=others)

@@ -6,11 +6,14 @@
 
 static int always(void) { return 1; }
 
-extern const nx_kernels nx_baseline_f32, nx_baseline_f64;
+#define NX_TABLES(isa) {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16}
+
+extern const nx_kernels nx_baseline_f32, nx_baseline_f64, nx_baseline_f16, nx_baseline_bf16;
 
 #ifdef NX_X86_VARIANTS
 
-extern const nx_kernels nx_avx2_f32, nx_avx2_f64, nx_avx512_f32, nx_avx512_f64;
+extern const nx_kernels nx_avx2_f32, nx_avx2_f64, nx_avx2_f16, nx_avx2_bf16;
+extern const nx_kernels nx_avx512_f32, nx_avx512_f64, nx_avx512_f16, nx_avx512_bf16;
 
 #if defined(_MSC_VER) && !defined(__clang__)
 
@@ -47,10 +50,10 @@ static int avx512(void)
 #endif
 
 const nx_isa nx_isas[] = {
-    {"baseline", always, {&nx_baseline_f32, &nx_baseline_f64}},
+    {"baseline", always, NX_TABLES(baseline)},
 #ifdef NX_X86_VARIANTS
-    {"avx2", avx2, {&nx_avx2_f32, &nx_avx2_f64}},
-    {"avx512", avx512, {&nx_avx512_f32, &nx_avx512_f64}},
+    {"avx2", avx2, NX_TABLES(avx2)},
+    {"avx512", avx512, NX_TABLES(avx512)},
 #endif
 };
 const int nx_isa_count = sizeof nx_isas / sizeof *nx_isas;

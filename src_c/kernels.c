@@ -12,6 +12,8 @@
 
 #define T float
 #define E f32
+#define C float
+#define EC f32
 #define T_INT int32_t /* as wide as T, so that comparisons of one choose among the other */
 #define T_TINY 1e-30f /* a mean square below this has lost digits to denormals */
 #define T_RESCALE 0x1p80f /* multiplied or divided by it, a number out of that range has a square in it */
@@ -19,7 +21,25 @@
 
 #define T double
 #define E f64
+#define C double
+#define EC f64
 #define T_INT int64_t
 #define T_TINY 1e-290
 #define T_RESCALE 0x1p520
+#include "kernels_template.h"
+
+#define T uint16_t
+#define E f16
+#define C float
+#define EC f32
+#define T_TINY 1e-30f
+#define T_RESCALE 0x1p80f
+#include "kernels_template.h"
+
+#define T uint16_t
+#define E bf16
+#define C float
+#define EC f32
+#define T_TINY 1e-30f
+#define T_RESCALE 0x1p80f
 #include "kernels_template.h"

@@ -1,7 +1,7 @@
 /* The primitives: what happens to one block of contiguous runs of numbers. No allocation, no threads, no Python.
  *
- * There is one table of them per element type and instruction set. x, dy, y, dx, gamma and beta are of the element type;
- * statistics and coefficients are double. Strides count elements. A block is small enough (nx_kernels.run_block elements,
+ * There is one table of them per element type and instruction set. x, dy, y and dx are of the element type; gamma and beta too, or
+ * float where that has 16 bits; statistics and coefficients are double. Strides count elements. A block is small enough (nx_kernels.run_block elements,
  * nx_kernels.col_rows rows) that sums in the element type lose nothing that shows; whoever calls splits the work and adds the
  * blocks' sums up in double.
  *
@@ -62,8 +62,15 @@ static inline void nx_finish_moments(nx_moments m, int centred, double eps, doub
     if (var) *var = variance;
 }
 
+/* The affine map y = (x - mean) * scale + shift that a relu follows: one scale and shift for each column, or one of each for a run. A
+ * backward pass given it takes dy for 0 where that y, found again from x, is not above zero. */
+typedef struct {
+    const double *scale, *shift;
+} nx_relu;
+
 typedef struct {
     ptrdiff_t itemsize;
+    ptrdiff_t parameter_size; /* of gamma and beta's type: float for 16-bit elements, otherwise that of the elements */
     ptrdiff_t run_block; /* most elements in a block of runs, if it holds more than one run or part of one */
     ptrdiff_t col_rows;  /* most rows in a block of columns */
 
@@ -74,46 +81,52 @@ typedef struct {
 
     /* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the run, NULL means 1 and 0. */
     void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                       double scale, double shift, const void *gamma, const void *beta);
-    /* y = (x - mean[j]) * scale[j] + shift[j] */
+                       double scale, double shift, const void *gamma, const void *beta, int relu);
+    /* y = (x - mean[j]) * scale[j] + shift[j]; with relu, here and above, 0 where that is less (above, gamma and beta are NULL then) */
     void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                       const double *mean, const double *scale, const double *shift);
+                       const double *mean, const double *scale, const double *shift, int relu);
 
-    /* With g = gamma * dy: adds the sum of g to *sum and that of g * (x - mean) to *dot. */
+    /* With g = gamma * dy: adds the sum of g to *sum and that of g * (x - mean) to *dot. A relu may be given instead of gamma. */
     void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                     const void *gamma, double *sum, double *dot);
+                     const void *gamma, const nx_relu *relu, double *sum, double *dot);
     /* Adds column j's sum of dy to sum[j] and that of dy * (x - mean[j]) to dot[j]. */
     void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
-                     const double *mean, double *sum, double *dot);
+                     const double *mean, const nx_relu *relu, double *sum, double *dot);
     /* The same with one mean and scale for each row: adds the sum of dy * (x - mean[i]) * scale[i] over the rows i to dot[j]. */
     void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
                      const double *mean, const double *scale, double *sum, double *dot);
 
-    /* dx = a * (g - g_mean) + b * (x - mean) + c with g = gamma * dy */
+    /* dx = a * (g - g_mean) + b * (x - mean) + c + more with g = gamma * dy; a relu may be given instead of gamma and more. */
     void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma);
-    /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) */
+                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma,
+                        const nx_relu *relu, const void *more, ptrdiff_t more_stride);
+    /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) + c[j]; c may be NULL */
     void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b);
+                        ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,
+                        const double *c, const nx_relu *relu);
 
     /* Rows that are each one block with statistics of its own, start to end: as run_moments, nx_finish_moments and run_affine, and as
      * run_dots and run_combine, one after the other, but without what calling them a row at a time costs. */
     void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
                            double eps, const void *gamma, const void *beta, double *mean, double *rstd);
     void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                          ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd);
+                          ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd,
+                          const void *more, ptrdiff_t more_stride);
 
+    /* sum = a + b, which may be one of them */
+    void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum, ptrdiff_t sum_stride,
+                     ptrdiff_t runs, ptrdiff_t n);
+
+    /* float and double only: */
     /* y[j][i] = x[i][j] for i < rows, j < cols */
     void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y, ptrdiff_t y_stride);
-    /* y += x */
-    void (*add)(const void *x, void *y, ptrdiff_t n);
     /* The largest number of each of n windows of kh x kw numbers, `step` apart, that begin in row x, and its position in the window;
      * the first of equals, and the first NaN. winner is of uint8_t or int32_t, by winner_size. */
     void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y, void *winner,
                      int winner_size);
 } nx_kernels;
 
-enum { NX_FLOAT32, NX_FLOAT64, NX_TYPES };
+enum { NX_FLOAT32, NX_FLOAT64, NX_FLOAT16, NX_BFLOAT16, NX_TYPES };
 
 /* The instruction sets built, in rising order: name, whether this processor and its operating system run it, one table per type. */
 typedef struct {

@@ -1,57 +1,59 @@
-/* The primitives of kernels.h, written once over the element type T with the vectors E of simd.h. */
+/* The primitives of kernels.h, written once over the element type T, named E, and the type C, named EC, that it is computed in. They
+ * are one and the same but for 16-bit floats, which loads and stores convert. */
 
-#define OP(name) NX_OP(E, name)
+#define FN(name) NX_OP(E, name)  /* loads and stores of elements, and the functions of this file */
+#define OP(name) NX_OP(EC, name) /* arithmetic, and loads and stores of coefficients and sums */
 #define V OP(t)
 #define W OP(W)
-#define LANES ((ptrdiff_t)(128 / sizeof(T))) /* a sum has this many lanes on every instruction set: 2 AVX-512 or 4 AVX2 vectors */
+#define LANES ((ptrdiff_t)(128 / sizeof(C))) /* a sum has this many lanes on every instruction set: 2 AVX-512 or 4 AVX2 vectors */
 #define NV (LANES / W)
-#define RUN_BLOCK ((ptrdiff_t)(16384 / sizeof(T))) /* x and y of a block stay in the L1 cache together */
+#define RUN_BLOCK ((ptrdiff_t)(16384 / sizeof(C))) /* x and y of a block stay in the L1 cache together */
 #define PIECE (8 * LANES)
 #define COL_ROWS 128
-#define STRIP ((ptrdiff_t)(4096 / sizeof(T))) /* columns whose coefficients and sums are held on the stack, in the L1 cache */
+#define STRIP ((ptrdiff_t)(4096 / sizeof(C))) /* columns whose coefficients and sums are held on the stack, in the L1 cache */
 #define GROUP 8 /* rows that share one load and store of a column's sums */
 #define ZERO OP(set)(0)
 
 /* Runs ----------------------------------------------------------------------------------------------------------------------- */
 
-NX_INLINE T OP(sum_lanes)(V *lanes)
+NX_INLINE C FN(sum_lanes)(V *lanes)
 {
     for (int half = NV / 2; half; half /= 2)
         for (int k = 0; k < half; k++) lanes[k] = OP(add)(lanes[k], lanes[k + half]);
     return OP(sum)(lanes[0]);
 }
 
-NX_INLINE double OP(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, T scale)
+NX_INLINE double FN(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, C scale)
 {
     V s[NV], factor = OP(set)(scale), zero = ZERO;
     for (int k = 0; k < NV; k++) s[k] = zero;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride) {
         ptrdiff_t i = 0;
         for (; i + LANES <= n; i += LANES)
-            for (int k = 0; k < NV; k++) s[k] = OP(fma)(OP(load)(x + i + k * W), factor, s[k]);
+            for (int k = 0; k < NV; k++) s[k] = OP(fma)(FN(load)(x + i + k * W), factor, s[k]);
         if (i < n)
-            for (int k = 0; k < NV; k++) s[k] = OP(fma)(OP(load_n)(x + i + k * W, n - i - k * W, zero), factor, s[k]);
+            for (int k = 0; k < NV; k++) s[k] = OP(fma)(FN(load_n)(x + i + k * W, n - i - k * W, zero), factor, s[k]);
     }
-    return (double)OP(sum_lanes)(s) / scale;
+    return (double)FN(sum_lanes)(s) / scale;
 }
 
 /* Adds a piece of a run to the lanes of sum and squares, through lanes of its own. Adding up in two levels keeps the rounding error of
  * long sums small; and the squares of multiples of some 2^-k have low bits that rounding would lose more often down than up, one by
  * one. */
-NX_INLINE void OP(moments_piece)(const T *x, ptrdiff_t n, V p, V factor, V offset, V *sum, V *squares)
+NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t n, V p, V factor, V offset, V *sum, V *squares)
 {
     V s[NV], q[NV];
     ptrdiff_t i = 0;
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
     for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < NV; k++) {
-            V d = OP(fma)(OP(load)(x + i + k * W), factor, offset);
+            V d = OP(fma)(FN(load)(x + i + k * W), factor, offset);
             s[k] = OP(add)(s[k], d);
             q[k] = OP(fma)(d, d, q[k]);
         }
     if (i < n)
         for (int k = 0; k < NV; k++) {
-            V d = OP(fma)(OP(load_n)(x + i + k * W, n - i - k * W, p), factor, offset);
+            V d = OP(fma)(FN(load_n)(x + i + k * W, n - i - k * W, p), factor, offset);
             s[k] = OP(add)(s[k], d);
             q[k] = OP(fma)(d, d, q[k]);
         }
@@ -64,89 +66,104 @@ NX_INLINE void OP(moments_piece)(const T *x, ptrdiff_t n, V p, V factor, V offse
 /* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later ones' the mean so far, whose
  * distance to the block's mean then enters the merged m2 anyway, with a larger factor than its rounding error has.
  * `scale`, a power of two, keeps the squares in range. */
-NX_INLINE nx_moments OP(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, const nx_moments *m, T scale)
+NX_INLINE nx_moments FN(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, const nx_moments *m, C scale)
 {
     double count = (double)runs * (double)n;
-    T pivot = (T)(m->count > 0 ? m->mean : OP(run_sum)(x, x_stride, runs, n, scale) / count);
+    C pivot = (C)(m->count > 0 ? m->mean : FN(run_sum)(x, x_stride, runs, n, scale) / count);
     V s[NV], q[NV], factor = OP(set)(scale), p = OP(set)(pivot), offset = OP(set)(-pivot * scale);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride)
         for (ptrdiff_t i = 0; i < n; i += PIECE)
-            OP(moments_piece)(x + i, n - i < PIECE ? n - i : PIECE, p, factor, offset, s, q);
-    double sum = OP(sum_lanes)(s), m2 = OP(sum_lanes)(q) - sum * (sum / count);
+            FN(moments_piece)(x + i, n - i < PIECE ? n - i : PIECE, p, factor, offset, s, q);
+    double sum = FN(sum_lanes)(s), m2 = FN(sum_lanes)(q) - sum * (sum / count);
     return (nx_moments){count, pivot + sum / count / scale, m2 < 0 ? 0 : m2 / scale / scale};
 }
 
 /* With a mean of 1 or more there is no underflow to mend: a deviation is 0 or some 1e-8 of the mean, and the rescaled mean itself
  * could overflow. */
-NX_INLINE void OP(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
+NX_INLINE void FN(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
 {
-    nx_moments block = OP(run_moments_scaled)(x, x_stride, runs, n, m, 1);
+    nx_moments block = FN(run_moments_scaled)(x, x_stride, runs, n, m, 1);
     if (!isfinite(block.m2))
-        block = OP(run_moments_scaled)(x, x_stride, runs, n, m, 1 / T_RESCALE);
+        block = FN(run_moments_scaled)(x, x_stride, runs, n, m, 1 / T_RESCALE);
     else if (block.m2 < T_TINY * block.count && fabs(block.mean) < 1)
-        block = OP(run_moments_scaled)(x, x_stride, runs, n, m, T_RESCALE);
+        block = FN(run_moments_scaled)(x, x_stride, runs, n, m, T_RESCALE);
     nx_merge(m, block);
 }
 
-static void OP(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
+static void FN(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
 {
-    OP(add_moments)(x, x_stride, runs, n, m);
+    FN(add_moments)(x, x_stride, runs, n, m);
 }
 
-NX_INLINE void OP(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                               double scale, double shift, const T *gamma, const T *beta)
+/* (x - mean) * scale + shift = (x - pivot) * scale + rest, with the mean rounded to C for a pivot. */
+NX_INLINE C FN(rest)(double mean, double scale, double shift) { return (C)(shift - (mean - (C)mean) * scale); }
+
+NX_INLINE void FN(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
+                               double scale, double shift, const C *gamma, const C *beta, int relu)
 {
-    T pivot = (T)mean;
-    V p = OP(set)(pivot), a = OP(set)((T)scale), b = OP(set)((T)(shift - (mean - pivot) * scale)), zero = ZERO;
+    V p = OP(set)((C)mean), a = OP(set)((C)scale), b = OP(set)(FN(rest)(mean, scale, shift)), zero = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, y += y_stride) {
         ptrdiff_t i = 0;
         for (; i + W <= n; i += W) {
-            V v = OP(fma)(OP(sub)(OP(load)(x + i), p), a, b);
+            V v = OP(fma)(OP(sub)(FN(load)(x + i), p), a, b);
             if (gamma && beta) v = OP(fma)(v, OP(load)(gamma + i), OP(load)(beta + i));
             else if (gamma) v = OP(mul)(v, OP(load)(gamma + i));
             else if (beta) v = OP(add)(v, OP(load)(beta + i));
-            OP(store)(y + i, v);
+            if (relu) v = OP(max)(zero, v);
+            FN(store)(y + i, v);
         }
         if (i < n) {
-            V v = OP(fma)(OP(sub)(OP(load_n)(x + i, n - i, p), p), a, b);
+            V v = OP(fma)(OP(sub)(FN(load_n)(x + i, n - i, p), p), a, b);
             if (gamma && beta) v = OP(fma)(v, OP(load_n)(gamma + i, n - i, zero), OP(load_n)(beta + i, n - i, zero));
             else if (gamma) v = OP(mul)(v, OP(load_n)(gamma + i, n - i, zero));
             else if (beta) v = OP(add)(v, OP(load_n)(beta + i, n - i, zero));
-            OP(store_n)(y + i, n - i, v);
+            if (relu) v = OP(max)(zero, v);
+            FN(store_n)(y + i, n - i, v);
         }
     }
 }
 
-static void OP(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                           double scale, double shift, const void *gamma, const void *beta)
+static void FN(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
+                           double scale, double shift, const void *gamma, const void *beta, int relu)
 {
-    /* One loop each, so that none asks for every vector what there is to load. */
-    if (gamma && beta) OP(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, gamma, beta);
-    else if (gamma) OP(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, gamma, NULL);
-    else if (beta) OP(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, beta);
-    else OP(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, NULL);
+    /* One loop each, so that none asks for every vector what there is to do. */
+    if (gamma && beta) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, gamma, beta, 0);
+    else if (gamma) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, gamma, NULL, 0);
+    else if (beta) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, beta, 0);
+    else if (relu) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, NULL, 1);
+    else FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, NULL, 0);
 }
 
-NX_INLINE void OP(dots_piece)(const T *x, const T *dy, ptrdiff_t n, V p, const T *gamma, V *sum, V *dot)
+/* The affine map under a relu, whose backward pass lets a gradient through where the map's result, found again from x as it was found
+ * in the forward pass, is above zero. */
+typedef struct {
+    V scale, rest;
+} FN(gate);
+
+NX_INLINE V FN(through)(V g, V d, FN(gate) gate) { return OP(keep_positive)(g, OP(fma)(d, gate.scale, gate.rest)); }
+
+NX_INLINE void FN(dots_piece)(const T *x, const T *dy, ptrdiff_t n, V p, const C *gamma, const FN(gate) *gate, V *sum, V *dot)
 {
     V s[NV], q[NV], zero = ZERO;
     ptrdiff_t i = 0;
     for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
     for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < NV; k++) {
-            V g = OP(load)(dy + i + k * W);
+            V g = FN(load)(dy + i + k * W), d = OP(sub)(FN(load)(x + i + k * W), p);
             if (gamma) g = OP(mul)(g, OP(load)(gamma + i + k * W));
+            if (gate) g = FN(through)(g, d, *gate);
             s[k] = OP(add)(s[k], g);
-            q[k] = OP(fma)(g, OP(sub)(OP(load)(x + i + k * W), p), q[k]);
+            q[k] = OP(fma)(g, d, q[k]);
         }
     if (i < n)
         for (int k = 0; k < NV; k++) {
             ptrdiff_t left = n - i - k * W;
-            V g = OP(load_n)(dy + i + k * W, left, zero);
+            V g = FN(load_n)(dy + i + k * W, left, zero), d = OP(sub)(FN(load_n)(x + i + k * W, left, p), p);
             if (gamma) g = OP(mul)(g, OP(load_n)(gamma + i + k * W, left, zero));
+            if (gate) g = FN(through)(g, d, *gate);
             s[k] = OP(add)(s[k], g);
-            q[k] = OP(fma)(g, OP(sub)(OP(load_n)(x + i + k * W, left, p), p), q[k]);
+            q[k] = OP(fma)(g, d, q[k]);
         }
     for (int k = 0; k < NV; k++) {
         sum[k] = OP(add)(sum[k], s[k]);
@@ -154,100 +171,135 @@ NX_INLINE void OP(dots_piece)(const T *x, const T *dy, ptrdiff_t n, V p, const T
     }
 }
 
-NX_INLINE void OP(dots_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                             const T *gamma, double *sum, double *dot)
+NX_INLINE void FN(dots_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
+                             const C *gamma, const nx_relu *relu, double *sum, double *dot)
 {
-    T pivot = (T)mean;
+    C pivot = (C)mean;
     V s[NV], q[NV], p = OP(set)(pivot);
+    FN(gate) gate;
+    if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride)
         for (ptrdiff_t i = 0; i < n; i += PIECE)
-            OP(dots_piece)(x + i, dy + i, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL, s, q);
-    double block_sum = OP(sum_lanes)(s);
+            FN(dots_piece)(x + i, dy + i, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL, relu ? &gate : NULL, s, q);
+    double block_sum = FN(sum_lanes)(s);
     *sum += block_sum;
-    *dot += OP(sum_lanes)(q) - (mean - pivot) * block_sum;
+    *dot += FN(sum_lanes)(q) - (mean - pivot) * block_sum;
 }
 
-static void OP(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const void *gamma, double *sum, double *dot)
+static void FN(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
+                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot)
 {
-    if (gamma) OP(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, gamma, sum, dot);
-    else OP(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, sum, dot);
+    if (gamma) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, gamma, NULL, sum, dot);
+    else if (relu) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, relu, sum, dot);
+    else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, sum, dot);
 }
 
-NX_INLINE void OP(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const T *gamma)
+NX_INLINE void FN(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
+                                ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const C *gamma,
+                                const nx_relu *relu, const T *more, ptrdiff_t more_stride)
 {
-    T x_pivot = (T)mean, g_pivot = (T)g_mean;
-    V xp = OP(set)(x_pivot), gp = OP(set)(g_pivot), va = OP(set)((T)a), vb = OP(set)((T)b), zero = ZERO;
-    V rest = OP(set)((T)(c - a * (g_mean - g_pivot) - b * (mean - x_pivot)));
+    C x_pivot = (C)mean, g_pivot = (C)g_mean;
+    V xp = OP(set)(x_pivot), gp = OP(set)(g_pivot), va = OP(set)((C)a), vb = OP(set)((C)b), zero = ZERO;
+    V rest = OP(set)((C)(c - a * (g_mean - g_pivot) - b * (mean - x_pivot)));
+    FN(gate) gate;
+    if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride, dx += dx_stride) {
         ptrdiff_t i = 0;
         for (; i + W <= n; i += W) {
-            V g = OP(load)(dy + i);
+            V g = FN(load)(dy + i), d = OP(sub)(FN(load)(x + i), xp);
             if (gamma) g = OP(mul)(g, OP(load)(gamma + i));
-            V v = OP(fma)(OP(sub)(OP(load)(x + i), xp), vb, rest);
-            OP(store)(dx + i, OP(fma)(OP(sub)(g, gp), va, v));
+            if (relu) g = FN(through)(g, d, gate);
+            V v = OP(fma)(OP(sub)(g, gp), va, OP(fma)(d, vb, rest));
+            if (more) v = OP(add)(v, FN(load)(more + r * more_stride + i));
+            FN(store)(dx + i, v);
         }
         if (i < n) {
-            V g = OP(load_n)(dy + i, n - i, zero);
+            V g = FN(load_n)(dy + i, n - i, zero), d = OP(sub)(FN(load_n)(x + i, n - i, zero), xp);
             if (gamma) g = OP(mul)(g, OP(load_n)(gamma + i, n - i, zero));
-            V v = OP(fma)(OP(sub)(OP(load_n)(x + i, n - i, zero), xp), vb, rest);
-            OP(store_n)(dx + i, n - i, OP(fma)(OP(sub)(g, gp), va, v));
+            if (relu) g = FN(through)(g, d, gate);
+            V v = OP(fma)(OP(sub)(g, gp), va, OP(fma)(d, vb, rest));
+            if (more) v = OP(add)(v, FN(load_n)(more + r * more_stride + i, n - i, zero));
+            FN(store_n)(dx + i, n - i, v);
         }
     }
 }
 
-static void OP(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                            ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma)
+static void FN(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
+                            ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma,
+                            const nx_relu *relu, const void *more, ptrdiff_t more_stride)
 {
-    if (gamma) OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, gamma);
-    else OP(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, NULL);
+#define COMBINE(gamma, relu, more) \
+    FN(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, gamma, relu, more, more_stride)
+    if (gamma && more) COMBINE(gamma, NULL, more);
+    else if (gamma) COMBINE(gamma, NULL, NULL);
+    else if (more) COMBINE(NULL, NULL, more);
+    else if (relu) COMBINE(NULL, relu, NULL);
+    else COMBINE(NULL, NULL, NULL);
+#undef COMBINE
 }
 
-NX_INLINE void OP(normalize_rows_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
-                                       int centred, double eps, const T *gamma, const T *beta, double *mean, double *rstd)
+NX_INLINE void FN(normalize_rows_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
+                                       int centred, double eps, const C *gamma, const C *beta, double *mean, double *rstd)
 {
     for (ptrdiff_t r = 0; r < rows; r++, x += x_stride, y += y_stride) {
         nx_moments m = {0, 0, 0};
-        OP(add_moments)(x, 0, 1, n, &m);
+        FN(add_moments)(x, 0, 1, n, &m);
         nx_finish_moments(m, centred, eps, mean + r, rstd + r, NULL);
-        OP(affine_loop)(x, 0, y, 0, 1, n, mean[r], rstd[r], 0, gamma, beta);
+        FN(affine_loop)(x, 0, y, 0, 1, n, mean[r], rstd[r], 0, gamma, beta, 0);
     }
 }
 
-static void OP(normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
+static void FN(normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
                                double eps, const void *gamma, const void *beta, double *mean, double *rstd)
 {
-    if (gamma && beta) OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, beta, mean, rstd);
-    else if (gamma) OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, NULL, mean, rstd);
-    else if (beta) OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, beta, mean, rstd);
-    else OP(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, NULL, mean, rstd);
+    if (gamma && beta) FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, beta, mean, rstd);
+    else if (gamma) FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, NULL, mean, rstd);
+    else if (beta) FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, beta, mean, rstd);
+    else FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, NULL, mean, rstd);
 }
 
-NX_INLINE void OP(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                      ptrdiff_t rows, ptrdiff_t n, int centred, const T *gamma, const double *mean,
-                                      const double *rstd)
+NX_INLINE void FN(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
+                                      ptrdiff_t rows, ptrdiff_t n, int centred, const C *gamma, const double *mean,
+                                      const double *rstd, const T *more, ptrdiff_t more_stride)
 {
     for (ptrdiff_t r = 0; r < rows; r++, x += x_stride, dy += dy_stride, dx += dx_stride) {
         double sum = 0, dot = 0;
-        OP(dots_loop)(x, 0, dy, 0, 1, n, mean[r], gamma, &sum, &dot);
-        OP(combine_loop)(x, 0, dy, 0, dx, 0, 1, n, mean[r], centred ? sum / (double)n : 0, rstd[r],
-                         -rstd[r] * rstd[r] * rstd[r] * (dot / (double)n), 0, gamma);
+        FN(dots_loop)(x, 0, dy, 0, 1, n, mean[r], gamma, NULL, &sum, &dot);
+        FN(combine_loop)(x, 0, dy, 0, dx, 0, 1, n, mean[r], centred ? sum / (double)n : 0, rstd[r],
+                         -rstd[r] * rstd[r] * rstd[r] * (dot / (double)n), 0, gamma, NULL, more ? more + r * more_stride : NULL, 0);
     }
 }
 
-static void OP(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                              ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd)
+static void FN(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
+                              ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd,
+                              const void *more, ptrdiff_t more_stride)
 {
-    if (gamma) OP(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, gamma, mean, rstd);
-    else OP(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, NULL, mean, rstd);
+#define ROWS(gamma, more) \
+    FN(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, gamma, mean, rstd, more, more_stride)
+    if (gamma && more) ROWS(gamma, more);
+    else if (gamma) ROWS(gamma, NULL);
+    else if (more) ROWS(NULL, more);
+    else ROWS(NULL, NULL);
+#undef ROWS
+}
+
+static void FN(add_runs)(const void *a_, ptrdiff_t a_stride, const void *b_, ptrdiff_t b_stride, void *sum_, ptrdiff_t sum_stride,
+                         ptrdiff_t runs, ptrdiff_t n)
+{
+    const T *x = a_, *dy = b_;
+    T *y = sum_;
+    for (ptrdiff_t r = 0; r < runs; r++, x += a_stride, dy += b_stride, y += sum_stride) {
+        ptrdiff_t i = 0;
+        for (; i + W <= n; i += W) FN(store)(y + i, OP(add)(FN(load)(x + i), FN(load)(dy + i)));
+        if (i < n) FN(store_n)(y + i, n - i, OP(add)(FN(load_n)(x + i, n - i, ZERO), FN(load_n)(dy + i, n - i, ZERO)));
+    }
 }
 
 /* Columns -------------------------------------------------------------------------------------------------------------------- *
  *
  * A strip of columns at a time; within it row by row, so that memory is read in order, GROUP rows abreast, whose sums are added to
- * the strip's (two levels, as in moments_piece). The strip's coefficients and sums are arrays of T on the stack, padded to whole
+ * the strip's (two levels, as in moments_piece). The strip's coefficients and sums are arrays of C on the stack, padded to whole
  * vectors. Each loop is written for `rows` rows at once; with a constant there the compiler unrolls it. */
 
 #define STRIPS(j0, width)                                                                                              \
@@ -261,26 +313,26 @@ static void OP(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy,
         for (; i < (rows); i++) { f(1); }                                                                              \
     } while (0)
 
-NX_INLINE void OP(col_sum_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const T *factor, T *s)
+NX_INLINE void FN(col_sum_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const C *factor, C *s)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
         V sum = OP(load)(s + j), f = OP(load)(factor + j);
         if (cols - j >= W)
-            for (int r = 0; r < rows; r++) sum = OP(fma)(OP(load)(x + r * x_stride + j), f, sum);
+            for (int r = 0; r < rows; r++) sum = OP(fma)(FN(load)(x + r * x_stride + j), f, sum);
         else
-            for (int r = 0; r < rows; r++) sum = OP(fma)(OP(load_n)(x + r * x_stride + j, cols - j, ZERO), f, sum);
+            for (int r = 0; r < rows; r++) sum = OP(fma)(FN(load_n)(x + r * x_stride + j, cols - j, ZERO), f, sum);
         OP(store)(s + j, sum);
     }
 }
 
-NX_INLINE void OP(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const T *factor, const T *offset, T *s,
-                                     T *q)
+NX_INLINE void FN(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const C *factor, const C *offset, C *s,
+                                     C *q)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
         V sum = ZERO, squares = ZERO, f = OP(load)(factor + j), o = OP(load)(offset + j);
         for (int r = 0; r < rows; r++) {
             const T *row = x + r * x_stride + j;
-            V v = cols - j >= W ? OP(load)(row) : OP(load_n)(row, cols - j, ZERO);
+            V v = cols - j >= W ? FN(load)(row) : FN(load_n)(row, cols - j, ZERO);
             V d = OP(fma)(v, f, o);
             sum = OP(add)(sum, d);
             squares = OP(fma)(d, d, squares);
@@ -290,14 +342,14 @@ NX_INLINE void OP(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, p
     }
 }
 
-/* Whether the squares of a block's column left the range of T. */
-NX_INLINE int OP(out_of_range)(T squares, T pivot, ptrdiff_t rows)
+/* Whether the squares of a block's column left the range of C. */
+NX_INLINE int FN(out_of_range)(C squares, C pivot, ptrdiff_t rows)
 {
-    return (!isfinite(squares)) | ((squares < T_TINY * (T)rows) & (pivot < 1) & (pivot > -1));
+    return (!isfinite(squares)) | ((squares < T_TINY * (C)rows) & (pivot < 1) & (pivot > -1));
 }
 
 /* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
-NX_INLINE void OP(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const T *pivot, const T *factor, const T *s, const T *q, double count,
+NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *pivot, const C *factor, const C *s, const C *q, double count,
                                  double *NX_RESTRICT mean, double *NX_RESTRICT m2)
 {
     double n = (double)rows, each = 1 / n, share = n / (count + n);
@@ -316,115 +368,134 @@ NX_INLINE void OP(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const T *pivot,
 
 /* The moments of a strip's block of rows, merged into mean and m2; see run_moments_scaled. A column that was found out of range
  * with factor 1 is done again with another: one vector of columns at a time, in which the good ones keep theirs. */
-static void OP(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2,
-                                  const T *factor, int again)
+static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2,
+                                  const C *factor, int again)
 {
-    T pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
+    C pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
     ptrdiff_t padded = (cols + W - 1) / W * W;
     for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
     if (count == 0) {
-#define SUM_GROUP(n) OP(col_sum_group)(x + i * x_stride, x_stride, n, cols, factor, s)
+#define SUM_GROUP(n) FN(col_sum_group)(x + i * x_stride, x_stride, n, cols, factor, s)
         ROW_GROUPS(rows, i, SUM_GROUP);
 #undef SUM_GROUP
-        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (T)((double)s[j] / factor[j] / (double)rows);
+        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)((double)s[j] / factor[j] / (double)rows);
     } else {
-        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (T)mean[j];
+        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)mean[j];
     }
     for (ptrdiff_t j = cols; j < padded; j++) pivot[j] = 0;
     for (ptrdiff_t j = 0; j < padded; j++) {
         offset[j] = -pivot[j] * factor[j];
         s[j] = 0;
     }
-#define MOMENTS_GROUP(n) OP(col_moments_group)(x + i * x_stride, x_stride, n, cols, factor, offset, s, q)
+#define MOMENTS_GROUP(n) FN(col_moments_group)(x + i * x_stride, x_stride, n, cols, factor, offset, s, q)
     ROW_GROUPS(rows, i, MOMENTS_GROUP);
 #undef MOMENTS_GROUP
     int bad = 0;
-    for (ptrdiff_t j = 0; j < cols; j++) bad |= OP(out_of_range)(q[j], pivot[j], rows);
+    for (ptrdiff_t j = 0; j < cols; j++) bad |= FN(out_of_range)(q[j], pivot[j], rows);
     if (again || !bad) {
-        OP(merge_columns)(cols, rows, pivot, factor, s, q, count, mean, m2);
+        FN(merge_columns)(cols, rows, pivot, factor, s, q, count, mean, m2);
         return;
     }
     for (ptrdiff_t j0 = 0; j0 < cols; j0 += W) {
         ptrdiff_t width = cols - j0 < W ? cols - j0 : W;
-        T rescaled[W];
+        C rescaled[W];
         bad = 0;
         for (ptrdiff_t j = 0; j < W; j++) {
-            int out = OP(out_of_range)(q[j0 + j], pivot[j0 + j], rows);
+            int out = FN(out_of_range)(q[j0 + j], pivot[j0 + j], rows);
             rescaled[j] = !out ? 1 : isfinite(q[j0 + j]) ? T_RESCALE : 1 / T_RESCALE;
             bad |= j < width && out;
         }
-        if (bad) OP(col_moments_strip)(x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, rescaled, 1);
-        else OP(merge_columns)(width, rows, pivot + j0, factor + j0, s + j0, q + j0, count, mean + j0, m2 + j0);
+        if (bad) FN(col_moments_strip)(x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, rescaled, 1);
+        else FN(merge_columns)(width, rows, pivot + j0, factor + j0, s + j0, q + j0, count, mean + j0, m2 + j0);
     }
 }
 
-static void OP(col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2)
+static void FN(col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2)
 {
-    T ones[STRIP];
+    C ones[STRIP];
     for (ptrdiff_t j = 0; j < STRIP && j < cols + W; j++) ones[j] = 1;
     STRIPS (j0, width)
-        OP(col_moments_strip)((const T *)x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, ones, 0);
+        FN(col_moments_strip)((const T *)x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, ones, 0);
 }
 
 /* What is written goes row by row: half as many streams through memory as GROUP rows of both would be. */
-NX_INLINE void OP(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const T *pivot, const T *scale, const T *shift)
+NX_INLINE void FN(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale, const C *rest, int relu)
 {
     ptrdiff_t j = 0;
     for (; j + W <= cols; j += W) {
-        V d = OP(sub)(OP(load)(x + j), OP(load)(pivot + j));
-        OP(store)(y + j, OP(fma)(d, OP(load)(scale + j), OP(load)(shift + j)));
+        V v = OP(fma)(OP(sub)(FN(load)(x + j), OP(load)(pivot + j)), OP(load)(scale + j), OP(load)(rest + j));
+        FN(store)(y + j, relu ? OP(max)(ZERO, v) : v);
     }
     if (j < cols) {
-        V d = OP(sub)(OP(load_n)(x + j, cols - j, ZERO), OP(load)(pivot + j));
-        OP(store_n)(y + j, cols - j, OP(fma)(d, OP(load)(scale + j), OP(load)(shift + j)));
+        V v = OP(fma)(OP(sub)(FN(load_n)(x + j, cols - j, ZERO), OP(load)(pivot + j)), OP(load)(scale + j), OP(load)(rest + j));
+        FN(store_n)(y + j, cols - j, relu ? OP(max)(ZERO, v) : v);
     }
 }
 
-static void OP(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                           const double *mean, const double *scale, const double *shift)
+static void FN(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
+                           const double *mean, const double *scale, const double *shift, int relu)
 {
-    T pivot[STRIP], a[STRIP], b[STRIP];
+    C pivot[STRIP], a[STRIP], b[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0;
         T *y = (T *)y_ + j0;
         for (ptrdiff_t j = 0; j < width; j++) {
-            pivot[j] = (T)mean[j0 + j];
-            a[j] = (T)scale[j0 + j];
-            b[j] = (T)(shift[j0 + j] - (mean[j0 + j] - pivot[j]) * scale[j0 + j]);
+            pivot[j] = (C)mean[j0 + j];
+            a[j] = (C)scale[j0 + j];
+            b[j] = FN(rest)(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
         }
-        for (ptrdiff_t i = 0; i < rows; i++) OP(col_affine_row)(x + i * x_stride, y + i * y_stride, width, pivot, a, b);
+        if (relu)
+            for (ptrdiff_t i = 0; i < rows; i++) FN(col_affine_row)(x + i * x_stride, y + i * y_stride, width, pivot, a, b, 1);
+        else
+            for (ptrdiff_t i = 0; i < rows; i++) FN(col_affine_row)(x + i * x_stride, y + i * y_stride, width, pivot, a, b, 0);
     }
 }
 
-NX_INLINE void OP(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
-                                  const T *pivot, T *s, T *q)
+/* The gates of a strip's columns. */
+NX_INLINE void FN(gates)(const nx_relu *relu, const double *mean, ptrdiff_t j0, ptrdiff_t width, C *scale, C *rest)
+{
+    for (ptrdiff_t j = 0; j < width; j++) {
+        scale[j] = (C)relu->scale[j0 + j];
+        rest[j] = FN(rest)(mean[j0 + j], relu->scale[j0 + j], relu->shift[j0 + j]);
+    }
+}
+
+NX_INLINE void FN(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
+                                  const C *pivot, const C *scale, const C *rest, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
         V sum = ZERO, dot = ZERO, p = OP(load)(pivot + j);
+        FN(gate) gate;
+        if (scale) gate = (FN(gate)){OP(load)(scale + j), OP(load)(rest + j)};
         for (int r = 0; r < rows; r++) {
             const T *xr = x + r * x_stride + j, *gr = dy + r * dy_stride + j;
-            V v = cols - j >= W ? OP(load)(xr) : OP(load_n)(xr, cols - j, p);
-            V g = cols - j >= W ? OP(load)(gr) : OP(load_n)(gr, cols - j, ZERO);
+            V d = OP(sub)(cols - j >= W ? FN(load)(xr) : FN(load_n)(xr, cols - j, p), p);
+            V g = cols - j >= W ? FN(load)(gr) : FN(load_n)(gr, cols - j, ZERO);
+            if (scale) g = FN(through)(g, d, gate);
             sum = OP(add)(sum, g);
-            dot = OP(fma)(g, OP(sub)(v, p), dot);
+            dot = OP(fma)(g, d, dot);
         }
         OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
         OP(store)(q + j, OP(add)(OP(load)(q + j), dot));
     }
 }
 
-static void OP(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
-                         const double *mean, double *sum, double *dot)
+static void FN(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
+                         const double *mean, const nx_relu *relu, double *sum, double *dot)
 {
-    T pivot[STRIP], s[STRIP], q[STRIP];
+    C pivot[STRIP], scale[STRIP], rest[STRIP], s[STRIP], q[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         for (ptrdiff_t j = 0; j < width; j++) {
-            pivot[j] = (T)mean[j0 + j];
+            pivot[j] = (C)mean[j0 + j];
             s[j] = q[j] = 0;
         }
-#define DOTS_GROUP(n) OP(col_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, pivot, s, q)
-        ROW_GROUPS(rows, i, DOTS_GROUP);
+        if (relu) FN(gates)(relu, mean, j0, width, scale, rest);
+#define DOTS_GROUP(n) FN(col_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, pivot, scale, rest, s, q)
+        if (relu) ROW_GROUPS(rows, i, DOTS_GROUP);
+#undef DOTS_GROUP
+#define DOTS_GROUP(n) FN(col_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, pivot, NULL, NULL, s, q)
+        if (!relu) ROW_GROUPS(rows, i, DOTS_GROUP);
 #undef DOTS_GROUP
         for (ptrdiff_t j = 0; j < width; j++) {
             sum[j0 + j] += s[j];
@@ -433,22 +504,22 @@ static void OP(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
     }
 }
 
-NX_INLINE void OP(row_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
-                                  const double *mean, const double *scale, T *s, T *q)
+NX_INLINE void FN(row_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
+                                  const double *mean, const double *scale, C *s, C *q)
 {
     V p[GROUP], a[GROUP], b[GROUP];
     for (int r = 0; r < rows; r++) {
-        T pivot = (T)mean[r];
+        C pivot = (C)mean[r];
         p[r] = OP(set)(pivot);
-        a[r] = OP(set)((T)scale[r]);
-        b[r] = OP(set)((T)((pivot - mean[r]) * scale[r]));
+        a[r] = OP(set)((C)scale[r]);
+        b[r] = OP(set)((C)((pivot - mean[r]) * scale[r]));
     }
     for (ptrdiff_t j = 0; j < cols; j += W) {
         V sum = ZERO, dot = ZERO;
         for (int r = 0; r < rows; r++) {
             const T *xr = x + r * x_stride + j, *gr = dy + r * dy_stride + j;
-            V v = cols - j >= W ? OP(load)(xr) : OP(load_n)(xr, cols - j, p[r]);
-            V g = cols - j >= W ? OP(load)(gr) : OP(load_n)(gr, cols - j, ZERO);
+            V v = cols - j >= W ? FN(load)(xr) : FN(load_n)(xr, cols - j, p[r]);
+            V g = cols - j >= W ? FN(load)(gr) : FN(load_n)(gr, cols - j, ZERO);
             sum = OP(add)(sum, g);
             dot = OP(fma)(g, OP(fma)(OP(sub)(v, p[r]), a[r], b[r]), dot);
         }
@@ -457,14 +528,14 @@ NX_INLINE void OP(row_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, p
     }
 }
 
-static void OP(row_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
+static void FN(row_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
                          const double *mean, const double *scale, double *sum, double *dot)
 {
-    T s[STRIP], q[STRIP];
+    C s[STRIP], q[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
-#define DOTS_GROUP(n) OP(row_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, mean + i, scale + i, s, q)
+#define DOTS_GROUP(n) FN(row_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, mean + i, scale + i, s, q)
         ROW_GROUPS(rows, i, DOTS_GROUP);
 #undef DOTS_GROUP
         for (ptrdiff_t j = 0; j < width; j++) {
@@ -474,43 +545,51 @@ static void OP(row_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
     }
 }
 
-NX_INLINE void OP(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const T *x_pivot, const T *dy_pivot, const T *a,
-                                   const T *b, const T *rest)
+NX_INLINE void FN(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const C *x_pivot, const C *dy_pivot, const C *a,
+                                   const C *b, const C *rest, const C *gate_scale, const C *gate_rest)
 {
-    ptrdiff_t j = 0;
-    for (; j + W <= cols; j += W) {
-        V v = OP(fma)(OP(sub)(OP(load)(x + j), OP(load)(x_pivot + j)), OP(load)(b + j), OP(load)(rest + j));
-        OP(store)(dx + j, OP(fma)(OP(sub)(OP(load)(dy + j), OP(load)(dy_pivot + j)), OP(load)(a + j), v));
-    }
-    if (j < cols) {
-        ptrdiff_t left = cols - j;
-        V v = OP(fma)(OP(sub)(OP(load_n)(x + j, left, ZERO), OP(load)(x_pivot + j)), OP(load)(b + j), OP(load)(rest + j));
-        OP(store_n)(dx + j, left, OP(fma)(OP(sub)(OP(load_n)(dy + j, left, ZERO), OP(load)(dy_pivot + j)), OP(load)(a + j), v));
+    for (ptrdiff_t j = 0; j < cols; j += W) {
+        const ptrdiff_t left = cols - j;
+        V d = OP(sub)(left >= W ? FN(load)(x + j) : FN(load_n)(x + j, left, ZERO), OP(load)(x_pivot + j));
+        V g = left >= W ? FN(load)(dy + j) : FN(load_n)(dy + j, left, ZERO);
+        if (gate_scale) g = FN(through)(g, d, (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)});
+        g = OP(sub)(g, OP(load)(dy_pivot + j));
+        V v = OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j)));
+        if (left >= W) FN(store)(dx + j, v);
+        else FN(store_n)(dx + j, left, v);
     }
 }
 
-static void OP(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_stride,
-                            ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b)
+static void FN(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_stride,
+                            ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,
+                            const double *c, const nx_relu *relu)
 {
-    T x_pivot[STRIP], dy_pivot[STRIP], ta[STRIP], tb[STRIP], rest[STRIP];
+    C x_pivot[STRIP], dy_pivot[STRIP], ta[STRIP], tb[STRIP], rest[STRIP], gate_scale[STRIP], gate_rest[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         T *dx = (T *)dx_ + j0;
         for (ptrdiff_t j = 0; j < width; j++) {
-            x_pivot[j] = (T)mean[j0 + j];
-            dy_pivot[j] = (T)dy_mean[j0 + j];
-            ta[j] = (T)a[j0 + j];
-            tb[j] = (T)b[j0 + j];
-            rest[j] = (T)(-a[j0 + j] * (dy_mean[j0 + j] - dy_pivot[j]) - b[j0 + j] * (mean[j0 + j] - x_pivot[j]));
+            x_pivot[j] = (C)mean[j0 + j];
+            dy_pivot[j] = (C)dy_mean[j0 + j];
+            ta[j] = (C)a[j0 + j];
+            tb[j] = (C)b[j0 + j];
+            rest[j] = (C)((c ? c[j0 + j] : 0) - a[j0 + j] * (dy_mean[j0 + j] - dy_pivot[j]) - b[j0 + j] * (mean[j0 + j] - x_pivot[j]));
         }
-        for (ptrdiff_t i = 0; i < rows; i++)
-            OP(col_combine_row)(x + i * x_stride, dy + i * dy_stride, dx + i * dx_stride, width, x_pivot, dy_pivot, ta, tb, rest);
+        if (relu) FN(gates)(relu, mean, j0, width, gate_scale, gate_rest);
+#define COMBINE_ROW(i, scale, shift)                                                                                               \
+    FN(col_combine_row)(x + i * x_stride, dy + i * dy_stride, dx + i * dx_stride, width, x_pivot, dy_pivot, ta, tb, rest, scale, shift)
+        if (relu)
+            for (ptrdiff_t i = 0; i < rows; i++) COMBINE_ROW(i, gate_scale, gate_rest);
+        else
+            for (ptrdiff_t i = 0; i < rows; i++) COMBINE_ROW(i, NULL, NULL);
+#undef COMBINE_ROW
     }
 }
 
+#ifdef T_INT
 /* Windows over images --------------------------------------------------------------------------------------------------------- */
 
-static void OP(transpose_rows)(const void *x_, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y_, ptrdiff_t y_stride)
+static void FN(transpose_rows)(const void *x_, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y_, ptrdiff_t y_stride)
 {
     const T *x = x_;
     T *y = y_;
@@ -522,18 +601,9 @@ static void OP(transpose_rows)(const void *x_, ptrdiff_t x_stride, ptrdiff_t row
         for (ptrdiff_t j = i < whole_rows ? whole_cols : 0; j < cols; j++) y[j * y_stride + i] = x[i * x_stride + j];
 }
 
-static void OP(add_run)(const void *x_, void *y_, ptrdiff_t n)
-{
-    const T *x = x_;
-    T *y = y_;
-    ptrdiff_t i = 0;
-    for (; i + W <= n; i += W) OP(store)(y + i, OP(add)(OP(load)(y + i), OP(load)(x + i)));
-    for (; i < n; i++) y[i] += x[i];
-}
-
 #define POOL_BLOCK 128
 
-NX_INLINE void OP(pool_position)(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT position, T *NX_RESTRICT best,
+NX_INLINE void FN(pool_position)(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT position, T *NX_RESTRICT best,
                                  T_INT *NX_RESTRICT winner)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -544,7 +614,7 @@ NX_INLINE void OP(pool_position)(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT 
     }
 }
 
-static void OP(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
+static void FN(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
                          void *winner, int winner_size)
 {
     T best[POOL_BLOCK];
@@ -559,9 +629,9 @@ static void OP(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
         for (ptrdiff_t k = 1; k < kh * kw; k++) {
             const T *from = x + k / kw * x_stride + k % kw;
             /* With the common steps as constants the compiler uses vectors. */
-            if (step == 1) OP(pool_position)(from, 1, count, (T_INT)k, best, position);
-            else if (step == 2) OP(pool_position)(from, 2, count, (T_INT)k, best, position);
-            else OP(pool_position)(from, step, count, (T_INT)k, best, position);
+            if (step == 1) FN(pool_position)(from, 1, count, (T_INT)k, best, position);
+            else if (step == 2) FN(pool_position)(from, 2, count, (T_INT)k, best, position);
+            else FN(pool_position)(from, step, count, (T_INT)k, best, position);
         }
         for (ptrdiff_t i = 0; i < count; i++) ((T *)y)[start + i] = best[i];
         if (winner_size == 1)
@@ -570,27 +640,35 @@ static void OP(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
             for (ptrdiff_t i = 0; i < count; i++) ((int32_t *)winner)[start + i] = (int32_t)position[i];
     }
 }
+#endif
 
 const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
     sizeof(T),
+    sizeof(C),
     RUN_BLOCK,
     COL_ROWS,
-    OP(run_moments),
-    OP(col_moments),
-    OP(run_affine),
-    OP(col_affine),
-    OP(run_dots),
-    OP(col_dots),
-    OP(row_dots),
-    OP(run_combine),
-    OP(col_combine),
-    OP(normalize_rows),
-    OP(rows_backward),
-    OP(transpose_rows),
-    OP(add_run),
-    OP(pool_row),
+    FN(run_moments),
+    FN(col_moments),
+    FN(run_affine),
+    FN(col_affine),
+    FN(run_dots),
+    FN(col_dots),
+    FN(row_dots),
+    FN(run_combine),
+    FN(col_combine),
+    FN(normalize_rows),
+    FN(rows_backward),
+    FN(add_runs),
+#ifdef T_INT
+    FN(transpose_rows),
+    FN(pool_row),
+#else
+    NULL,
+    NULL,
+#endif
 };
 
+#undef FN
 #undef OP
 #undef V
 #undef W
@@ -604,6 +682,8 @@ const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
 #undef ZERO
 #undef T
 #undef E
+#undef C
+#undef EC
 #undef T_INT
 #undef POOL_BLOCK
 #undef T_TINY

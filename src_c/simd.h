@@ -9,8 +9,13 @@
  *     E##_set            one number in every lane
  *     E##_add, _sub, _mul
  *     E##_fma            a * b + c, rounded once where the instruction set can (everywhere but on baseline x86-64)
+ *     E##_max            the larger, and b where either is NaN
+ *     E##_keep_positive  a where b > 0 (or is NaN), elsewhere 0
  *     E##_sum            sum of the lanes, always in the same order: lane i + lane (i + W/2), and so on by halves
  *     E##_transpose      a square of E##_SIDE x E##_SIDE elements, from rows to columns
+ *
+ * 16-bit floats (f16: IEEE 754 binary16, bf16: bfloat16), which memory holds as uint16_t, are vectors of f32 once loaded: for them there
+ * are the loads and stores only. Conversion to them rounds to nearest, ties to even.
  *
  * The kernels are compiled with contraction of a * b + c turned off (see setup.py), so that AVX2 and AVX-512 round alike.
  */
@@ -19,6 +24,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NX_INLINE static __forceinline
@@ -40,7 +46,8 @@
     NX_INLINE V E##_set(T a) { return P##_set1_##S(a); }                                 \
     NX_INLINE V E##_add(V a, V b) { return P##_add_##S(a, b); }                          \
     NX_INLINE V E##_sub(V a, V b) { return P##_sub_##S(a, b); }                          \
-    NX_INLINE V E##_mul(V a, V b) { return P##_mul_##S(a, b); }
+    NX_INLINE V E##_mul(V a, V b) { return P##_mul_##S(a, b); }                          \
+    NX_INLINE V E##_max(V a, V b) { return P##_max_##S(a, b); }
 
 NX_INLINE float nx_sum4(__m128 v)
 {
@@ -81,6 +88,10 @@ NX_X86(f64, double, __m512d, _mm512, pd, 8)
 #define NX_MASK(n, W) ((n) >= (W) ? (1u << (W)) - 1u : (n) <= 0 ? 0u : (1u << (n)) - 1u)
 #define NX_AVX512(E, T, V, S, M)                                                                                 \
     NX_INLINE V E##_fma(V a, V b, V c) { return _mm512_fmadd_##S(a, b, c); }                                     \
+    NX_INLINE V E##_keep_positive(V a, V b)                                                                      \
+    {                                                                                                            \
+        return _mm512_maskz_mov_##S(_mm512_cmp_##S##_mask(b, _mm512_setzero_##S(), _CMP_NLE_UQ), a);             \
+    }                                                                                                            \
     NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill)                                                      \
     {                                                                                                            \
         return _mm512_mask_loadu_##S(fill, (M)NX_MASK(n, E##_W), p);                                             \
@@ -93,6 +104,33 @@ NX_INLINE double f64_sum(__m512d v)
 {
     return nx_sum4d(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)));
 }
+
+NX_INLINE __m512 nx_from_f16(__m256i h) { return _mm512_cvtph_ps(h); }
+NX_INLINE __m256i nx_to_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+NX_INLINE __m512 nx_from_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+NX_INLINE __m256i nx_to_bf16(__m512 v)
+{
+    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet instead, lest it become infinite. */
+    __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+    u = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
+}
+#define NX_HALF(E)                                                                                               \
+    NX_INLINE __m512 E##_load(const uint16_t *p) { return nx_from_##E(_mm256_loadu_si256((const __m256i *)p)); } \
+    NX_INLINE void E##_store(uint16_t *p, __m512 v) { _mm256_storeu_si256((__m256i *)p, nx_to_##E(v)); }         \
+    NX_INLINE __m512 E##_load_n(const uint16_t *p, ptrdiff_t n, __m512 fill)                                     \
+    {                                                                                                            \
+        __mmask16 mask = (__mmask16)NX_MASK(n, f32_W);                                                           \
+        return _mm512_mask_blend_ps(mask, fill, nx_from_##E(_mm256_maskz_loadu_epi16(mask, p)));                 \
+    }                                                                                                            \
+    NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, __m512 v)                                               \
+    {                                                                                                            \
+        _mm256_mask_storeu_epi16(p, (__mmask16)NX_MASK(n, f32_W), nx_to_##E(v));                                 \
+    }
+NX_HALF(f16)
+NX_HALF(bf16)
 
 #elif defined(__AVX2__)
 
@@ -108,6 +146,10 @@ static const int64_t nx_mask64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
         return _mm256_loadu_si256((const __m256i *)(MASKS + E##_W - n));                                         \
     }                                                                                                            \
     NX_INLINE V E##_fma(V a, V b, V c) { return _mm256_fmadd_##S(a, b, c); }                                     \
+    NX_INLINE V E##_keep_positive(V a, V b)                                                                      \
+    {                                                                                                            \
+        return _mm256_and_##S(a, _mm256_cmp_##S(b, _mm256_setzero_##S(), _CMP_NLE_UQ));                          \
+    }                                                                                                            \
     NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill)                                                      \
     {                                                                                                            \
         __m256i mask = E##_mask(n);                                                                              \
@@ -119,12 +161,44 @@ NX_AVX2(f64, double, __m256d, pd, nx_mask64)
 NX_INLINE float f32_sum(__m256 v) { return nx_sum8(v); }
 NX_INLINE double f64_sum(__m256d v) { return nx_sum4d(v); }
 
+NX_INLINE __m256 nx_from_f16(__m128i h) { return _mm256_cvtph_ps(h); }
+NX_INLINE __m128i nx_to_f16(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+NX_INLINE __m256 nx_from_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+NX_INLINE __m128i nx_to_bf16(__m256 v)
+{
+    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet instead, lest it become infinite. */
+    __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    u = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q))), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+}
+#define NX_HALF(E)                                                                                               \
+    NX_INLINE __m256 E##_load(const uint16_t *p) { return nx_from_##E(_mm_loadu_si128((const __m128i *)p)); }    \
+    NX_INLINE void E##_store(uint16_t *p, __m256 v) { _mm_storeu_si128((__m128i *)p, nx_to_##E(v)); }            \
+    NX_INLINE __m256 E##_load_n(const uint16_t *p, ptrdiff_t n, __m256 fill)                                     \
+    {                                                                                                            \
+        uint16_t lanes[8] = {0};                                                                                 \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i] = p[i];                                              \
+        return _mm256_blendv_ps(fill, E##_load(lanes), _mm256_castsi256_ps(f32_mask(n)));                        \
+    }                                                                                                            \
+    NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, __m256 v)                                               \
+    {                                                                                                            \
+        uint16_t lanes[8];                                                                                       \
+        E##_store(lanes, v);                                                                                     \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i] = lanes[i];                                              \
+    }
+NX_HALF(f16)
+NX_HALF(bf16)
+
 #else
 
 NX_X86(f32, float, __m128, _mm, ps, 4)
 NX_X86(f64, double, __m128d, _mm, pd, 2)
 NX_INLINE __m128 f32_fma(__m128 a, __m128 b, __m128 c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 NX_INLINE __m128d f64_fma(__m128d a, __m128d b, __m128d c) { return _mm_add_pd(_mm_mul_pd(a, b), c); }
+NX_INLINE __m128 f32_keep_positive(__m128 a, __m128 b) { return _mm_and_ps(a, _mm_cmpnle_ps(b, _mm_setzero_ps())); }
+NX_INLINE __m128d f64_keep_positive(__m128d a, __m128d b) { return _mm_and_pd(a, _mm_cmpnle_pd(b, _mm_setzero_pd())); }
 NX_INLINE float f32_sum(__m128 v) { return nx_sum4(v); }
 NX_INLINE double f64_sum(__m128d v) { return nx_sum2(v); }
 #define NX_PARTIAL_BY_ELEMENT
@@ -137,13 +211,31 @@ NX_INLINE double f64_sum(__m128d v) { return nx_sum2(v); }
 /* GCC's and clang's own vectors: + - * work on them, and 16 bytes fit NEON, VSX and the like. */
 typedef float f32_t __attribute__((vector_size(16)));
 typedef double f64_t __attribute__((vector_size(16)));
+typedef int32_t nx_ints __attribute__((vector_size(16)));
+typedef int64_t nx_longs __attribute__((vector_size(16)));
 enum { f32_W = 4, f64_W = 2 };
+NX_INLINE f32_t f32_max(f32_t a, f32_t b)
+{
+    nx_ints first = a > b;
+    return (f32_t)(((nx_ints)a & first) | ((nx_ints)b & ~first));
+}
+NX_INLINE f64_t f64_max(f64_t a, f64_t b)
+{
+    nx_longs first = a > b;
+    return (f64_t)(((nx_longs)a & first) | ((nx_longs)b & ~first));
+}
+NX_INLINE f32_t f32_keep_positive(f32_t a, f32_t b) { return (f32_t)((nx_ints)a & ~(b <= (f32_t){0})); }
+NX_INLINE f64_t f64_keep_positive(f64_t a, f64_t b) { return (f64_t)((nx_longs)a & ~(b <= (f64_t){0})); }
 NX_INLINE float f32_sum(f32_t v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 NX_INLINE double f64_sum(f64_t v) { return v[0] + v[1]; }
 #else
 typedef float f32_t;
 typedef double f64_t;
 enum { f32_W = 1, f64_W = 1 };
+NX_INLINE float f32_max(float a, float b) { return a > b ? a : b; }
+NX_INLINE double f64_max(double a, double b) { return a > b ? a : b; }
+NX_INLINE float f32_keep_positive(float a, float b) { return b <= 0 ? 0 : a; }
+NX_INLINE double f64_keep_positive(double a, double b) { return b <= 0 ? 0 : a; }
 NX_INLINE float f32_sum(f32_t v) { return v; }
 NX_INLINE double f64_sum(f64_t v) { return v; }
 #endif
@@ -158,7 +250,6 @@ enum { f32_SIDE = 1, f64_SIDE = 1 };
 NX_TRANSPOSE1(f32, float)
 NX_TRANSPOSE1(f64, double)
 
-#include <string.h>
 #define NX_GENERIC(E, T)                                                                 \
     NX_INLINE E##_t E##_load(const T *p)                                                 \
     {                                                                                    \
@@ -203,6 +294,62 @@ NX_INLINE f64_t f64_fma(f64_t a, f64_t b, f64_t c) { return a * b + c; }
     }
 NX_PARTIAL(f32, float)
 NX_PARTIAL(f64, double)
+
+/* Where the instruction set has no conversions of 16-bit floats, integer operations on the bits of a float. */
+NX_INLINE uint32_t nx_bits(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+NX_INLINE float nx_float(uint32_t u)
+{
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+NX_INLINE float nx_from_bf16(uint16_t h) { return nx_float((uint32_t)h << 16); }
+NX_INLINE uint16_t nx_to_bf16(float x)
+{
+    uint32_t u = nx_bits(x);
+    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet instead, lest it become infinite. */
+    return (uint16_t)((x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000) >> 16);
+}
+NX_INLINE float nx_from_f16(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+    /* The exponent's bias differs by 112; multiplied by 2^112, numbers too small for a normal float16 come out right too. */
+    float x = nx_float(rest) * 0x1p112f;
+    return nx_float(sign | ((h & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : nx_bits(x)));
+}
+NX_INLINE uint16_t nx_to_f16(float x)
+{
+    uint32_t u = nx_bits(x), sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) u = 0x7e00;                                               /* NaN */
+    else if (u >= 0x47800000) u = 0x7c00;                                         /* 2^16 and above: infinite */
+    else if (u < 0x38800000) u = nx_bits(nx_float(u) + 0.5f) - nx_bits(0.5f);     /* below 2^-14: the addition rounds to 2^-24 */
+    else u = (u - (112u << 23) + 0xfff + (u >> 13 & 1)) >> 13;
+    return (uint16_t)(sign | u);
+}
+#define NX_HALF(E)                                                                       \
+    NX_INLINE f32_t E##_load_n(const uint16_t *p, ptrdiff_t n, f32_t fill)               \
+    {                                                                                    \
+        float lanes[f32_W];                                                              \
+        f32_store(lanes, fill);                                                          \
+        for (ptrdiff_t i = 0; i < n && i < f32_W; i++) lanes[i] = nx_from_##E(p[i]);     \
+        return f32_load(lanes);                                                          \
+    }                                                                                    \
+    NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, f32_t v)                        \
+    {                                                                                    \
+        float lanes[f32_W];                                                              \
+        f32_store(lanes, v);                                                             \
+        for (ptrdiff_t i = 0; i < n && i < f32_W; i++) p[i] = nx_to_##E(lanes[i]);       \
+    }                                                                                    \
+    NX_INLINE f32_t E##_load(const uint16_t *p) { return E##_load_n(p, f32_W, f32_set(0)); } \
+    NX_INLINE void E##_store(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }
+NX_HALF(f16)
+NX_HALF(bf16)
 #endif
 
 #endif

@@ -11,7 +11,7 @@ from normext.cs231n.solver import Solver
 from normext.gradcheck import numerical_gradient, relative_error
 
 LIMIT = 1e-7  # for centred differences in float64
-NORMALIZATIONS = [None, "batchnorm", "groupnorm"]
+NORMALIZATIONS = [None, "batchnorm", "layernorm", "groupnorm", "instancenorm"]
 
 
 @pytest.fixture
@@ -469,7 +469,9 @@ def test_initial_losses_are_the_published_ones():
 def test_gradients_of_every_parameter(normalization, reg):
     np.random.seed(231)
     X, y = np.random.randn(3, 2, 6, 4), np.random.randint(10, size=3)
-    net = small_net(weight_scale=0.3, reg=reg, dtype=np.float64, normalization=normalization)
+    net = small_net(
+        num_filters=12, hidden_dim=3, weight_scale=0.3, reg=reg, dtype=np.float64, normalization=normalization
+    )
     # Away from where it starts: off the kink of the relu, and with gamma and beta that matter.
     for name, p in net.params.items():
         if name[0] != "W":
@@ -485,7 +487,7 @@ def test_gradients_of_every_parameter(normalization, reg):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_scores_are_those_of_test_mode(normalization, rng):
     np.random.seed(0)
-    net = small_net(weight_scale=1, dtype=np.float64, normalization=normalization)
+    net = small_net(num_filters=12, weight_scale=1, dtype=np.float64, normalization=normalization)
     X = rng.standard_normal((20, 2, 6, 4))
     for _ in range(3):
         net.loss(X, np.arange(20) % 10)
@@ -495,8 +497,10 @@ def test_scores_are_those_of_test_mode(normalization, rng):
         weight = 1 - 0.9**3
         mean, var = (weight * statistic(a, axis=(0, 2, 3), keepdims=True) for statistic in (np.mean, np.var))
         a = (a - mean) / np.sqrt(var + 1e-5)
-    if normalization == "groupnorm":  # four filters in four groups
-        a = (a - a.mean(axis=(2, 3), keepdims=True)) / np.sqrt(a.var(axis=(2, 3), keepdims=True) + 1e-5)
+    if normalization in ("layernorm", "groupnorm", "instancenorm"):
+        groups = a.reshape(20, {"layernorm": 1, "groupnorm": 4, "instancenorm": 12}[normalization], -1)
+        groups = (groups - groups.mean(axis=2, keepdims=True)) / np.sqrt(groups.var(axis=2, keepdims=True) + 1e-5)
+        a = groups.reshape(a.shape)
     a = windows_of(np.maximum(a, 0), 2, 2, 2).max(axis=(4, 5)).reshape(20, -1)
     expected = np.maximum(a @ p["W2"] + p["b2"], 0) @ p["W3"] + p["b3"]
     np.testing.assert_allclose(net.loss(X), expected, rtol=1e-9, atol=1e-12)
@@ -545,7 +549,11 @@ def test_network_overfits_a_few_digits(normalization):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"normalization": "layernorm"}, "^normalization must be one of 'batchnorm', 'groupnorm' or None, got 'layern"),
+        (
+            {"normalization": "rmsnorm"},
+            "^normalization must be one of 'batchnorm', 'layernorm', 'groupnorm', 'instancenorm' or None, got 'rmsno",
+        ),
+        ({"normalization": ""}, "^normalization must"),
         ({"input_dim": (2, 5, 4)}, r"^height and width must be even, .*, got input_dim \(2, 5, 4\)"),
         ({"input_dim": (64,)}, r"^input_dim must be \(channels, height, width\), got \(64,\)"),
         ({"filter_size": 4}, "^filter_size must be odd, .*, got 4"),

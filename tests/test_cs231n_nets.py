@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from normext.cs231n import optim
+from normext.cs231n import layer_utils, optim
 from normext.cs231n.classifiers.fc_net import FullyConnectedNet, TwoLayerNet
 from normext.cs231n.gradient_check import eval_numerical_gradient
 from normext.cs231n.solver import Solver
+from normext.gradcheck import numerical_gradient
 
-NORMALIZATIONS = [None, "batchnorm", "layernorm"]
+NORMALIZATIONS = [None, "batchnorm", "layernorm", "rmsnorm", "groupnorm"]
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,12 @@ def digits():
     X, y = load_digits(return_X_y=True)
     X = X.reshape(-1, 1, 8, 8) - X.mean()
     return {"X_train": X[:1000], "y_train": y[:1000], "X_val": X[1000:1500], "y_val": y[1000:1500]}
+
+
+def net_of(normalization, hidden_dims, **settings):
+    if normalization == "groupnorm":
+        settings["num_groups"] = 2
+    return FullyConnectedNet(hidden_dims, normalization=normalization, **settings)
 
 
 def first(data, n):
@@ -66,10 +73,10 @@ def test_layer_settings_are_lists_and_dicts_whose_mode_follows_the_call():
 def test_gradients_of_every_combination(normalization, dropout_keep_ratio, reg):
     np.random.seed(231)
     X, y = np.random.randn(5, 2, 6), np.random.randint(10, size=5)
-    net = FullyConnectedNet(
-        [8, 7],
+    net = net_of(
+        normalization,
+        [8, 6],
         input_dim=12,
-        normalization=normalization,
         dropout_keep_ratio=dropout_keep_ratio,
         seed=123,
         reg=reg,
@@ -125,9 +132,7 @@ def test_regularization_adds_half_the_squared_weights_and_spares_the_rest():
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_scores_are_those_of_test_mode(normalization):
     np.random.seed(0)
-    net = FullyConnectedNet(
-        [6], input_dim=4, normalization=normalization, dropout_keep_ratio=0.5, weight_scale=1, dtype=np.float64
-    )
+    net = net_of(normalization, [6], input_dim=4, dropout_keep_ratio=0.5, weight_scale=1, dtype=np.float64)
     X = np.random.randn(30, 4)
     for _ in range(3):
         net.loss(X, np.arange(30) % 10)
@@ -138,8 +143,71 @@ def test_scores_are_those_of_test_mode(normalization):
         a = (a - weight * a.mean(axis=0)) / np.sqrt(weight * a.var(axis=0) + 1e-5)
     if normalization == "layernorm":
         a = (a - a.mean(axis=1, keepdims=True)) / np.sqrt(a.var(axis=1, keepdims=True) + 1e-5)
+    if normalization == "rmsnorm":
+        a = a / np.sqrt((a**2).mean(axis=1, keepdims=True) + 1e-6)
+    if normalization == "groupnorm":
+        groups = a.reshape(30, 2, 3)
+        groups = (groups - groups.mean(axis=2, keepdims=True)) / np.sqrt(groups.var(axis=2, keepdims=True) + 1e-5)
+        a = groups.reshape(30, 6)
     np.testing.assert_allclose(net.loss(X), np.maximum(a, 0) @ p["W2"] + p["b2"], rtol=1e-9, atol=1e-12)
     assert net.loss(X[:0]).shape == (0, 10)
+
+
+def test_rmsnorm_only_scales():
+    net = FullyConnectedNet([4, 3], input_dim=5, normalization="rmsnorm")
+    assert net.params.keys() == {"W1", "b1", "gamma1", "W2", "b2", "gamma2", "W3", "b3"}
+    np.testing.assert_array_equal(net.params["gamma2"], np.ones(3))
+    assert net.bn_params == [{"mode": "train"}] * 2
+
+
+def test_groupnorm_of_one_group_is_layernorm_and_of_more_is_not():
+    X, nets = np.random.randn(6, 5), []
+    for settings in (
+        {"normalization": "layernorm"},
+        {"normalization": "groupnorm", "num_groups": 1},
+        {"normalization": "groupnorm", "num_groups": 4},
+    ):
+        np.random.seed(0)
+        nets.append(FullyConnectedNet([8, 12], input_dim=5, weight_scale=1, dtype=np.float64, **settings))
+    layer, one, four = (net.loss(X) for net in nets)
+    np.testing.assert_allclose(one, layer, rtol=1e-9, atol=1e-12)
+    assert np.abs(four - layer).max() > 0.1
+    assert [bn_param["num_groups"] for bn_param in nets[2].bn_params] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "normalization, norm_param", [("rmsnorm", {}), ("rmsnorm", {"eps": 0.5}), ("groupnorm", {"num_groups": 2})]
+)
+def test_affine_norm_relu_gradients(normalization, norm_param):
+    rng = np.random.default_rng(231)
+    inputs = [rng.standard_normal(shape) for shape in [(5, 2, 2), (4, 6), 6, 6, 6]]
+    if normalization == "rmsnorm":
+        inputs[4] = None
+
+    def forward():
+        return layer_utils.affine_norm_relu_forward(*inputs, norm_param, normalization)
+
+    out, cache = forward()
+    dout = rng.standard_normal(out.shape)
+    gradients = layer_utils.affine_norm_relu_backward(dout, cache)
+    assert (gradients[4] is None) == (inputs[4] is None)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        if x is not None:
+            numerical = numerical_gradient(lambda _: forward()[0], x, dout)
+            np.testing.assert_allclose(gradient, numerical, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "normalization, beta, error, message",
+    [
+        ("rmsnorm", np.zeros(4), ValueError, r"^beta must be None for 'rmsnorm', which only scales, got shape \(4,\)"),
+        ("groupnorm", np.zeros(4), TypeError, "^num_groups must be an integer, got None"),
+        ("instancenorm", None, ValueError, "one of 'batchnorm', 'layernorm', 'rmsnorm', 'groupnorm', got 'instancen"),
+    ],
+)
+def test_affine_norm_relu_refuses_what_does_not_fit(normalization, beta, error, message):
+    with pytest.raises(error, match=message):
+        layer_utils.affine_norm_relu_forward(np.eye(4), np.eye(4), np.zeros(4), np.ones(4), beta, {}, normalization)
 
 
 def test_dropout_with_a_seed_drops_the_same_units_every_time():
@@ -150,10 +218,11 @@ def test_dropout_with_a_seed_drops_the_same_units_every_time():
     assert free.loss(X, y)[0] != free.loss(X, y)[0]
 
 
-def test_network_computes_in_its_dtype_whatever_the_data():
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_network_computes_in_its_dtype_whatever_the_data(normalization):
     X, y = np.random.randint(0, 256, (6, 5)).astype(np.uint8), np.arange(6)
     for dtype in (np.float32, np.float64):
-        net = FullyConnectedNet([4], input_dim=5, normalization="batchnorm", dtype=dtype)
+        net = net_of(normalization, [4], input_dim=5, dtype=dtype)
         loss, grads = net.loss(X, y)
         assert isinstance(loss, float)
         assert {g.dtype for g in grads.values()} == {np.dtype(dtype)}
@@ -165,9 +234,22 @@ def test_network_computes_in_its_dtype_whatever_the_data():
     [
         (
             {"normalization": "BatchNorm"},
-            "^normalization must be one of 'batchnorm', 'layernorm' or None, got 'BatchNorm'",
+            "^normalization must be one of 'batchnorm', 'layernorm', 'rmsnorm', 'groupnorm' or None, got 'BatchNorm'$",
         ),
         ({"normalization": ""}, "^normalization must"),
+        # One number for each statistic: see NORMALIZATIONS.
+        ({"normalization": "instancenorm"}, "^normalization must be one of 'batchnorm', .*, got 'instancenorm'$"),
+        ({"normalization": "groupnorm"}, "^num_groups must be given for .* got num_groups None for 'groupnorm'"),
+        ({"normalization": "layernorm", "num_groups": 2}, "no other, got num_groups 2 for 'layernorm'"),
+        ({"num_groups": 2}, "^num_groups must be given .* got num_groups 2 for None"),
+        (
+            {"normalization": "groupnorm", "num_groups": 4, "hidden_dims": [8, 10]},
+            r"^num_groups must be .* divides every hidden size .*, got 4 for the sizes \[8, 10\]",
+        ),
+        ({"normalization": "groupnorm", "num_groups": 10}, "^num_groups must be .* two features or more in a group"),
+        ({"normalization": "groupnorm", "num_groups": 0}, "^num_groups must be a whole number .*, got 0 "),
+        ({"normalization": "groupnorm", "num_groups": 2.0}, "^num_groups must be a whole number .*, got 2.0 "),
+        ({"normalization": "groupnorm", "num_groups": "2"}, "^num_groups must be a whole number .*, got '2' "),
         ({"dropout_keep_ratio": 0}, "^dropout_keep_ratio must"),
         ({"dropout_keep_ratio": 1.5}, "^dropout_keep_ratio must"),
         ({"dtype": np.int32}, "^dtype must be float32 or float64, got int32"),
@@ -430,9 +512,7 @@ def test_check_accuracy_counts_hits():
 def test_training_is_the_same_for_the_same_seed(normalization, digits):
     def train(seed):
         np.random.seed(seed)
-        net = FullyConnectedNet(
-            [30, 30], input_dim=64, normalization=normalization, dropout_keep_ratio=0.8, weight_scale=0.1
-        )
+        net = net_of(normalization, [30, 30], input_dim=64, dropout_keep_ratio=0.8, weight_scale=0.1)
         return solve(net, first(digits, 200), num_epochs=2, batch_size=20, update_rule="adam", num_train_samples=50)
 
     one, same, other = train(1), train(1), train(2)
@@ -447,7 +527,7 @@ def test_training_is_the_same_for_the_same_seed(normalization, digits):
 @pytest.mark.parametrize("update_rule", ["sgd", "sgd_momentum", "rmsprop", "adam"])
 def test_network_overfits_fifty_images(normalization, update_rule, digits):
     np.random.seed(231)
-    net = FullyConnectedNet([50, 50], input_dim=64, normalization=normalization, weight_scale=0.1)
+    net = net_of(normalization, [50, 50], input_dim=64, weight_scale=0.1)
     data = first(digits, 50)
     rate = {"sgd": 0.05, "sgd_momentum": 0.01, "rmsprop": 1e-3, "adam": 3e-3}[update_rule]
     solver = solve(

@@ -64,6 +64,14 @@ GROUP_SHAPES = [
     ((1, 2, 300, 300), 1, 1),
     ((300, 6, 5, 5), 1, 3),
     ((2, 3, 4, 5, 6), 1, 3),
+    ((2, 5, 6, 4), 2, 3),
+    ((300, 32), 1, 4),
+    ((5, 6), 1, 6),
+    ((40, 1, 1, 60), -1, 3),
+    ((4, 7, 3, 40), -1, 10),
+    ((2, 9, 8, 1200), -1, 2),
+    ((2, 150, 7, 1030), -1, 1030),
+    ((3, 300, 300, 5), -1, 1),
 ]
 
 
@@ -152,6 +160,120 @@ def test_rms_norm_equals_twin(rng, shape, axis, dtype):
         y_twin, cache_twin = reference.rms_norm(float64(x), float64(gamma), axis=axis, eps=1e-3)
         assert_same([y], [y_twin], dtype)
         assert_same(normext.rms_norm_backward(dy, cache), reference.rms_norm_backward(float64(dy), cache_twin), dtype)
+
+
+# Fusions ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), BATCH_SHAPES)
+def test_relu_after_batch_norm_equals_twin(rng, shape, axis, dtype):
+    for with_parameters, training in itertools.product((True, False), repeat=2):
+        channels = shape[axis]
+        x, dy = rng.normal(3, 2, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
+        gamma, beta = rng.normal(size=(2, channels)).astype(dtype) if with_parameters else (None, None)
+        running = dict(running_mean=rng.normal(size=channels), running_var=rng.uniform(0.5, 2, channels))
+        options = dict(training=training, axis=axis, activation="relu", **(running if not training else {}))
+        y, cache = normext.batch_norm(x, gamma, beta, **options)
+        y_twin, cache_twin = reference.batch_norm(float64(x), float64(gamma), float64(beta), **options)
+        assert cache.activation == "relu"
+        assert_same([y], [y_twin], dtype)
+        # Where the twin's y is a rounding from 0, the mask may differ from ours.
+        sure = np.abs(reference.batch_norm(x, gamma, beta, **{**options, "activation": None})[0]) > 1e-4
+        dy *= sure
+        assert_same(
+            normext.batch_norm_backward(dy, cache), reference.batch_norm_backward(float64(dy), cache_twin), dtype
+        )
+
+
+def test_relu_mask_is_that_of_the_forward_pass(rng):
+    """Bit by bit, also where y is a rounding away from 0 and in 16-bit storage."""
+    for dtype, shape in itertools.product((np.float16, np.float32, np.float64), ((500, 40), (30, 7, 9, 9))):
+        x = rng.normal(3, 2, shape).astype(dtype)
+        centre = x.mean(axis=(0, *range(2, x.ndim)), dtype=np.float64)
+        running = dict(running_mean=centre, running_var=np.full(shape[1], 1e-4))
+        x[0] = (centre.reshape(-1, *[1] * (x.ndim - 2)) + rng.normal(0, 1e-7, shape[1:])).astype(dtype)
+        y, cache = normext.batch_norm(x, training=False, activation="relu", **running)
+        plain, _ = normext.batch_norm(x, training=False, **running)
+        np.testing.assert_array_equal(y, np.maximum(plain, 0))
+        dx, *_ = normext.batch_norm_backward(np.ones_like(x), cache)
+        if dtype != np.float16:  # a float16 y may be 0 for underflow
+            np.testing.assert_array_equal(dx != 0, y > 0)
+
+
+def test_relu_lets_nan_through():
+    for shape in ((4, 3), (4, 3, 5, 5)):
+        x = np.ones(shape)
+        x[0, 1] = np.nan
+        y, _ = normext.batch_norm(x, activation="relu")
+        assert np.isnan(y[:, 1]).all() and not np.isnan(y[:, [0, 2]]).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), LAYER_SHAPES)
+def test_residual_equals_addition_before(rng, shape, axis, dtype):
+    x, residual, dy, dsum = (rng.normal(1, 2, shape).astype(dtype) for _ in range(4))
+    gamma = rng.normal(size=shape[axis:])
+    for norm in ("layer_norm", "rms_norm"):
+        forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
+        y, total, cache = forward(x, gamma, axis=axis, residual=residual)
+        y_plain, cache_plain = forward(x + residual, gamma, axis=axis)
+        assert cache.x is total
+        np.testing.assert_array_equal(total, x + residual)
+        np.testing.assert_array_equal(y, y_plain)
+        dx, dgamma, *_ = backward(dy, cache, dsum=dsum)
+        dx_plain, dgamma_plain, *_ = backward(dy, cache_plain)
+        np.testing.assert_array_equal(dgamma, dgamma_plain)
+        two_roundings = {np.dtype(np.float16): 2e-3}.get(x.dtype, LIMIT.get(x.dtype))
+        assert relative_error(dx, float64(dx_plain) + dsum) < two_roundings
+
+
+def test_residual_and_twin(rng):
+    x, residual, dy, dsum = rng.normal(size=(4, 20, 30))
+    gamma = rng.normal(size=30)
+    for norm in ("layer_norm", "rms_norm"):
+        ours = getattr(normext, norm)(x, gamma, residual=residual)
+        twins = getattr(reference, norm)(x, gamma, residual=residual)
+        assert_same(ours[:2], twins[:2], x.dtype)
+        assert_same(
+            getattr(normext, norm + "_backward")(dy, ours[2], dsum=dsum),
+            getattr(reference, norm + "_backward")(dy, twins[2], dsum=dsum),
+            x.dtype,
+        )
+
+
+def test_residual_leaves_a_backward_pass_after_writing_over_x(rng):
+    x, residual, dy = rng.normal(size=(3, 100, 20))
+    y, total, cache = normext.layer_norm(x.copy(), residual=residual)
+    inside = x.copy()
+    y_inside, total_inside, cache_inside = normext.layer_norm(inside, residual=residual, out=inside)
+    assert y_inside is inside
+    np.testing.assert_array_equal(y_inside, y)
+    np.testing.assert_array_equal(total_inside, total)
+    np.testing.assert_array_equal(
+        normext.layer_norm_backward(dy, cache_inside)[0], normext.layer_norm_backward(dy, cache)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: normext.batch_norm(x, activation="gelu"), "activation must be 'relu' or None, got 'gelu'"),
+        (lambda x: normext.layer_norm(x, residual=x[1:]), r"residual must have the shape of x, \(4, 3\), got \(3, 3\)"),
+        (lambda x: normext.layer_norm(x, residual=x, out=x), "out must share no memory with residual"),
+        (
+            lambda x: normext.layer_norm_backward(x, normext.layer_norm(x)[1], dsum=x.T),
+            r"dsum must have the shape of x, \(4, 3\), got \(3, 4\)",
+        ),
+        (
+            lambda x: normext.layer_norm_backward(x, normext.layer_norm(x.copy())[1], dsum=x[:], out=x),
+            "out must share no memory with dsum",
+        ),
+    ],
+)
+def test_bad_fusion_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.arange(12.0).reshape(4, 3))
 
 
 @pytest.mark.parametrize("axis", [1, -1])
@@ -344,13 +466,29 @@ def peak_of(f, *args, **kwargs):
 @pytest.mark.parametrize("layout", ["C", "Fortran", "byte-swapped", "spread", "last axis reversed"])
 def test_no_copy_of_x(rng, layout):
     """With `out` given, forward and backward need memory for channels, rows and a block, whatever the layout."""
-    x = LAYOUTS[layout](rng.normal(size=(2048, 1024)))
+    x = LAYOUTS[layout](rng.normal(size=(64, 256, 128)))
     out = np.empty_like(x)
-    for norm in ("batch_norm", "layer_norm"):
+    for norm, options in (
+        ("batch_norm", {}),
+        ("batch_norm", {"activation": "relu"}),
+        ("layer_norm", {}),
+        ("rms_norm", {"axis": 1}),
+        ("group_norm", {"num_groups": 4}),
+        ("group_norm", {"num_groups": 4, "axis": -1}),
+        ("instance_norm", {}),
+    ):
         forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
-        assert peak_of(forward, x, out=out) < x.nbytes // 8
-        _, cache = forward(x)
+        assert peak_of(forward, x, out=out, **options) < x.nbytes // 8
+        _, cache = forward(x, **options)
         assert peak_of(backward, x, cache, out=out) < x.nbytes // 8
+
+
+def test_residual_needs_the_sum_and_no_more(rng):
+    x = rng.normal(size=(2048, 1024))
+    out = np.empty_like(x)
+    assert peak_of(normext.layer_norm, x, residual=x, out=out) < 1.125 * x.nbytes
+    _, _, cache = normext.layer_norm(x, residual=x)
+    assert peak_of(normext.layer_norm_backward, x, cache, dsum=x, out=out) < x.nbytes // 8
 
 
 def test_cache_refers_to_x(rng):

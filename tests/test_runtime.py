@@ -19,13 +19,22 @@ import numpy as np
 import normext
 
 def outputs():
-    for dtype in (np.float32, np.float64):
+    for dtype in (np.float16, np.float32, np.float64):
         for shape in {SHAPES}:
             rng = np.random.default_rng(0)
             x, dy = rng.normal(5, 1, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
-            for norm, parameter in (("batch_norm", shape[1]), ("layer_norm", shape[-1])):
+            for norm, parameter, options in (
+                ("batch_norm", shape[1], dict()),
+                ("batch_norm", shape[-1], dict(axis=-1, activation="relu")),
+                ("layer_norm", shape[-1], dict()),
+                ("layer_norm", shape[-1], dict(residual=dy)),
+                ("instance_norm", shape[1], dict()),
+                ("instance_norm", shape[-1], dict(axis=-1)),
+            ):
+                if norm == "instance_norm" and np.prod(shape) > 2**18:
+                    continue  # a call for each of many channels takes long
                 gamma = rng.normal(size=parameter).astype(dtype)
-                y, cache = getattr(normext, norm)(x, gamma, gamma)
+                y, *_, cache = getattr(normext, norm)(x, gamma, gamma, **options)
                 yield y.tobytes()
                 for gradient in getattr(normext, norm + "_backward")(dy, cache):
                     yield gradient.tobytes()
@@ -48,6 +57,42 @@ def test_bits_do_not_depend_on_threads():
     for n in (1, 2, 3, 4, 8):
         with normext.threads(n):
             assert list(scope["outputs"]()) == alone
+
+
+# Every 16-bit float there is, as it is and times a float32 that makes it round; in both geometries.
+CONVERSIONS = """
+import numpy as np
+import normext
+
+try:
+    from ml_dtypes import bfloat16 as types
+    types = [np.float16, types]
+except ImportError:
+    types = [np.float16]
+for dtype in types:
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    every = every[np.isfinite(every.astype(np.float32))]
+    for shape in ((1, -1), (1, 1, -1), (-1, 1)):
+        x = every.reshape(shape)
+        for gamma in (1, 1 / 3, 1e-3):
+            gamma = np.full(x.shape[1], gamma, np.float32)
+            running = {"running_mean": np.zeros(x.shape[1]), "running_var": np.ones(x.shape[1])}
+            y, _ = normext.batch_norm(x, gamma, eps=0, training=False, **running)
+            wanted = (x.astype(np.float32) * gamma[0]).astype(dtype)
+            np.testing.assert_array_equal(y.view(np.uint16) & 0x7FFF, wanted.view(np.uint16) & 0x7FFF)
+            assert ((y < 0) == (wanted < 0)).all()
+    x = np.array([[np.nan, np.inf, -np.inf, 1, 65519, 65520]] * 3).astype(dtype)
+    running = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+    y, _ = normext.batch_norm(x.T.copy(), eps=0, training=False, **running)
+    np.testing.assert_array_equal(y.astype(np.float32), x.T.astype(np.float32))
+print("exact")
+"""
+
+
+@pytest.mark.parametrize("isa", config()["supported here"])
+def test_16_bit_conversions_are_exact(isa):
+    done = run(CONVERSIONS, NORMEXT_ISA=isa)
+    assert done.stdout == b"exact\n", done.stderr.decode()
 
 
 @pytest.mark.skipif("avx512" not in config()["supported here"], reason="needs AVX-512 beside AVX2")

@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Statistics down columns: batch norm of (N, D) and N,H,W,C.
+"""Statistics down columns: batch norm of (N, D) and N,H,W,C, and group norm of the latter.
 
 The rows are walked in memory order. Work is split into strips of columns and, where there are many rows, chunks of rows: by the
 shape alone, and the chunks' sums are put together in their order, so that the number of threads changes no bit. Second passes go
@@ -10,7 +10,18 @@ from cython.parallel cimport prange
 
 import numpy as np
 
-from normext._core.kernels cimport Operand, ceil_div, element, inverse_std, nx_kernels, nx_merge, nx_moments
+from normext._core.kernels cimport (
+    Operand,
+    affine_of,
+    ceil_div,
+    element,
+    inverse_std,
+    nx_finish_moments,
+    nx_kernels,
+    nx_merge,
+    nx_moments,
+    nx_relu,
+)
 from normext._core.runtime cimport threads_for
 
 cdef enum:
@@ -62,32 +73,32 @@ cdef inline void finish_moments(double rows, Py_ssize_t cols, double eps, double
         m2_to_rstd[j] = inverse_std(m2_to_rstd[j] / rows, eps)
 
 
-cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta,
+cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
                       const double *mean, const double *rstd) noexcept nogil:
     cdef double scale[STRIP]
     cdef double shift[STRIP]
     cdef Py_ssize_t j, block, start
     for j in range(t.cols):
-        scale[j] = rstd[t.col + j] if gamma == NULL else rstd[t.col + j] * element(k, gamma, t.col + j)
-        shift[j] = 0 if beta == NULL else element(k, beta, t.col + j)
+        affine_of(k, gamma, beta, t.col + j, rstd[t.col + j], scale + j, shift + j)
     for block in range(ceil_div(t.rows, k.col_rows) - 1, -1, -1):
         start = block * k.col_rows
         k.col_affine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(y, k.itemsize, t.row + start, t.col),
-                     y.run_stride, min(k.col_rows, t.rows - start), t.cols, mean + t.col, scale, shift)
+                     y.run_stride, min(k.col_rows, t.rows - start), t.cols, mean + t.col, scale, shift,
+                     relu)
 
 
 cdef void normalize_tile(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta,
-                         bint training, double eps, double *mean, double *rstd, double *var) noexcept nogil:
+                         bint training, double eps, bint relu, double *mean, double *rstd, double *var) noexcept nogil:
     """All rows of a strip."""
     if training:
         tile_moments(k, t, x, mean + t.col, rstd + t.col)
         finish_moments(<double> t.rows, t.cols, eps, rstd + t.col, NULL if var == NULL else var + t.col)
     if y.data != NULL:
-        tile_affine(k, t, x, y, gamma, beta, mean, rstd)
+        tile_affine(k, t, x, y, gamma, beta, relu, mean, rstd)
 
 
 cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand y, const char *gamma,
-                           const char *beta, bint training, double eps, double *mean, double *rstd, double *var) except -1:
+                           const char *beta, bint training, double eps, bint relu, double *mean, double *rstd, double *var) except -1:
     """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see `runs.normalize_runs`."""
     cdef Py_ssize_t chunks = chunk_count(rows, cols, k.col_rows), strips = ceil_div(cols, STRIP), tasks = chunks * strips
     cdef Py_ssize_t task, chunk, j
@@ -96,7 +107,7 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
     cdef nx_moments m
     if chunks == 1:
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, mean, rstd, var)
+            normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var)
         return 0
     if training:
         partial = np.empty((chunks, 2, cols))
@@ -113,61 +124,69 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        tile_affine(k, tile_at(tasks - 1 - task, chunks, rows, cols), x, y, gamma, beta, mean, rstd)
+        tile_affine(k, tile_at(tasks - 1 - task, chunks, rows, cols), x, y, gamma, beta, relu, mean, rstd)
     return 0
 
 
 # Backward --------------------------------------------------------------------------------------------------------------------
 
 
-cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const double *mean, double *sums,
-                    double *dots) noexcept nogil:
+cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const char *gamma, const char *beta, bint relu,
+                    const double *mean, const double *rstd, double *sums, double *dots) noexcept nogil:
+    cdef double scale[STRIP]
+    cdef double shift[STRIP]
+    cdef nx_relu gate = nx_relu(&scale[0], &shift[0])
     cdef Py_ssize_t block, start, j
     for j in range(t.cols):
         sums[j] = dots[j] = 0
+        if relu:
+            affine_of(k, gamma, beta, t.col + j, rstd[t.col + j], scale + j, shift + j)
     for block in range(ceil_div(t.rows, k.col_rows)):
         start = block * k.col_rows
         k.col_dots(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
-                   dy.run_stride, min(k.col_rows, t.rows - start), t.cols, mean + t.col, sums, dots)
+                   dy.run_stride, min(k.col_rows, t.rows - start), t.cols, mean + t.col, &gate if relu else NULL, sums, dots)
 
 
 cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Operand dy, Operand dx, const char *gamma,
-                       bint training, const double *mean, const double *rstd, const double *sums,
+                       const char *beta, bint training, bint relu, const double *mean, const double *rstd, const double *sums,
                        const double *dots) noexcept nogil:
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd."""
     cdef double a[STRIP]
+    cdef double shift[STRIP]
     cdef double slope[STRIP]
     cdef double dy_mean[STRIP]
+    cdef nx_relu gate = nx_relu(&a[0], &shift[0])
     cdef Py_ssize_t j, c, block, start
     for j in range(t.cols):
         c = t.col + j
-        a[j] = rstd[c] if gamma == NULL else rstd[c] * element(k, gamma, c)
+        affine_of(k, gamma, beta, c, rstd[c], a + j, shift + j)
         slope[j] = -a[j] * rstd[c] * rstd[c] * (dots[c] / count) if training else 0
         dy_mean[j] = sums[c] / count if training else 0
     for block in range(ceil_div(t.rows, k.col_rows) - 1, -1, -1):
         start = block * k.col_rows
-        if training:
+        if training or relu:
             k.col_combine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
                           dy.run_stride, at(dx, k.itemsize, t.row + start, t.col), dx.run_stride,
-                          min(k.col_rows, t.rows - start), t.cols, mean + t.col, dy_mean, a, slope)
+                          min(k.col_rows, t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, NULL,
+                          &gate if relu else NULL)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
             k.col_affine(at(dy, k.itemsize, t.row + start, t.col), dy.run_stride, at(dx, k.itemsize, t.row + start, t.col),
-                         dx.run_stride, min(k.col_rows, t.rows - start), t.cols, dy_mean, a, slope)
+                         dx.run_stride, min(k.col_rows, t.rows - start), t.cols, dy_mean, a, slope, False)
 
 
-cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Operand dx, const char *gamma, bint training,
-                        bint given, double count, const double *mean, const double *rstd, double *sums,
+cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Operand dx, const char *gamma, const char *beta,
+                        bint training, bint relu, bint given, double count, const double *mean, const double *rstd, double *sums,
                         double *dots) noexcept nogil:
     """All rows of a strip."""
     if not given:
-        tile_dots(k, t, x, dy, mean, sums + t.col, dots + t.col)
+        tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, sums + t.col, dots + t.col)
     if dx.data != NULL:
-        tile_combine(k, t, count, x, dy, dx, gamma, training, mean, rstd, sums, dots)
+        tile_combine(k, t, count, x, dy, dx, gamma, beta, training, relu, mean, rstd, sums, dots)
 
 
 cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand dy, Operand dx,
-                          const char *gamma, bint training, bint given, double count, const double *mean,
-                          const double *rstd, double *sums, double *dots) except -1:
+                          const char *gamma, const char *beta, bint training, bint relu, bint given, double count,
+                          const double *mean, const double *rstd, double *sums, double *dots) except -1:
     """The gradient dx and, for each column, sum(dy) and sum(dy * (x - mean)); see `runs.runs_backward`."""
     cdef Py_ssize_t chunks = chunk_count(rows, cols, k.col_rows), strips = ceil_div(cols, STRIP), tasks = chunks * strips
     cdef Py_ssize_t task, chunk, j
@@ -175,13 +194,14 @@ cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols,
     cdef double[:, :, ::1] partial
     if chunks == 1:
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_tile(k, tile_at(task, 1, rows, cols), x, dy, dx, gamma, training, given, count, mean, rstd,
-                          sums, dots)
+            backward_tile(k, tile_at(task, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, sums,
+                          dots)
         return 0
     if not given:
         partial = np.empty((chunks, 2, cols))
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            tile_dots(k, tile_at(task, chunks, rows, cols), x, dy, mean, &partial[task // strips, 0, task % strips * STRIP],
+            tile_dots(k, tile_at(task, chunks, rows, cols), x, dy, gamma, beta, relu, mean, rstd,
+                      &partial[task // strips, 0, task % strips * STRIP],
                       &partial[task // strips, 1, task % strips * STRIP])
         for j in range(cols):
             sums[j] = dots[j] = 0
@@ -191,5 +211,122 @@ cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols,
     if dx.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        tile_combine(k, tile_at(tasks - 1 - task, chunks, rows, cols), count, x, dy, dx, gamma, training, mean, rstd, sums, dots)
+        tile_combine(k, tile_at(tasks - 1 - task, chunks, rows, cols), count, x, dy, dx, gamma, beta, training, relu, mean, rstd, sums,
+                     dots)
+    return 0
+
+
+# Group norm, channels last ---------------------------------------------------------------------------------------------------
+
+# A task is an example and some of its groups; a tile, at most STRIP columns of them. The columns' moments make the groups'.
+
+
+cdef inline Py_ssize_t groups_of_task(Py_ssize_t per_group) noexcept nogil:
+    return max(1, STRIP // per_group)
+
+
+cdef inline Operand example(Operand x, Py_ssize_t itemsize, Py_ssize_t index) noexcept nogil:
+    return Operand(x.data + index * x.group_stride * itemsize, 0, x.run_stride)
+
+
+cdef inline Py_ssize_t tile_count(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    return ceil_div((last - first) * shape.per_group, STRIP)
+
+
+cdef inline Tile group_tile(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last, Py_ssize_t index) noexcept nogil:
+    cdef Py_ssize_t col = first * shape.per_group + index * STRIP
+    return Tile(0, 0, shape.rows, col, min(<Py_ssize_t> STRIP, last * shape.per_group - col))
+
+
+cdef void spread(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *column_mean,
+                 double *column_rstd) noexcept nogil:
+    """Each group's statistics, once for each of its columns."""
+    cdef Py_ssize_t j
+    for j in range(first * shape.per_group, last * shape.per_group):
+        column_mean[j] = mean[j // shape.per_group]
+        column_rstd[j] = rstd[j // shape.per_group]
+
+
+cdef void normalize_example(const nx_kernels *k, ColumnGroups shape, Operand x, Operand y, const char *gamma, const char *beta,
+                            double eps, Py_ssize_t first, Py_ssize_t last, double *mean, double *rstd, double *column_mean,
+                            double *column_rstd) noexcept nogil:
+    """Groups first to last of an example; the columns' arrays are work space."""
+    cdef Py_ssize_t group, index, j
+    cdef nx_moments m
+    cdef Tile t
+    for index in range(tile_count(shape, first, last)):
+        t = group_tile(shape, first, last, index)
+        tile_moments(k, t, x, column_mean + t.col, column_rstd + t.col)
+    for group in range(first, last):
+        m = nx_moments(0, 0, 0)
+        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
+            nx_merge(&m, nx_moments(<double> shape.rows, column_mean[j], column_rstd[j]))
+        nx_finish_moments(m, True, eps, mean + group, rstd + group, NULL)
+    spread(shape, first, last, mean, rstd, column_mean, column_rstd)
+    for index in range(tile_count(shape, first, last)):
+        tile_affine(k, group_tile(shape, first, last, index), x, y, gamma, beta, False, column_mean, column_rstd)
+
+
+cdef int normalize_column_groups(const nx_kernels *k, ColumnGroups shape, Operand x, Operand y, const char *gamma, const char *beta,
+                                 double eps, double *mean, double *rstd) except -1:
+    """y = gamma * (x - mean) * rstd + beta, with a mean and rstd for each group of each example, a gamma and beta for each column."""
+    cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
+    cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
+    cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
+    cdef double[:, :, ::1] work = np.empty((shape.examples, 2, cols))
+    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        n, group = task // strips, task % strips * step
+        normalize_example(k, shape, example(x, k.itemsize, n), example(y, k.itemsize, n), gamma, beta, eps, group,
+                          min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, &work[n, 0, 0],
+                          &work[n, 1, 0])
+    return 0
+
+
+cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                           Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *sums, double *dots,
+                           double *column_mean, double *column_rstd) noexcept nogil:
+    """The formula of `runs.group_combine`, where every column of a group has a gamma of its own."""
+    cdef double a[STRIP]
+    cdef double slope[STRIP]
+    cdef double rest[STRIP]
+    cdef double zero[STRIP]
+    cdef double sum, dot, n = <double> shape.rows * <double> shape.per_group
+    cdef Py_ssize_t group, index, j, c, block, start
+    cdef Tile t
+    spread(shape, first, last, mean, rstd, column_mean, column_rstd)
+    for index in range(tile_count(shape, first, last)):
+        t = group_tile(shape, first, last, index)
+        tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, sums + t.col, dots + t.col)
+    for index in range(tile_count(shape, first, last)):
+        t = group_tile(shape, first, last, index)
+        for j in range(t.cols):
+            group = (t.col + j) // shape.per_group
+            if j == 0 or (t.col + j) % shape.per_group == 0:
+                sum, dot = 0, 0
+                for c in range(group * shape.per_group, (group + 1) * shape.per_group):
+                    sum += sums[c] if gamma == NULL else sums[c] * element(k, gamma, c)
+                    dot += dots[c] if gamma == NULL else dots[c] * element(k, gamma, c)
+            a[j] = rstd[group] if gamma == NULL else rstd[group] * element(k, gamma, t.col + j)
+            slope[j] = -rstd[group] * rstd[group] * rstd[group] * (dot / n)
+            rest[j] = -rstd[group] * (sum / n)
+            zero[j] = 0
+        for block in range(ceil_div(t.rows, k.col_rows) - 1, -1, -1):
+            start = block * k.col_rows
+            k.col_combine(at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
+                          at(dx, k.itemsize, start, t.col), dx.run_stride, min(k.col_rows, t.rows - start), t.cols,
+                          column_mean + t.col, zero, a, slope, rest, NULL)
+
+
+cdef int column_groups_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                                const double *mean, const double *rstd, double *sums, double *dots) except -1:
+    """The gradient dx and, for each column of each example, sum(dy) and sum(dy * (x - mean))."""
+    cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
+    cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
+    cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
+    cdef double[:, :, ::1] work = np.empty((shape.examples, 2, cols))
+    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        n, group = task // strips, task % strips * step
+        example_backward(k, shape, example(x, k.itemsize, n), example(dy, k.itemsize, n), example(dx, k.itemsize, n), gamma, group,
+                         min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, sums + n * cols,
+                         dots + n * cols, &work[n, 0, 0], &work[n, 1, 0])
     return 0

@@ -8,47 +8,57 @@ cdef extern from "kernels.h" nogil:
     double inverse_std "nx_inverse_std"(double variance, double eps)
     void nx_finish_moments(nx_moments m, bint centred, double eps, double *mean, double *rstd, double *var)
 
+    ctypedef struct nx_relu:
+        const double *scale
+        const double *shift
+
     ctypedef struct nx_kernels:
-        ptrdiff_t itemsize, run_block, col_rows
+        ptrdiff_t itemsize, parameter_size, run_block, col_rows
         void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m) noexcept nogil
         void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean,
                             double *m2) noexcept nogil
         void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
-                           double mean, double scale, double shift, const void *gamma, const void *beta) noexcept nogil
+                           double mean, double scale, double shift, const void *gamma, const void *beta, bint relu) noexcept nogil
         void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                           const double *mean, const double *scale, const double *shift) noexcept nogil
+                           const double *mean, const double *scale, const double *shift, bint relu) noexcept nogil
         void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const void *gamma, double *sum, double *dot) noexcept nogil
+                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot) noexcept nogil
         void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
-                         ptrdiff_t cols, const double *mean, double *sum, double *dot) noexcept nogil
+                         ptrdiff_t cols, const double *mean, const nx_relu *relu, double *sum, double *dot) noexcept nogil
         void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
                          ptrdiff_t cols, const double *mean, const double *scale, double *sum, double *dot) noexcept nogil
         void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a,
-                            double b, double c, const void *gamma) noexcept nogil
+                            double b, double c, const void *gamma, const nx_relu *relu, const void *more,
+                            ptrdiff_t more_stride) noexcept nogil
         void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean,
-                            const double *a, const double *b) noexcept nogil
+                            const double *a, const double *b, const double *c, const nx_relu *relu) noexcept nogil
         void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
                                bint centred, double eps, const void *gamma, const void *beta, double *mean,
                                double *rstd) noexcept nogil
         void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                               ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, const void *gamma,
-                              const double *mean, const double *rstd) noexcept nogil
+                              const double *mean, const double *rstd, const void *more,
+                              ptrdiff_t more_stride) noexcept nogil
+        void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum,
+                         ptrdiff_t sum_stride, ptrdiff_t runs, ptrdiff_t n) noexcept nogil
         void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y,
                           ptrdiff_t y_stride) noexcept nogil
-        void (*add)(const void *x, void *y, ptrdiff_t n) noexcept nogil
         void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
                          void *winner, int winner_size) noexcept nogil
 
     enum:
         NX_FLOAT32
         NX_FLOAT64
+        NX_FLOAT16
+        NX_BFLOAT16
+        NX_TYPES
 
     ctypedef struct nx_isa:
         const char *name
         int (*supported)() noexcept nogil
-        const nx_kernels *tables[2]
+        const nx_kernels *tables[NX_TYPES]
 
     const nx_isa nx_isas[]
     const int nx_isa_count
@@ -64,7 +74,14 @@ cdef struct Operand:
 
 cdef inline double element(const nx_kernels *k, const char *p, Py_ssize_t i) noexcept nogil:
     """The i-th number of a contiguous parameter of the kernels' type."""
-    return (<const float *> p)[i] if k.itemsize == 4 else (<const double *> p)[i]
+    return (<const float *> p)[i] if k.parameter_size == 4 else (<const double *> p)[i]
+
+
+cdef inline void affine_of(const nx_kernels *k, const char *gamma, const char *beta, Py_ssize_t channel, double rstd,
+                           double *scale, double *shift) noexcept nogil:
+    """What a channel's deviations from the mean are multiplied by, and what is added; gamma and beta may be NULL."""
+    scale[0] = rstd if gamma == NULL else rstd * element(k, gamma, channel)
+    shift[0] = 0 if beta == NULL else element(k, beta, channel)
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:

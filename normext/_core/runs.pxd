@@ -20,11 +20,14 @@ cdef struct Runs:
     Py_ssize_t groups, runs, n, channels
 
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                        Parameters kind, Statistics statistics, double eps, double *mean, double *rstd, double *var) except -1
-cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                       Parameters kind, Statistics statistics, bint given, double count, const double *mean, const double *rstd,
-                       double *sums, double *dots) except -1
-cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                        Parameters kind, Statistics statistics, double eps, bint relu, double *mean, double *rstd,
+                        double *var) except -1
+cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand residual, Operand total, Operand y, const char *gamma,
+                        const char *beta, Statistics statistics, double eps, double *mean, double *rstd) except -1
+cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
+                       const char *beta, Parameters kind, Statistics statistics, bint relu, bint given, double count,
+                       const double *mean, const double *rstd, double *sums, double *dots) except -1
+cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                         Statistics statistics, const double *mean, const double *rstd, double *dbeta,
                         double *dgamma) except -1
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,

@@ -11,7 +11,17 @@ from cython.parallel cimport prange
 
 import numpy as np
 
-from normext._core.kernels cimport Operand, ceil_div, element, nx_finish_moments, nx_kernels, nx_merge, nx_moments
+from normext._core.kernels cimport (
+    Operand,
+    affine_of,
+    ceil_div,
+    element,
+    nx_finish_moments,
+    nx_kernels,
+    nx_merge,
+    nx_moments,
+    nx_relu,
+)
 from normext._core.runtime cimport threads_for
 
 cdef enum:
@@ -52,10 +62,18 @@ cdef inline char *at(Operand x, Py_ssize_t itemsize, Py_ssize_t group, Block b) 
     return x.data + (group * x.group_stride + b.run * x.run_stride + b.start) * itemsize
 
 
-cdef inline const char *along(const char *gamma, Py_ssize_t itemsize, Block b) noexcept nogil:
+cdef inline char *maybe_at(Operand x, Py_ssize_t itemsize, Py_ssize_t group, Block b) noexcept nogil:
+    return NULL if x.data == NULL else at(x, itemsize, group, b)
+
+
+cdef inline char *row_at(Operand x, Py_ssize_t itemsize, Py_ssize_t row) noexcept nogil:
+    return NULL if x.data == NULL else x.data + row * x.group_stride * itemsize
+
+
+cdef inline const char *along(const nx_kernels *k, const char *gamma, Block b) noexcept nogil:
     if gamma == NULL:
         return NULL
-    return gamma + b.start * itemsize
+    return gamma + b.start * k.parameter_size
 
 
 # Forward ---------------------------------------------------------------------------------------------------------------------
@@ -72,48 +90,50 @@ cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t g
 
 
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                       Parameters kind, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
+                       Parameters kind, bint relu, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
                        double rstd) noexcept nogil:
-    cdef Py_ssize_t index, end, channel
+    cdef Py_ssize_t index, end
+    cdef double scale, shift
     cdef Block b
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape, k.run_block, index)
         if kind == ALONG_RUN:
             k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
-                         mean, rstd, 0, along(gamma, k.itemsize, b), along(beta, k.itemsize, b))
+                         mean, rstd, 0, along(k, gamma, b), along(k, beta, b), False)
             continue
         end = b.run + b.runs
         b.runs = 1 if kind == PER_RUN else b.runs  # those that share their parameters in one go
         while b.run < end:
-            channel = group if kind == PER_GROUP else (group * shape.runs + b.run) % shape.channels
+            affine_of(k, gamma, beta, group if kind == PER_GROUP else (group * shape.runs + b.run) % shape.channels, rstd, &scale,
+                      &shift)
             k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
-                         mean, rstd if gamma == NULL else rstd * element(k, gamma, channel),
-                         0 if beta == NULL else element(k, beta, channel), NULL, NULL)
+                         mean, scale, shift, NULL, NULL, relu)
             b.run += b.runs
 
 
 cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                          Parameters kind, Statistics statistics, double eps, Py_ssize_t group, Py_ssize_t blocks, double *mean,
-                          double *rstd, double *var) noexcept nogil:
+                          Parameters kind, Statistics statistics, double eps, bint relu, Py_ssize_t group, Py_ssize_t blocks,
+                          double *mean, double *rstd, double *var) noexcept nogil:
     cdef nx_moments m
     if statistics != GIVEN:
         group_moments(k, shape, x, group, 0, blocks, &m)
         nx_finish_moments(m, statistics == CENTRED, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data != NULL:
-        group_affine(k, shape, x, y, gamma, beta, kind, group, 0, blocks, mean[group], rstd[group])
+        group_affine(k, shape, x, y, gamma, beta, kind, relu, group, 0, blocks, mean[group], rstd[group])
 
 
 cdef void normalize_some_rows(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
                               bint centred, double eps, Py_ssize_t task, Py_ssize_t tasks, double *mean,
                               double *rstd) noexcept nogil:
     cdef Py_ssize_t first = task * shape.groups // tasks, rows = (task + 1) * shape.groups // tasks - first
-    k.normalize_rows(x.data + first * x.group_stride * k.itemsize, x.group_stride, y.data + first * y.group_stride * k.itemsize,
-                     y.group_stride, rows, shape.n, centred, eps, gamma, beta, mean + first, rstd + first)
+    k.normalize_rows(row_at(x, k.itemsize, first), x.group_stride, row_at(y, k.itemsize, first), y.group_stride, rows, shape.n,
+                     centred, eps, gamma, beta, mean + first, rstd + first)
 
 
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
-                        Parameters kind, Statistics statistics, double eps, double *mean, double *rstd, double *var) except -1:
-    """y = gamma * (x - mean) * rstd + beta.
+                        Parameters kind, Statistics statistics, double eps, bint relu, double *mean, double *rstd,
+                        double *var) except -1:
+    """y = gamma * (x - mean) * rstd + beta, with relu 0 where that is less (not ALONG_RUN).
 
     Parameters
     ----------
@@ -133,7 +153,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
         return 0
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            normalize_group(k, shape, x, y, gamma, beta, kind, statistics, eps, group, blocks, mean, rstd, var)
+            normalize_group(k, shape, x, y, gamma, beta, kind, statistics, eps, relu, group, blocks, mean, rstd, var)
         return 0
     if statistics != GIVEN:
         partial = np.empty((shape.groups, parts, 3))
@@ -148,66 +168,116 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        group_affine(k, shape, x, y, gamma, beta, kind, task // parts, task % parts * blocks // parts,
+        group_affine(k, shape, x, y, gamma, beta, kind, relu, task // parts, task % parts * blocks // parts,
                      (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts])
     return 0
+
+
+cdef void normalize_some_sums(const nx_kernels *k, Runs shape, Operand x, Operand residual, Operand total, Operand y, const char *gamma,
+                              const char *beta, Statistics statistics, double eps, Py_ssize_t first, Py_ssize_t blocks, double *mean,
+                              double *rstd) noexcept nogil:
+    cdef Py_ssize_t row, rows = min(<Py_ssize_t> CHUNK_ROWS, shape.groups - first)
+    k.add_runs(row_at(x, k.itemsize, first), x.group_stride, row_at(residual, k.itemsize, first), residual.group_stride,
+               row_at(total, k.itemsize, first), total.group_stride, rows, shape.n)
+    if blocks == 1:
+        k.normalize_rows(row_at(total, k.itemsize, first), total.group_stride, row_at(y, k.itemsize, first), y.group_stride, rows,
+                         shape.n, statistics == CENTRED, eps, gamma, beta, mean + first, rstd + first)
+        return
+    for row in range(first, first + rows):
+        normalize_group(k, shape, total, y, gamma, beta, ALONG_RUN, statistics, eps, False, row, blocks, mean, rstd, NULL)
+
+
+cdef void add_part(const nx_kernels *k, Runs shape, Operand x, Operand residual, Operand total, Py_ssize_t task,
+                   Py_ssize_t parts) noexcept nogil:
+    cdef Py_ssize_t row = task // parts, start = task % parts * shape.n // parts
+    cdef Block b = Block(0, 1, start, (task % parts + 1) * shape.n // parts - start)
+    k.add_runs(at(x, k.itemsize, row, b), 0, at(residual, k.itemsize, row, b), 0, at(total, k.itemsize, row, b), 0, 1, b.n)
+
+
+cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand residual, Operand total, Operand y, const char *gamma,
+                        const char *beta, Statistics statistics, double eps, double *mean, double *rstd) except -1:
+    """total = x + residual, and y as normalize_runs makes it of total (one run a group, ALONG_RUN), bit by bit.
+
+    Some rows are added up and then normalized while they are in cache.
+    """
+    cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
+    cdef Py_ssize_t task, tasks = ceil_div(shape.groups, CHUNK_ROWS) if parts == 1 else shape.groups * parts
+    cdef int threads = threads_for(tasks, shape.groups * shape.n)
+    if parts == 1:
+        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            normalize_some_sums(k, shape, x, residual, total, y, gamma, beta, statistics, eps, task * CHUNK_ROWS, blocks, mean, rstd)
+        return 0
+    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        add_part(k, shape, x, residual, total, task, parts)
+    return normalize_runs(k, shape, total, y, gamma, beta, ALONG_RUN, statistics, eps, False, mean, rstd, NULL)
 
 
 # Backward --------------------------------------------------------------------------------------------------------------------
 
 
-cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, const char *gamma, Py_ssize_t group,
-                     Py_ssize_t first, Py_ssize_t last, double mean, double *sum, double *dot) noexcept nogil:
+cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, const char *gamma, const char *beta, Parameters kind,
+                     bint relu, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean, double rstd, double *sum,
+                     double *dot) noexcept nogil:
     cdef Py_ssize_t index
     cdef Block b
+    cdef double scale, shift
+    cdef nx_relu gate = nx_relu(&scale, &shift)
+    if kind == PER_GROUP:
+        affine_of(k, gamma, beta, group, rstd, &scale, &shift)
+        gamma = NULL
     sum[0] = dot[0] = 0
     for index in range(first, last):
         b = block_at(shape, k.run_block, index)
         k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean,
-                   along(gamma, k.itemsize, b), sum, dot)
+                   along(k, gamma, b), &gate if relu else NULL, sum, dot)
 
 
-cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                        Parameters kind, Statistics statistics, double count, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
-                        double mean, double rstd, double sum, double dot) noexcept nogil:
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd.
+cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
+                        const char *beta, Parameters kind, Statistics statistics, bint relu, double count, Py_ssize_t group,
+                        Py_ssize_t first, Py_ssize_t last, double mean, double rstd, double sum, double dot) noexcept nogil:
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + more for g = gamma * dy and xhat = (x - mean) * rstd.
 
     Statistics about zero have no mean to pass a gradient through: the middle term is not there.
     """
     cdef Py_ssize_t index
     cdef Block b
-    cdef double a = rstd, g_mean = sum / count if statistics == CENTRED else 0
+    cdef double a = rstd, shift, g_mean = sum / count if statistics == CENTRED else 0, slope
+    cdef nx_relu gate = nx_relu(&a, &shift)
     if kind == PER_GROUP:
-        a = rstd if gamma == NULL else rstd * element(k, gamma, group)
+        affine_of(k, gamma, beta, group, rstd, &a, &shift)
         gamma = NULL
+    slope = 0 if statistics == GIVEN else -a * rstd * rstd * (dot / count)
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape, k.run_block, index)
-        if statistics != GIVEN:
+        if statistics != GIVEN or relu:
             k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
-                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, a,
-                          -a * rstd * rstd * (dot / count), 0, along(gamma, k.itemsize, b))
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, a, slope, 0,
+                          along(k, gamma, b), &gate if relu else NULL, maybe_at(more, k.itemsize, group, b), more.run_stride)
         else:  # the statistics are constants, and x does not matter
             k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
-                         0, a, 0, along(gamma, k.itemsize, b), NULL)
+                         0, a, 0, along(k, gamma, b), NULL, False)
 
 
-cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                         Parameters kind, Statistics statistics, bint given, double count, Py_ssize_t group, Py_ssize_t blocks,
-                         double mean, double rstd, double *sum, double *dot) noexcept nogil:
+cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
+                         const char *beta, Parameters kind, Statistics statistics, bint relu, bint given, double count,
+                         Py_ssize_t group, Py_ssize_t blocks, double mean, double rstd, double *sum, double *dot) noexcept nogil:
     if not given:
-        group_dots(k, shape, x, dy, gamma if kind == ALONG_RUN else NULL, group, 0, blocks, mean, sum, dot)
+        group_dots(k, shape, x, dy, gamma, beta, kind, relu, group, 0, blocks, mean, rstd, sum, dot)
     if dx.data != NULL:
-        group_combine(k, shape, x, dy, dx, gamma, kind, statistics, count, group, 0, blocks, mean, rstd, sum[0], dot[0])
+        group_combine(k, shape, x, dy, more, dx, gamma, beta, kind, statistics, relu, count, group, 0, blocks, mean, rstd, sum[0],
+                      dot[0])
 
 
-cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                       Parameters kind, Statistics statistics, bint given, double count, const double *mean, const double *rstd,
-                       double *sums, double *dots) except -1:
+cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
+                       const char *beta, Parameters kind, Statistics statistics, bint relu, bint given, double count,
+                       const double *mean, const double *rstd, double *sums, double *dots) except -1:
     """The gradient dx and, for each group, sum(g) and sum(g * (x - mean)).
 
     Parameters
     ----------
-    gamma : may be NULL; g is ``gamma * dy`` where it is ALONG_RUN, and dy where it is PER_GROUP.
+    more : added to dx; its data may be NULL.
+    gamma, beta : may be NULL; g is ``gamma * dy`` where they are ALONG_RUN, and dy where they are PER_GROUP.
+    relu : whether dy counts as 0 where y was not above 0 (PER_GROUP only).
     given : whether sums and dots hold the sums already, or they are to be computed and stored.
     count : how many numbers share a statistic.
     dx : no more than the sums is done where its data is NULL.
@@ -218,15 +288,15 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     cdef double[:, :, ::1] partial
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_group(k, shape, x, dy, dx, gamma, kind, statistics, given, count, group, blocks, mean[group],
+            backward_group(k, shape, x, dy, more, dx, gamma, beta, kind, statistics, relu, given, count, group, blocks, mean[group],
                            rstd[group], sums + group, dots + group)
         return 0
     if not given:
         partial = np.empty((shape.groups, parts, 2))
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            group_dots(k, shape, x, dy, gamma if kind == ALONG_RUN else NULL, task // parts, task % parts * blocks // parts,
-                       (task % parts + 1) * blocks // parts, mean[task // parts], &partial[task // parts, task % parts, 0],
-                       &partial[task // parts, task % parts, 1])
+            group_dots(k, shape, x, dy, gamma, beta, kind, relu, task // parts, task % parts * blocks // parts,
+                       (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts],
+                       &partial[task // parts, task % parts, 0], &partial[task // parts, task % parts, 1])
         for group in range(shape.groups):
             sums[group] = dots[group] = 0
             for part in range(parts):
@@ -235,13 +305,13 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     if dx.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        group_combine(k, shape, x, dy, dx, gamma, kind, statistics, count, task // parts, task % parts * blocks // parts,
-                      (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts], sums[task // parts],
-                      dots[task // parts])
+        group_combine(k, shape, x, dy, more, dx, gamma, beta, kind, statistics, relu, count, task // parts,
+                      task % parts * blocks // parts, (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts],
+                      sums[task // parts], dots[task // parts])
     return 0
 
 
-cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                         Statistics statistics, Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd,
                         double *dbeta, double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma: first the latter, since dx may be written over dy."""
@@ -249,18 +319,16 @@ cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
     cdef double sum, dot
     while start < last:
         end = min(start + CHUNK_ROWS, last)
-        k.row_dots(x.data + start * x.group_stride * k.itemsize, x.group_stride,
-                   dy.data + start * dy.group_stride * k.itemsize, dy.group_stride, end - start, shape.n, mean + start,
-                   rstd + start, dbeta, dgamma)
+        k.row_dots(row_at(x, k.itemsize, start), x.group_stride, row_at(dy, k.itemsize, start), dy.group_stride, end - start,
+                   shape.n, mean + start, rstd + start, dbeta, dgamma)
         if blocks == 1:
-            k.rows_backward(x.data + start * x.group_stride * k.itemsize, x.group_stride,
-                            dy.data + start * dy.group_stride * k.itemsize, dy.group_stride,
-                            dx.data + start * dx.group_stride * k.itemsize, dx.group_stride, end - start, shape.n,
-                            statistics == CENTRED, gamma, mean + start, rstd + start)
+            k.rows_backward(row_at(x, k.itemsize, start), x.group_stride, row_at(dy, k.itemsize, start), dy.group_stride,
+                            row_at(dx, k.itemsize, start), dx.group_stride, end - start, shape.n, statistics == CENTRED, gamma,
+                            mean + start, rstd + start, row_at(more, k.itemsize, start), more.group_stride)
         else:
             for row in range(start, end):
-                backward_group(k, shape, x, dy, dx, gamma, ALONG_RUN, statistics, False, <double> shape.n, row, blocks,
-                               mean[row], rstd[row], &sum, &dot)
+                backward_group(k, shape, x, dy, more, dx, gamma, NULL, ALONG_RUN, statistics, False, False, <double> shape.n, row,
+                               blocks, mean[row], rstd[row], &sum, &dot)
         start = end
 
 
@@ -276,17 +344,20 @@ cdef void sum_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Py_ss
                    dbeta + column, dgamma + column)
 
 
-cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                         Statistics statistics, const double *mean, const double *rstd, double *dbeta,
                         double *dgamma) except -1:
-    """The gradient dx of rows (one run a group) and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) over the rows."""
+    """The gradient dx of rows (one run a group) and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) over the rows.
+
+    `more` is added to dx; its data may be NULL.
+    """
     cdef Py_ssize_t chunks = max(1, min(<Py_ssize_t> PARTS, shape.groups // CHUNK_ROWS))
     cdef Py_ssize_t task, j, elements = shape.groups * shape.n
     cdef int threads
     cdef double[:, :, ::1] partial
     cdef double[:, ::1] sums
     if chunks == 1 and elements < GROUP_PARTED:
-        backward_rows(k, shape, x, dy, dx, gamma, statistics, 0, shape.groups, mean, rstd, dbeta, dgamma)
+        backward_rows(k, shape, x, dy, more, dx, gamma, statistics, 0, shape.groups, mean, rstd, dbeta, dgamma)
         return 0
     if chunks < PARTS // 4:  # too few rows to share out: strips of columns instead, and the rows' runs in parts
         threads = threads_for(ceil_div(shape.n, STRIP), elements)
@@ -294,13 +365,13 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                            schedule="static"):
             sum_rows(k, shape, x, dy, task * STRIP, mean, rstd, dbeta, dgamma)
         sums = np.empty((2, shape.groups))
-        return runs_backward(k, shape, x, dy, dx, gamma, ALONG_RUN, statistics, False, <double> shape.n, mean, rstd, &sums[0, 0],
-                             &sums[1, 0])
+        return runs_backward(k, shape, x, dy, more, dx, gamma, NULL, ALONG_RUN, statistics, False, False, <double> shape.n, mean, rstd,
+                             &sums[0, 0], &sums[1, 0])
     partial = np.zeros((chunks, 2, shape.n))
     threads = threads_for(chunks, elements)
     for task in prange(chunks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        backward_rows(k, shape, x, dy, dx, gamma, statistics, task * shape.groups // chunks, (task + 1) * shape.groups // chunks, mean, rstd,
-                      &partial[task, 0, 0], &partial[task, 1, 0])
+        backward_rows(k, shape, x, dy, more, dx, gamma, statistics, task * shape.groups // chunks,
+                      (task + 1) * shape.groups // chunks, mean, rstd, &partial[task, 0, 0], &partial[task, 1, 0])
     for task in range(chunks):
         for j in range(shape.n):
             dbeta[j] += partial[task, 0, j]
@@ -320,7 +391,8 @@ cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Ope
         for index in range(block_count(one, k.run_block)):
             b = block_at(one, k.run_block, index)
             b.run = run
-            k.run_dots(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, 1, b.n, mean, NULL, sums + run, dots + run)
+            k.run_dots(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, 1, b.n, mean, NULL, NULL, sums + run,
+                       dots + run)
         channel = (group * shape.runs + run) % shape.channels
         scale = 1 if gamma == NULL else element(k, gamma, channel)
         sum += scale * sums[run]
@@ -332,7 +404,7 @@ cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Ope
             b = block_at(one, k.run_block, index)
             b.run = run
             k.run_combine(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, at(dx, k.itemsize, group, b), 0, 1, b.n,
-                          mean, 0, scale, -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL)
+                          mean, 0, scale, -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL, NULL, NULL, 0)
 
 
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,

@@ -75,7 +75,7 @@ cdef void scatter_plane(const nx_kernels *k, const floating *column, Py_ssize_t 
         if 0 <= y < H:
             row = image + y * W + dx
             if g.sw == 1:
-                k.add(column + start, row + start, end - start)
+                k.add_runs(row + start, 0, column + start, 0, row + start, 0, 1, end - start)
             else:
                 for ox in range(start, end):
                     row[ox * g.sw] += column[ox]
@@ -191,10 +191,12 @@ cdef void scatter_row(const nx_kernels *k, const floating[:, ::1] cols, floating
                 end = end_inside(dx, g.sw, x1, g.ow)
                 if g.sw == 1:
                     if start < end:
-                        k.add(column + start * N, tile + (start + dx - x0) * N, (end - start) * N)
+                        target = tile + (start + dx - x0) * N
+                        k.add_runs(target, 0, column + start * N, 0, target, 0, 1, (end - start) * N)
                 else:
                     for ox in range(start, end):
-                        k.add(column + ox * N, tile + (ox * g.sw + dx - x0) * N, N)
+                        target = tile + (ox * g.sw + dx - x0) * N
+                        k.add_runs(target, 0, column + ox * N, 0, target, 0, 1, N)
         k.transpose(tile, N, x1 - x0, N, &x[0, c, y, x0], x.shape[1] * H * W)
 
 

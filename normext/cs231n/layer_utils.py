@@ -1,9 +1,11 @@
 """Layers that are mostly used together, as one: a sandwich has one forward, one cache and one backward."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from normext import group_norm, group_norm_backward, rms_norm, rms_norm_backward
 from normext.cs231n.fast_layers import (
     conv_backward_fast,
     conv_forward_fast,
@@ -36,10 +38,35 @@ __all__ = [
     "conv_relu_pool_forward",
 ]
 
-#: The normalizations of a fully connected network: name -> (forward, backward).
+
+def _groupnorm_forward(x, gamma, beta, norm_param):
+    return group_norm(x, norm_param.get("num_groups"), gamma, beta, eps=norm_param.get("eps", 1e-5))
+
+
+def _rmsnorm_forward(x, gamma, norm_param):
+    return rms_norm(x, gamma, eps=norm_param.get("eps", 1e-6))
+
+
+class Normalization(NamedTuple):
+    """A normalization of rows (N, M), as fully connected networks use it."""
+
+    #: ``forward(x, *parameters, norm_param) -> (out, cache)``
+    forward: Callable[..., tuple[np.ndarray, Any]]
+    #: ``backward(dout, cache) -> (dx, *gradients of the parameters)``
+    backward: Callable[..., tuple[Any, ...]]
+    #: What every number of a parameter starts at, by name, in the order of the arguments.
+    parameters: dict[str, float]
+
+
+SCALE = {"gamma": 1.0}
+SCALE_AND_SHIFT = {"gamma": 1.0, "beta": 0.0}
+
+# Instance normalization is for images: of a row every number would be a channel of its own, and become 0.
 NORMALIZATIONS = {
-    "batchnorm": (batchnorm_forward, batchnorm_backward_alt),
-    "layernorm": (layernorm_forward, layernorm_backward),
+    "batchnorm": Normalization(batchnorm_forward, batchnorm_backward_alt, SCALE_AND_SHIFT),
+    "layernorm": Normalization(layernorm_forward, layernorm_backward, SCALE_AND_SHIFT),
+    "rmsnorm": Normalization(_rmsnorm_forward, rms_norm_backward, SCALE),
+    "groupnorm": Normalization(_groupnorm_forward, group_norm_backward, SCALE_AND_SHIFT),
 }
 
 
@@ -109,10 +136,12 @@ def affine_norm_relu_forward(
     x, w, b
         As for `affine_forward`.
     gamma, beta : array_like, shape (M,)
-        Scale and shift of the normalization.
+        Scale and shift of the normalization. 'rmsnorm' only scales: its beta is None.
     norm_param : dict
-        The normalization's settings: see `batchnorm_forward`, `layernorm_forward`.
-    normalization : {'batchnorm', 'layernorm'}, default 'batchnorm'
+        The normalization's settings. For 'batchnorm' and 'layernorm' see `batchnorm_forward` and `layernorm_forward`.
+        For 'rmsnorm' (`normext.rms_norm` [1]_) ``eps``, default 1e-6. For 'groupnorm' (`normext.group_norm` [2]_, where
+        each of the M features is a channel) ``num_groups``, required, which divides M, and ``eps``, default 1e-5.
+    normalization : {'batchnorm', 'layernorm', 'rmsnorm', 'groupnorm'}, default 'batchnorm'
 
     Returns
     -------
@@ -123,7 +152,13 @@ def affine_norm_relu_forward(
     Raises
     ------
     ValueError
-        If the normalization is not one of these.
+        If the normalization is not one of these, or has no beta and one is given.
+
+    References
+    ----------
+    .. [1] B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019,
+           https://arxiv.org/abs/1910.07467
+    .. [2] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494
 
     Examples
     --------
@@ -135,16 +170,19 @@ def affine_norm_relu_forward(
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(map(repr, NORMALIZATIONS))}, got {normalization!r}")
-    forward, backward = NORMALIZATIONS[normalization]
+    norm = NORMALIZATIONS[normalization]
+    if beta is not None and "beta" not in norm.parameters:
+        raise ValueError(f"beta must be None for {normalization!r}, which only scales, got shape {np.shape(beta)}")
+    parameters = (gamma, beta)[: len(norm.parameters)]
     out, affine_cache = affine_forward(x, w, b)
-    out, norm_cache = forward(out, gamma, beta, norm_param)
+    out, norm_cache = norm.forward(out, *parameters, norm_param)
     out, relu_cache = relu_forward(out)
-    return out, (affine_cache, norm_cache, backward, relu_cache)
+    return out, (affine_cache, norm_cache, norm.backward, relu_cache)
 
 
 def affine_norm_relu_backward(
     dout: Any, cache: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Gradients of `affine_norm_relu_forward`.
 
     Parameters
@@ -156,7 +194,7 @@ def affine_norm_relu_backward(
     Returns
     -------
     dx, dw, db, dgamma, dbeta : ndarray
-        In the shapes of x, w, b, gamma and beta.
+        In the shapes of x, w, b, gamma and beta; dbeta is None where there is no beta.
 
     Examples
     --------
@@ -168,8 +206,8 @@ def affine_norm_relu_backward(
     array([1., 1.])
     """
     affine_cache, norm_cache, norm_backward, relu_cache = cache
-    dnorm, dgamma, dbeta = norm_backward(relu_backward(dout, relu_cache), norm_cache)
-    return *affine_backward(dnorm, affine_cache), dgamma, dbeta
+    dnorm, dgamma, *dbeta = norm_backward(relu_backward(dout, relu_cache), norm_cache)
+    return *affine_backward(dnorm, affine_cache), dgamma, dbeta[0] if dbeta else None
 
 
 def conv_relu_forward(x: Any, w: Any, b: Any, conv_param: dict[str, int]) -> tuple[np.ndarray, Any]:

@@ -1,4 +1,4 @@
-"""A small convolutional network, with batch or group normalization if wanted.
+"""A small convolutional network, with normalization if wanted.
 
 As in the course, ``from normext.cs231n.classifiers.cnn import *`` gives the layers as well as the network.
 """
@@ -38,9 +38,16 @@ __all__ += layer_utils.__all__
 
 POOL_PARAM = {"pool_height": 2, "pool_width": 2, "stride": 2}
 
+# Besides batch norm, every norm here is a group norm: into how many groups it splits so many filters.
+NUM_GROUPS = {
+    "layernorm": lambda filters: 1,
+    "groupnorm": lambda filters: math.gcd(8, filters),
+    "instancenorm": lambda filters: filters,
+}
+
 
 class ThreeLayerConvNet:
-    """conv - [batchnorm | groupnorm] - relu - 2x2 max pool - affine - relu - affine - softmax.
+    """conv - [normalization] - relu - 2x2 max pool - affine - relu - affine - softmax.
 
     The convolution has stride 1, and padding that keeps the size of the image. Weights are drawn from a normal
     distribution of mean 0 by NumPy's global generator, W1, W2, W3 in this order, and cast to `dtype`: after
@@ -62,8 +69,16 @@ class ThreeLayerConvNet:
         Strength of the L2 penalty ``0.5 * reg * sum(W**2)``, on the weights W only.
     dtype : float32 or float64, default np.float32
         Of all computation. Use float64 for numerical gradients.
-    normalization : {'batchnorm', 'groupnorm', None}, default None
-        Of the convolution's output. The number of groups is the largest of 8, 4, 2, 1 that divides `num_filters`.
+    normalization : {'batchnorm', 'layernorm', 'groupnorm', 'instancenorm', None}, default None
+        Of the convolution's output, with one gamma and one beta for each filter:
+
+        - 'batchnorm': of each filter's outputs, over the batch and all pixels (`spatial_batchnorm_forward`).
+        - 'groupnorm': of each example's groups of filters (`spatial_groupnorm_forward`). The number of groups is the
+          largest of 8, 4, 2, 1 that divides `num_filters`.
+        - 'layernorm': of each example as a whole, all filters and pixels: one group. This is the form in which [1]_
+          compares it with the other norms. `normext.layer_norm` of the last three axes would have a gamma for each
+          pixel too, and so treat the places of an image differently, which a convolution does not.
+        - 'instancenorm': of each filter's outputs for each example [2]_: a group for each filter.
 
     Attributes
     ----------
@@ -77,6 +92,12 @@ class ThreeLayerConvNet:
     ValueError
         If a size is not positive, the height or the width is odd, the filter size even, or the normalization or the
         dtype not one of these.
+
+    References
+    ----------
+    .. [1] Y. Wu and K. He, "Group Normalization", ECCV 2018, https://arxiv.org/abs/1803.08494, section 3.1.
+    .. [2] D. Ulyanov, A. Vedaldi and V. Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
+           Stylization", 2016, https://arxiv.org/abs/1607.08022
 
     Examples
     --------
@@ -116,8 +137,9 @@ class ThreeLayerConvNet:
             raise ValueError(f"height and width must be even, for the 2x2 pooling, got input_dim {self.input_dim}")
         if filter_size % 2 == 0:
             raise ValueError(f"filter_size must be odd, for padding to keep the size of an image, got {filter_size}")
-        if normalization not in (None, "batchnorm", "groupnorm"):
-            raise ValueError(f"normalization must be one of 'batchnorm', 'groupnorm' or None, got {normalization!r}")
+        if normalization not in (None, "batchnorm", *NUM_GROUPS):
+            known = ", ".join(map(repr, ("batchnorm", *NUM_GROUPS)))
+            raise ValueError(f"normalization must be one of {known} or None, got {normalization!r}")
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise ValueError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
         self.normalization = normalization
@@ -136,7 +158,7 @@ class ThreeLayerConvNet:
             self.params[f"b{layer}"] = np.zeros(outputs, dtype)
         self.bn_params: list[dict[str, Any]] = []
         if normalization is not None:
-            shape = (1, num_filters, 1, 1) if normalization == "groupnorm" else (num_filters,)
+            shape = (num_filters,) if normalization == "batchnorm" else (1, num_filters, 1, 1)
             self.params["gamma1"], self.params["beta1"] = np.ones(shape, dtype), np.zeros(shape, dtype)
             self.bn_params.append({"mode": "train"})
 
@@ -200,7 +222,8 @@ class ThreeLayerConvNet:
         gamma, beta = self.params["gamma1"], self.params["beta1"]
         if self.normalization == "batchnorm":
             return spatial_batchnorm_forward(out, gamma, beta, self.bn_params[0])
-        return spatial_groupnorm_forward(out, gamma, beta, math.gcd(8, out.shape[1]), self.bn_params[0])
+        num_groups = NUM_GROUPS[self.normalization](out.shape[1])
+        return spatial_groupnorm_forward(out, gamma, beta, num_groups, self.bn_params[0])
 
     def _norm_backward(self, dout, cache):
         backward = spatial_batchnorm_backward if self.normalization == "batchnorm" else spatial_groupnorm_backward

@@ -1,4 +1,4 @@
-"""Fully connected networks of any depth, with batch or layer normalization and dropout.
+"""Fully connected networks of any depth, with normalization and dropout if wanted.
 
 As in the course, ``from normext.cs231n.classifiers.fc_net import *`` gives the layers as well as the networks.
 """
@@ -29,7 +29,7 @@ __all__ += layer_utils.__all__
 
 
 class FullyConnectedNet:
-    """{affine - [batchnorm | layernorm] - relu - [dropout]} x (L - 1) - affine - softmax, for L - 1 hidden layers.
+    """{affine - [normalization] - relu - [dropout]} x (L - 1) - affine - softmax, for L - 1 hidden layers.
 
     Weights are drawn from a normal distribution of mean 0 by NumPy's global generator, W1 first, and cast to `dtype`:
     after ``np.random.seed(s)`` a network is the same every time. Biases and beta start at 0, gamma at 1.
@@ -42,7 +42,8 @@ class FullyConnectedNet:
     num_classes : int, default 10
     dropout_keep_ratio : float, default 1
         Probability to keep a unit; 1 is no dropout.
-    normalization : {'batchnorm', 'layernorm', None}, default None
+    normalization : {'batchnorm', 'layernorm', 'rmsnorm', 'groupnorm', None}, default None
+        Of the hidden layers, between affine and relu: see `affine_norm_relu_forward`.
     reg : float, default 0.0
         Strength of the L2 penalty ``0.5 * reg * sum(W**2)``, on the weights W only.
     weight_scale : float, default 1e-2
@@ -51,20 +52,26 @@ class FullyConnectedNet:
         Of all computation. Use float64 for numerical gradients.
     seed : int, optional
         Seed of the dropout layers, so that they drop the same units at every call.
+    num_groups : int, optional
+        For 'groupnorm', and required there: how many groups of neighbouring features a hidden layer is split into. It
+        divides every hidden size and leaves two features or more in a group: a single one would always become 0.
 
     Attributes
     ----------
     params : dict of str to ndarray
-        W1, b1, W2, b2, ... and, where there is a normalization, gamma1, beta1, ... of the hidden layers.
+        W1, b1, W2, b2, ... and, where there is a normalization, gamma1, beta1, ... of the hidden layers; 'rmsnorm' has
+        no beta.
     bn_params : list of dict
-        One a hidden layer where there is a normalization; batch normalization keeps its running statistics here.
+        One a hidden layer where there is a normalization, with its settings; batch normalization keeps its running
+        statistics here.
     dropout_param : dict
         Settings of the dropout layers; empty without dropout.
 
     Raises
     ------
     ValueError
-        If the normalization or the dtype is not one of these, a size is not positive, or the ratio not in (0, 1].
+        If the normalization or the dtype is not one of these, a size is not positive, the ratio is not in (0, 1], or
+        num_groups does not fit the hidden sizes, is missing or is not for this normalization.
 
     Examples
     --------
@@ -90,6 +97,8 @@ class FullyConnectedNet:
         weight_scale: float = 1e-2,
         dtype: Any = np.float32,
         seed: int | None = None,
+        *,
+        num_groups: int | None = None,
     ) -> None:
         sizes = [input_dim, *hidden_dims, num_classes]
         if min(sizes) < 1:
@@ -97,6 +106,7 @@ class FullyConnectedNet:
         if normalization is not None and normalization not in NORMALIZATIONS:
             known = ", ".join(map(repr, NORMALIZATIONS))
             raise ValueError(f"normalization must be one of {known} or None, got {normalization!r}")
+        settings = _group_settings(normalization, num_groups, sizes[1:-1])
         if not 0 < dropout_keep_ratio <= 1:
             raise ValueError(f"dropout_keep_ratio must be above 0 and up to 1, got {dropout_keep_ratio}")
         if np.dtype(dtype) not in (np.float32, np.float64):
@@ -112,10 +122,11 @@ class FullyConnectedNet:
             self.params[f"W{layer}"] = np.random.normal(0, weight_scale, (fan_in, fan_out)).astype(dtype)
             self.params[f"b{layer}"] = np.zeros(fan_out, dtype)
             if normalization is not None and layer < self.num_layers:
-                self.params[f"gamma{layer}"] = np.ones(fan_out, dtype)
-                self.params[f"beta{layer}"] = np.zeros(fan_out, dtype)
+                for name, initial in NORMALIZATIONS[normalization].parameters.items():
+                    self.params[f"{name}{layer}"] = np.full(fan_out, initial, dtype)
 
-        self.bn_params: list[dict[str, Any]] = [{} for _ in hidden_dims] if normalization is not None else []
+        normalized = hidden_dims if normalization is not None else ()
+        self.bn_params: list[dict[str, Any]] = [dict(settings) for _ in normalized]
         self.dropout_param: dict[str, Any] = {"p": dropout_keep_ratio} if self.use_dropout else {}
         if self.use_dropout and seed is not None:
             self.dropout_param["seed"] = seed
@@ -177,9 +188,9 @@ class FullyConnectedNet:
         norm_cache = dropout_cache = None
         out, affine_cache = affine_forward(out, self.params[f"W{layer}"], self.params[f"b{layer}"])
         if self.normalization is not None:
-            forward, _ = NORMALIZATIONS[self.normalization]
-            gamma, beta = self.params[f"gamma{layer}"], self.params[f"beta{layer}"]
-            out, norm_cache = forward(out, gamma, beta, self.bn_params[layer - 1])
+            norm = NORMALIZATIONS[self.normalization]
+            parameters = (self.params[f"{name}{layer}"] for name in norm.parameters)
+            out, norm_cache = norm.forward(out, *parameters, self.bn_params[layer - 1])
         out, relu_cache = relu_forward(out)
         if self.use_dropout:
             out, dropout_cache = dropout_forward(out, self.dropout_param)
@@ -192,8 +203,10 @@ class FullyConnectedNet:
             dout = dropout_backward(dout, dropout_cache)
         dout = relu_backward(dout, relu_cache)
         if self.normalization is not None:
-            _, backward = NORMALIZATIONS[self.normalization]
-            dout, grads[f"gamma{layer}"], grads[f"beta{layer}"] = backward(dout, norm_cache)
+            norm = NORMALIZATIONS[self.normalization]
+            dout, *gradients = norm.backward(dout, norm_cache)
+            for name, gradient in zip(norm.parameters, gradients, strict=True):
+                grads[f"{name}{layer}"] = gradient
         return dout, affine_cache
 
     def _set_mode(self, mode):
@@ -230,3 +243,21 @@ class TwoLayerNet(FullyConnectedNet):
         reg: float = 0.0,
     ) -> None:
         super().__init__([hidden_dim], input_dim, num_classes, reg=reg, weight_scale=weight_scale, dtype=np.float64)
+
+
+def _group_settings(normalization, num_groups, hidden_dims):
+    """What a group norm needs to know, checked; nothing for the other norms."""
+    if (num_groups is not None) != (normalization == "groupnorm"):
+        raise ValueError(
+            "num_groups must be given for normalization 'groupnorm' and for no other, "
+            f"got num_groups {num_groups!r} for {normalization!r}"
+        )
+    if num_groups is None:
+        return {}
+    whole = isinstance(num_groups, (int, np.integer)) and num_groups >= 1
+    if not whole or any(size % num_groups or size == num_groups for size in hidden_dims):
+        raise ValueError(
+            "num_groups must be a whole number that divides every hidden size and leaves two features or more in a "
+            f"group, got {num_groups!r} for the sizes {hidden_dims}"
+        )
+    return {"num_groups": num_groups}
