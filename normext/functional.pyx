@@ -8,7 +8,7 @@ What a call fuses with the norm is named by an argument of the forward pass, and
 return the sum ``x + r`` too and take its own gradient as `dsum`.
 """
 
-from libc.math cimport isfinite
+from libc.string cimport memcpy
 cimport numpy as cnp
 
 import numpy as np
@@ -20,7 +20,7 @@ from normext._core.columns cimport (
     normalize_column_groups,
     normalize_columns,
 )
-from normext._core.kernels cimport NX_BFLOAT16, NX_FLOAT16, NX_FLOAT32, NX_FLOAT64, Operand, inverse_std, nx_kernels
+from normext._core.kernels cimport NX_BFLOAT16, NX_FLOAT16, NX_FLOAT32, NX_FLOAT64, Operand, nx_inverse_stds, nx_kernels
 from normext._core.runs cimport (
     ABOUT_ZERO,
     ALONG_RUN,
@@ -30,6 +30,7 @@ from normext._core.runs cimport (
     PER_RUN,
     Runs,
     Statistics,
+    affine_runs,
     grouped_backward,
     layer_backward,
     normalize_runs,
@@ -55,6 +56,8 @@ __all__ = [
 
 cdef enum:
     COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
+    STREAMED = 1 << 24  # bytes of a result that, with its argument, the caches will hardly hold
+    STREAMED_RUN = 512  # elements that lie together
 
 
 cdef class Cache:
@@ -280,13 +283,19 @@ cdef inline double *doubles(cnp.ndarray a) noexcept:
     return NULL if a is None else <double *> cnp.PyArray_DATA(a)
 
 
-cdef inline const nx_kernels *kernels_of(cnp.ndarray x) noexcept:
+cdef inline const nx_kernels *kernels_of(cnp.ndarray x, Py_ssize_t n, const char *read, const char *written) noexcept:
+    """Those for the type of x, of which n numbers lie together.
+
+    A large result goes around the caches, unless it is written over what was just read into them, or in pieces so short that much of
+    it lies in cache lines that it fills in part only.
+    """
     cdef int type_number = cnp.PyArray_TYPE(x)
+    cdef bint stream = cnp.PyArray_NBYTES(x) >= STREAMED and n >= STREAMED_RUN and written != read
     if type_number == cnp.NPY_FLOAT:
-        return kernels_for(NX_FLOAT32)
+        return kernels_for(NX_FLOAT32, stream)
     if type_number == cnp.NPY_DOUBLE:
-        return kernels_for(NX_FLOAT64)
-    return kernels_for(NX_FLOAT16 if type_number == cnp.NPY_FLOAT16 else NX_BFLOAT16)
+        return kernels_for(NX_FLOAT64, stream)
+    return kernels_for(NX_FLOAT16 if type_number == cnp.NPY_FLOAT16 else NX_BFLOAT16, stream)
 
 
 cdef inline cnp.ndarray empty(int ndim, const cnp.npy_intp *dims, int type_number):
@@ -437,20 +446,28 @@ cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index):
 cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, double eps, bint relu,
                        double *mean, double *rstd, double *var) except -1:
     """Operands x, y, in either geometry."""
+    cdef Operand x_ = layout.operands[0], y_ = layout.operands[1]
+    cdef const nx_kernels *kernels = kernels_of(x, layout.channels if layout.columns else layout.inner, x_.data, y_.data)
     if layout.columns:
-        return normalize_columns(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
+        return normalize_columns(kernels, layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
                                  data(beta), training, eps, relu, mean, rstd, var)
-    return normalize_runs(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
-                          data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN, eps, relu, mean, rstd, var)
+    if not training:
+        return affine_runs(kernels, Runs(layout.outer, layout.channels, layout.inner, 0),
+                           Operand(x_.data, x_.run_stride, x_.group_stride), Operand(y_.data, y_.run_stride, y_.group_stride),
+                           data(gamma), data(beta), relu, mean, rstd)
+    return normalize_runs(kernels, Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
+                          data(gamma), data(beta), PER_GROUP, CENTRED, eps, relu, mean, rstd, var)
 
 
 cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, bint relu, bint given,
                         double count, const double *mean, const double *rstd, double *sums, double *dots) except -1:
     """Operands x, dy, dx, in either geometry."""
+    cdef const nx_kernels *kernels = kernels_of(x, layout.channels if layout.columns else layout.inner, layout.operands[1].data,
+                                                layout.operands[2].data)
     if layout.columns:
-        return columns_backward(kernels_of(x), layout.outer, layout.channels, layout.operands[0], layout.operands[1],
+        return columns_backward(kernels, layout.outer, layout.channels, layout.operands[0], layout.operands[1],
                                 layout.operands[2], data(gamma), data(beta), training, relu, given, count, mean, rstd, sums, dots)
-    return runs_backward(kernels_of(x), Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
+    return runs_backward(kernels, Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
                          Operand(NULL, 0, 0), layout.operands[2], data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN,
                          relu, given, count, mean, rstd, sums, dots)
 
@@ -474,11 +491,10 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
             m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
             mean[channels] += delta * (n / total)
             count[channels] = total
-        var_of_all = m2 / (x.size // x.shape[axis])
+        rstd[:] = m2 / (x.size // x.shape[axis])
         if var is not None:
-            var[:] = var_of_all
-        for i in range(mean.shape[0]):
-            doubles(rstd)[i] = inverse_std(var_of_all[i], eps)
+            var[:] = rstd
+        nx_inverse_stds(doubles(rstd), rstd.shape[0], eps)
     for index in blocks((<object> x).shape, range(x.ndim)):
         x_block = block_copy(x, index)
         y_block = np.empty_like(x_block)
@@ -516,6 +532,20 @@ cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
             else:
                 sums[channels] += block_sums
                 dots[channels] += block_dots
+    return 0
+
+
+cdef int as_doubles(cnp.ndarray running, cnp.ndarray result) except -1:
+    """What NumPy's assignment does, which takes longer than all else of a small call."""
+    cdef Py_ssize_t i
+    cdef const float *single = <const float *> cnp.PyArray_DATA(running)
+    if cnp.PyArray_ISCARRAY_RO(running) and cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT:
+        for i in range(cnp.PyArray_SIZE(running)):
+            doubles(result)[i] = single[i]
+    elif cnp.PyArray_ISCARRAY_RO(running) and cnp.PyArray_TYPE(running) == cnp.NPY_DOUBLE:
+        memcpy(cnp.PyArray_DATA(result), cnp.PyArray_DATA(running), cnp.PyArray_NBYTES(running))
+    else:
+        result[:] = running
     return 0
 
 
@@ -626,7 +656,6 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     cdef cnp.ndarray running_mean_ = running_statistic(running_mean, "running_mean", channels, training_)
     cdef cnp.ndarray running_var_ = running_statistic(running_var, "running_var", channels, training_)
     cdef bint relu = checked_activation(activation)
-    cdef Py_ssize_t i
     if channels == 0:
         raise ValueError(f"x has no channels: shape {np.shape(x_)}, axis {axis_}")
     if training_:
@@ -641,10 +670,9 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
                                                                ("running_var", running_var_)))
     mean, rstd = empty(1, &channels, cnp.NPY_DOUBLE), empty(1, &channels, cnp.NPY_DOUBLE)
     if not training_:
-        mean[:] = running_mean_
-        rstd[:] = running_var_
-        for i in range(channels):
-            doubles(rstd)[i] = inverse_std(doubles(rstd)[i], eps_)
+        as_doubles(running_mean_, mean)
+        as_doubles(running_var_, rstd)
+        nx_inverse_stds(doubles(rstd), channels, eps_)
     elif running_var_ is not None:
         var = empty(1, &channels, cnp.NPY_DOUBLE)
     if cnp.PyArray_SIZE(x_) == 0:
@@ -773,7 +801,7 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         y_block = np.empty_like(x_block)
         block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
-        normalize_runs(kernels_of(x_block), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps, False,
+        normalize_runs(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps, False,
                        doubles(block_mean), doubles(block_rstd), NULL)
         y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
     return 0
@@ -789,7 +817,7 @@ cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
         x_block, dy_block = block_copy(x, index), block_copy(dy, index)
         dx_block = np.empty_like(x_block)
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
-        layer_backward(kernels_of(x_block), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2], data(gamma), statistics,
+        layer_backward(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2], data(gamma), statistics,
                        doubles(np.ascontiguousarray(mean[index[:axis]])), doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta,
                        dgamma)
         dx[index] = dx_block if dsum is None else dx_block + block_copy(dsum, index)
@@ -820,13 +848,13 @@ cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object 
     if cnp.PyArray_SIZE(x_) == 0:
         pass
     elif residual_ is not None and row_layout((x_, residual_, total, y), axis_, &shape, operands):
-        normalize_sums(kernels_of(x_), shape, operands[0], operands[1], operands[2], operands[3], data(gamma_), data(beta_), statistics,
+        normalize_sums(kernels_of(x_, shape.n, NULL, operands[3].data), shape, operands[0], operands[1], operands[2], operands[3], data(gamma_), data(beta_), statistics,
                        eps_, doubles(mean), doubles(rstd))
     else:
         if residual_ is not None:
             np.add(x_, residual_, out=total)
         if row_layout((total, y), axis_, &shape, operands):
-            normalize_runs(kernels_of(x_), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, statistics, eps_,
+            normalize_runs(kernels_of(x_, shape.n, operands[0].data, operands[1].data), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, statistics, eps_,
                            False, doubles(mean), doubles(rstd), NULL)
         else:
             layer_forward_by_blocks(total, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
@@ -857,7 +885,7 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
     if cnp.PyArray_SIZE(x) == 0:
         pass
     elif row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
-        layer_backward(kernels_of(x), shape, operands[0], operands[1], operands[3], operands[2], data(c.gamma), statistics,
+        layer_backward(kernels_of(x, shape.n, operands[1].data, operands[2].data), shape, operands[0], operands[1], operands[3], operands[2], data(c.gamma), statistics,
                        doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
     else:
         layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, dsum_, doubles(sums), dgamma)
@@ -1092,10 +1120,14 @@ cdef enum GroupLayout:
 
 cdef tuple group_layout(tuple arrays, int axis):
     """The layout of all arrays, and views of them with the channel axis where it wants them."""
-    cdef tuple first = tuple([np.moveaxis(a, axis, 1) for a in arrays]), last
+    cdef tuple first, last
+    cdef cnp.ndarray x = arrays[0]
+    if cnp.PyArray_SIZE(x) == x.shape[0] * x.shape[axis] and all([is_plain(a) for a in arrays]):
+        return ONE_PIXEL, arrays
+    first = arrays if axis == 1 else tuple([np.moveaxis(a, axis, 1) for a in arrays])
     if all([is_plain(a) for a in first]):
-        return ONE_PIXEL if first[0].size == first[0].shape[0] * first[0].shape[1] else CHANNELS_FIRST, first
-    last = tuple([np.moveaxis(a, axis, -1) for a in arrays])
+        return CHANNELS_FIRST, first
+    last = arrays if axis == x.ndim - 1 else tuple([np.moveaxis(a, axis, -1) for a in arrays])
     if all([is_plain(a) for a in last]):
         return CHANNELS_LAST, last
     return COPIED, first
@@ -1129,8 +1161,8 @@ cdef Operand columns_operand(cnp.ndarray a, ColumnGroups shape):
 
 
 cdef Operand group_operand(cnp.ndarray a, Py_ssize_t group, Py_ssize_t per_group):
-    """One group of x (N, C): rows for layer norm."""
-    return Operand(data(a) + group * per_group * cnp.PyArray_ITEMSIZE(a), a.shape[1], 0)
+    """One group of examples of one pixel: rows for layer norm."""
+    return Operand(data(a) + group * per_group * cnp.PyArray_ITEMSIZE(a), cnp.PyArray_SIZE(a) // a.shape[0], 0)
 
 
 cdef char *group_parameter(cnp.ndarray p, Py_ssize_t group, Py_ssize_t per_group):
@@ -1149,7 +1181,7 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
     if layout == ONE_PIXEL:
         mean, rstd = np.empty((groups, N)), np.empty((groups, N))
         for group in range(groups):
-            normalize_runs(kernels_of(x), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
+            normalize_runs(kernels_of(x, per_group, data(x), data(y)), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
                            group_operand(y_view, group, per_group), group_parameter(gamma, group, per_group),
                            group_parameter(beta, group, per_group), ALONG_RUN, CENTRED, eps, False, doubles(mean) + group * N,
                            doubles(rstd) + group * N, NULL)
@@ -1157,7 +1189,7 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
     mean, rstd = np.empty((N, groups)), np.empty((N, groups))
     if layout == CHANNELS_LAST:
         columns = channel_columns(x_view, groups)
-        normalize_column_groups(kernels_of(x), columns, columns_operand(x_view, columns), columns_operand(y_view, columns), data(gamma),
+        normalize_column_groups(kernels_of(x, groups * per_group, data(x), data(y)), columns, columns_operand(x_view, columns), columns_operand(y_view, columns), data(gamma),
                                 data(beta), eps, doubles(mean), doubles(rstd))
         return mean, rstd
     for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
@@ -1166,7 +1198,7 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
             x_block = block_copy(x_view, (piece,))
             y_block = np.empty_like(x_block)
         runs = channel_runs(x_block, groups)
-        normalize_runs(kernels_of(x_block), runs, runs_operand(x_block, runs), runs_operand(y_block, runs), data(gamma), data(beta),
+        normalize_runs(kernels_of(x_block, runs.n, data(x_block), data(y_block)), runs, runs_operand(x_block, runs), runs_operand(y_block, runs), data(gamma), data(beta),
                        PER_RUN, CENTRED, eps, False, doubles(mean[piece]), doubles(rstd[piece]), NULL)
         if layout == COPIED:
             y_view[piece] = y_block
@@ -1185,7 +1217,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
         mean, rstd = np.ascontiguousarray(mean.T), np.ascontiguousarray(rstd.T)
         dgamma[:] = dbeta[:] = 0
         for group in range(groups):
-            layer_backward(kernels_of(x), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
+            layer_backward(kernels_of(x, per_group, data(dy), data(dx)), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
                            group_operand(dy_view, group, per_group), Operand(NULL, 0, 0), group_operand(dx_view, group, per_group),
                            group_parameter(gamma, group, per_group), CENTRED, doubles(mean) + group * N, doubles(rstd) + group * N,
                            doubles(dbeta) + group * per_group, doubles(dgamma) + group * per_group)
@@ -1195,7 +1227,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
     sums = np.empty((2, N, groups * per_group))
     if layout == CHANNELS_LAST:
         columns = channel_columns(x_view, groups)
-        column_groups_backward(kernels_of(x), columns, columns_operand(x_view, columns), columns_operand(dy_view, columns),
+        column_groups_backward(kernels_of(x, groups * per_group, data(dy), data(dx)), columns, columns_operand(x_view, columns), columns_operand(dy_view, columns),
                                columns_operand(dx_view, columns), data(gamma), doubles(mean), doubles(rstd), doubles(sums[0]),
                                doubles(sums[1]))
     else:
@@ -1205,7 +1237,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
                 x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
                 dx_block = np.empty_like(x_block)
             runs = channel_runs(x_block, groups)
-            grouped_backward(kernels_of(x_block), runs, runs_operand(x_block, runs), runs_operand(dy_block, runs),
+            grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs), runs_operand(dy_block, runs),
                              runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]), doubles(rstd[piece]),
                              doubles(sums[0][piece]), doubles(sums[1][piece]))
             if layout == COPIED:

@@ -6,14 +6,21 @@
 
 static int always(void) { return 1; }
 
-#define NX_TABLES(isa) {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16}
+#define NX_DECLARE(isa)                                                                                     \
+    extern const nx_kernels nx_##isa##_f32, nx_##isa##_f64, nx_##isa##_f16, nx_##isa##_bf16;                \
+    extern const nx_kernels nx_stream_##isa##_f32, nx_stream_##isa##_f64, nx_stream_##isa##_f16, nx_stream_##isa##_bf16;
+#define NX_TABLES(isa)                                                                                      \
+    {                                                                                                       \
+        {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16},                              \
+        {&nx_stream_##isa##_f32, &nx_stream_##isa##_f64, &nx_stream_##isa##_f16, &nx_stream_##isa##_bf16},  \
+    }
 
-extern const nx_kernels nx_baseline_f32, nx_baseline_f64, nx_baseline_f16, nx_baseline_bf16;
+NX_DECLARE(baseline)
 
 #ifdef NX_X86_VARIANTS
 
-extern const nx_kernels nx_avx2_f32, nx_avx2_f64, nx_avx2_f16, nx_avx2_bf16;
-extern const nx_kernels nx_avx512_f32, nx_avx512_f64, nx_avx512_f16, nx_avx512_bf16;
+NX_DECLARE(avx2)
+NX_DECLARE(avx512)
 
 #if defined(_MSC_VER) && !defined(__clang__)
 

@@ -10,6 +10,25 @@
 #define NX_OP_(e, name) e##_##name
 #define NX_OP(e, name) NX_OP_(e, name)
 
+/* Rows of few columns that lie one after the other in memory are taken `fold` at a time: as `rows` rows of `lanes` numbers, which fill
+ * whole vectors, and one of `rest` numbers. A column then has `fold` lanes, which share its coefficients and whose sums are its sum. */
+typedef struct {
+    ptrdiff_t fold, lanes, rows, rest;
+} nx_fold;
+
+/* `unit` numbers are a whole vector on every instruction set, and there is room for `most` lanes. */
+static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t unit, ptrdiff_t most)
+{
+    ptrdiff_t fold = 1;
+    if (adjacent && cols <= most / 2) {
+        while (fold < unit && fold * cols % unit) fold *= 2;
+        while (fold * cols < 4 * unit) fold *= 2;
+        while (fold * cols > most || rows < 4 * fold) fold = fold == 1 ? 0 : fold / 2;
+    }
+    if (fold <= 1) return (nx_fold){1, cols, rows, 0};
+    return (nx_fold){fold, fold * cols, rows / fold, rows % fold * cols};
+}
+
 #define T float
 #define E f32
 #define C float

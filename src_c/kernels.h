@@ -52,6 +52,15 @@ static inline double nx_inverse_std(double variance, double eps)
     return variance + eps != 0 ? 1 / sqrt(variance + eps) : 0;
 }
 
+/* The same for n variances at once, in place: without a branch in the loop it becomes vectors. */
+static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double sum = variance[i] + eps, inverse = 1 / sqrt(sum);
+        variance[i] = sum != 0 ? inverse : 0;
+    }
+}
+
 /* Mean, variance and 1 / sqrt(variance + eps); about zero (RMS norm) the mean is 0 and the variance the mean square. */
 static inline void nx_finish_moments(nx_moments m, int centred, double eps, double *mean, double *rstd, double *var)
 {
@@ -72,23 +81,26 @@ typedef struct {
     ptrdiff_t itemsize;
     ptrdiff_t parameter_size; /* of gamma and beta's type: float for 16-bit elements, otherwise that of the elements */
     ptrdiff_t run_block; /* most elements in a block of runs, if it holds more than one run or part of one */
-    ptrdiff_t col_rows;  /* most rows in a block of columns */
+    ptrdiff_t col_block; /* most elements in a block of columns that holds more than col_rows rows */
+    ptrdiff_t col_rows;  /* rows that a block of any number of columns may hold */
 
     /* Adds the block's numbers to m. */
     void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m);
     /* Adds each column's numbers to mean[j], m2[j], which hold `count` numbers already. */
     void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2);
 
-    /* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the run, NULL means 1 and 0. */
-    void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                       double scale, double shift, const void *gamma, const void *beta, int relu);
+    /* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the run, NULL means 1 and 0. mean, scale and shift are
+     * one each for all runs (step 0), or one each for a run (step 1). */
+    void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, const double *mean,
+                       const double *scale, const double *shift, ptrdiff_t step, const void *gamma, const void *beta, int relu);
     /* y = (x - mean[j]) * scale[j] + shift[j]; with relu, here and above, 0 where that is less (above, gamma and beta are NULL then) */
     void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
                        const double *mean, const double *scale, const double *shift, int relu);
 
-    /* With g = gamma * dy: adds the sum of g to *sum and that of g * (x - mean) to *dot. A relu may be given instead of gamma. */
+    /* With g = gamma * dy: adds the sum of g to *sum and that of g * (x - mean) to *dot. A relu may be given instead of gamma. With
+     * step 1 the sums of run r go to sum[r] and dot[r]. */
     void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                     const void *gamma, const nx_relu *relu, double *sum, double *dot);
+                     const void *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step);
     /* Adds column j's sum of dy to sum[j] and that of dy * (x - mean[j]) to dot[j]. */
     void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
                      const double *mean, const nx_relu *relu, double *sum, double *dot);
@@ -96,10 +108,11 @@ typedef struct {
     void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
                      const double *mean, const double *scale, double *sum, double *dot);
 
-    /* dx = a * (g - g_mean) + b * (x - mean) + c + more with g = gamma * dy; a relu may be given instead of gamma and more. */
+    /* dx = a * (g - g_mean) + b * (x - mean) + c + more with g = gamma * dy; a relu may be given instead of gamma and more.
+     * With step 1, run r has a[r]. */
     void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma,
-                        const nx_relu *relu, const void *more, ptrdiff_t more_stride);
+                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a, ptrdiff_t step, double b,
+                        double c, const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride);
     /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) + c[j]; c may be NULL */
     void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
                         ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,
@@ -128,11 +141,12 @@ typedef struct {
 
 enum { NX_FLOAT32, NX_FLOAT64, NX_FLOAT16, NX_BFLOAT16, NX_TYPES };
 
-/* The instruction sets built, in rising order: name, whether this processor and its operating system run it, one table per type. */
+/* The instruction sets built, in rising order: name, whether this processor and its operating system run it, one table per type, and one
+ * that writes around the caches. */
 typedef struct {
     const char *name;
     int (*supported)(void);
-    const nx_kernels *tables[NX_TYPES];
+    const nx_kernels *tables[2][NX_TYPES];
 } nx_isa;
 
 extern const nx_isa nx_isas[];

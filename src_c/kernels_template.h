@@ -1,5 +1,6 @@
 /* The primitives of kernels.h, written once over the element type T, named E, and the type C, named EC, that it is computed in. They
- * are one and the same but for 16-bit floats, which loads and stores convert. */
+ * are one and the same but for 16-bit floats, which loads and stores convert. This file has what reads elements and makes sums;
+ * kernels_write.h, included at its end, what writes them. */
 
 #define FN(name) NX_OP(E, name)  /* loads and stores of elements, and the functions of this file */
 #define OP(name) NX_OP(EC, name) /* arithmetic, and loads and stores of coefficients and sums */
@@ -10,9 +11,22 @@
 #define RUN_BLOCK ((ptrdiff_t)(16384 / sizeof(C))) /* x and y of a block stay in the L1 cache together */
 #define PIECE (8 * LANES)
 #define COL_ROWS 128
+#define COL_BLOCK (COL_ROWS * 64)
 #define STRIP ((ptrdiff_t)(4096 / sizeof(C))) /* columns whose coefficients and sums are held on the stack, in the L1 cache */
+#define PADDED (STRIP + UNIT)                 /* a vector of coefficients may begin at any of them */
 #define GROUP 8 /* rows that share one load and store of a column's sums */
 #define ZERO OP(set)(0)
+#define UNIT ((ptrdiff_t)(64 / sizeof(C))) /* a vector of the widest instruction set, whichever this one is */
+
+NX_INLINE V FN(some)(const T *p, ptrdiff_t left, int whole, V fill) { return whole ? FN(load)(p) : FN(load_n)(p, left, fill); }
+NX_INLINE V FN(coefficients)(const C *p, ptrdiff_t left, int whole) { return whole ? OP(load)(p) : OP(load_n)(p, left, ZERO); }
+
+/* How many of n numbers lie before the first aligned vector. */
+NX_INLINE ptrdiff_t FN(unaligned)(const T *p, ptrdiff_t n)
+{
+    ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)p % (W * sizeof(T)) / sizeof(T));
+    return head < n ? head : n;
+}
 
 /* Runs ----------------------------------------------------------------------------------------------------------------------- */
 
@@ -63,31 +77,49 @@ NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t n, V p, V factor, V offse
     }
 }
 
-/* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later ones' the mean so far, whose
- * distance to the block's mean then enters the merged m2 anyway, with a larger factor than its rounding error has.
- * `scale`, a power of two, keeps the squares in range. */
-NX_INLINE nx_moments FN(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, const nx_moments *m, C scale)
+/* The sum of (x - pivot) * scale, and of its squares. */
+NX_INLINE void FN(run_powers)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, C pivot, C scale, double *sum, double *squares)
 {
-    double count = (double)runs * (double)n;
-    C pivot = (C)(m->count > 0 ? m->mean : FN(run_sum)(x, x_stride, runs, n, scale) / count);
     V s[NV], q[NV], factor = OP(set)(scale), p = OP(set)(pivot), offset = OP(set)(-pivot * scale);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride)
         for (ptrdiff_t i = 0; i < n; i += PIECE)
             FN(moments_piece)(x + i, n - i < PIECE ? n - i : PIECE, p, factor, offset, s, q);
-    double sum = FN(sum_lanes)(s), m2 = FN(sum_lanes)(q) - sum * (sum / count);
-    return (nx_moments){count, pivot + sum / count / scale, m2 < 0 ? 0 : m2 / scale / scale};
+    *sum = FN(sum_lanes)(s);
+    *squares = FN(sum_lanes)(q);
 }
 
-/* With a mean of 1 or more there is no underflow to mend: a deviation is 0 or some 1e-8 of the mean, and the rescaled mean itself
- * could overflow. */
+/* Moments from powers. */
+NX_INLINE nx_moments FN(moments)(double count, C pivot, C scale, double sum, double squares)
+{
+    double mean = sum / count, m2 = squares - sum * mean;
+    return (nx_moments){count, pivot + mean / scale, m2 < 0 ? 0 : m2 / scale / scale};
+}
+
+/* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later ones' the mean so far, whose
+ * distance to the block's mean then enters the merged m2 anyway, with a larger factor than its rounding error has.
+ * `scale`, a power of two, keeps the squares in range. */
+NX_INLINE nx_moments FN(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, const nx_moments *m, C scale)
+{
+    double count = (double)runs * (double)n, sum, squares;
+    C pivot = (C)(m->count > 0 ? m->mean : FN(run_sum)(x, x_stride, runs, n, scale) / count);
+    FN(run_powers)(x, x_stride, runs, n, pivot, scale, &sum, &squares);
+    return FN(moments)(count, pivot, scale, sum, squares);
+}
+
+/* The power of two that brings the squares of a block into the range of C; 1 where they are in it. With a mean of 1 or more there is no
+ * underflow to mend: a deviation is 0 or some 1e-8 of the mean, and the rescaled mean itself could overflow. */
+NX_INLINE C FN(rescale)(nx_moments block)
+{
+    if (!isfinite(block.m2)) return 1 / T_RESCALE;
+    return block.m2 < T_TINY * block.count && fabs(block.mean) < 1 ? T_RESCALE : 1;
+}
+
 NX_INLINE void FN(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
 {
     nx_moments block = FN(run_moments_scaled)(x, x_stride, runs, n, m, 1);
-    if (!isfinite(block.m2))
-        block = FN(run_moments_scaled)(x, x_stride, runs, n, m, 1 / T_RESCALE);
-    else if (block.m2 < T_TINY * block.count && fabs(block.mean) < 1)
-        block = FN(run_moments_scaled)(x, x_stride, runs, n, m, T_RESCALE);
+    C scale = FN(rescale)(block);
+    if (scale != 1) block = FN(run_moments_scaled)(x, x_stride, runs, n, m, scale);
     nx_merge(m, block);
 }
 
@@ -98,42 +130,6 @@ static void FN(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, p
 
 /* (x - mean) * scale + shift = (x - pivot) * scale + rest, with the mean rounded to C for a pivot. */
 NX_INLINE C FN(rest)(double mean, double scale, double shift) { return (C)(shift - (mean - (C)mean) * scale); }
-
-NX_INLINE void FN(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                               double scale, double shift, const C *gamma, const C *beta, int relu)
-{
-    V p = OP(set)((C)mean), a = OP(set)((C)scale), b = OP(set)(FN(rest)(mean, scale, shift)), zero = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, y += y_stride) {
-        ptrdiff_t i = 0;
-        for (; i + W <= n; i += W) {
-            V v = OP(fma)(OP(sub)(FN(load)(x + i), p), a, b);
-            if (gamma && beta) v = OP(fma)(v, OP(load)(gamma + i), OP(load)(beta + i));
-            else if (gamma) v = OP(mul)(v, OP(load)(gamma + i));
-            else if (beta) v = OP(add)(v, OP(load)(beta + i));
-            if (relu) v = OP(max)(zero, v);
-            FN(store)(y + i, v);
-        }
-        if (i < n) {
-            V v = OP(fma)(OP(sub)(FN(load_n)(x + i, n - i, p), p), a, b);
-            if (gamma && beta) v = OP(fma)(v, OP(load_n)(gamma + i, n - i, zero), OP(load_n)(beta + i, n - i, zero));
-            else if (gamma) v = OP(mul)(v, OP(load_n)(gamma + i, n - i, zero));
-            else if (beta) v = OP(add)(v, OP(load_n)(beta + i, n - i, zero));
-            if (relu) v = OP(max)(zero, v);
-            FN(store_n)(y + i, n - i, v);
-        }
-    }
-}
-
-static void FN(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                           double scale, double shift, const void *gamma, const void *beta, int relu)
-{
-    /* One loop each, so that none asks for every vector what there is to do. */
-    if (gamma && beta) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, gamma, beta, 0);
-    else if (gamma) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, gamma, NULL, 0);
-    else if (beta) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, beta, 0);
-    else if (relu) FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, NULL, 1);
-    else FN(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, NULL, NULL, 0);
-}
 
 /* The affine map under a relu, whose backward pass lets a gradient through where the map's result, found again from x as it was found
  * in the forward pass, is above zero. */
@@ -172,116 +168,41 @@ NX_INLINE void FN(dots_piece)(const T *x, const T *dy, ptrdiff_t n, V p, const C
 }
 
 NX_INLINE void FN(dots_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                             const C *gamma, const nx_relu *relu, double *sum, double *dot)
+                             const C *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step)
 {
     C pivot = (C)mean;
     V s[NV], q[NV], p = OP(set)(pivot);
     FN(gate) gate;
     if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride)
+    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride) {
         for (ptrdiff_t i = 0; i < n; i += PIECE)
             FN(dots_piece)(x + i, dy + i, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL, relu ? &gate : NULL, s, q);
-    double block_sum = FN(sum_lanes)(s);
-    *sum += block_sum;
-    *dot += FN(sum_lanes)(q) - (mean - pivot) * block_sum;
+        if (!step && r + 1 < runs) continue;
+        double block_sum = FN(sum_lanes)(s);
+        *sum += block_sum;
+        *dot += FN(sum_lanes)(q) - (mean - pivot) * block_sum;
+        for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
+        sum += step;
+        dot += step;
+    }
 }
 
 static void FN(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot)
+                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step)
 {
-    if (gamma) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, gamma, NULL, sum, dot);
-    else if (relu) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, relu, sum, dot);
-    else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, sum, dot);
+    if (gamma) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, gamma, NULL, sum, dot, step);
+    else if (relu) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, relu, sum, dot, step);
+    else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, sum, dot, step);
 }
 
-NX_INLINE void FN(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const C *gamma,
-                                const nx_relu *relu, const T *more, ptrdiff_t more_stride)
+/* Some rows go through each step together, and while in the L1 cache: what one has to wait for in its statistics (a dozen additions,
+ * divisions and a root, each needing the one before) the others fill with work. */
+#define ABREAST 8
+NX_INLINE ptrdiff_t FN(rows_abreast)(ptrdiff_t left, ptrdiff_t n)
 {
-    C x_pivot = (C)mean, g_pivot = (C)g_mean;
-    V xp = OP(set)(x_pivot), gp = OP(set)(g_pivot), va = OP(set)((C)a), vb = OP(set)((C)b), zero = ZERO;
-    V rest = OP(set)((C)(c - a * (g_mean - g_pivot) - b * (mean - x_pivot)));
-    FN(gate) gate;
-    if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride, dx += dx_stride) {
-        ptrdiff_t i = 0;
-        for (; i + W <= n; i += W) {
-            V g = FN(load)(dy + i), d = OP(sub)(FN(load)(x + i), xp);
-            if (gamma) g = OP(mul)(g, OP(load)(gamma + i));
-            if (relu) g = FN(through)(g, d, gate);
-            V v = OP(fma)(OP(sub)(g, gp), va, OP(fma)(d, vb, rest));
-            if (more) v = OP(add)(v, FN(load)(more + r * more_stride + i));
-            FN(store)(dx + i, v);
-        }
-        if (i < n) {
-            V g = FN(load_n)(dy + i, n - i, zero), d = OP(sub)(FN(load_n)(x + i, n - i, zero), xp);
-            if (gamma) g = OP(mul)(g, OP(load_n)(gamma + i, n - i, zero));
-            if (relu) g = FN(through)(g, d, gate);
-            V v = OP(fma)(OP(sub)(g, gp), va, OP(fma)(d, vb, rest));
-            if (more) v = OP(add)(v, FN(load_n)(more + r * more_stride + i, n - i, zero));
-            FN(store_n)(dx + i, n - i, v);
-        }
-    }
-}
-
-static void FN(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                            ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a, double b, double c, const void *gamma,
-                            const nx_relu *relu, const void *more, ptrdiff_t more_stride)
-{
-#define COMBINE(gamma, relu, more) \
-    FN(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, b, c, gamma, relu, more, more_stride)
-    if (gamma && more) COMBINE(gamma, NULL, more);
-    else if (gamma) COMBINE(gamma, NULL, NULL);
-    else if (more) COMBINE(NULL, NULL, more);
-    else if (relu) COMBINE(NULL, relu, NULL);
-    else COMBINE(NULL, NULL, NULL);
-#undef COMBINE
-}
-
-NX_INLINE void FN(normalize_rows_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
-                                       int centred, double eps, const C *gamma, const C *beta, double *mean, double *rstd)
-{
-    for (ptrdiff_t r = 0; r < rows; r++, x += x_stride, y += y_stride) {
-        nx_moments m = {0, 0, 0};
-        FN(add_moments)(x, 0, 1, n, &m);
-        nx_finish_moments(m, centred, eps, mean + r, rstd + r, NULL);
-        FN(affine_loop)(x, 0, y, 0, 1, n, mean[r], rstd[r], 0, gamma, beta, 0);
-    }
-}
-
-static void FN(normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
-                               double eps, const void *gamma, const void *beta, double *mean, double *rstd)
-{
-    if (gamma && beta) FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, beta, mean, rstd);
-    else if (gamma) FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, NULL, mean, rstd);
-    else if (beta) FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, beta, mean, rstd);
-    else FN(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, NULL, mean, rstd);
-}
-
-NX_INLINE void FN(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                      ptrdiff_t rows, ptrdiff_t n, int centred, const C *gamma, const double *mean,
-                                      const double *rstd, const T *more, ptrdiff_t more_stride)
-{
-    for (ptrdiff_t r = 0; r < rows; r++, x += x_stride, dy += dy_stride, dx += dx_stride) {
-        double sum = 0, dot = 0;
-        FN(dots_loop)(x, 0, dy, 0, 1, n, mean[r], gamma, NULL, &sum, &dot);
-        FN(combine_loop)(x, 0, dy, 0, dx, 0, 1, n, mean[r], centred ? sum / (double)n : 0, rstd[r],
-                         -rstd[r] * rstd[r] * rstd[r] * (dot / (double)n), 0, gamma, NULL, more ? more + r * more_stride : NULL, 0);
-    }
-}
-
-static void FN(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                              ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd,
-                              const void *more, ptrdiff_t more_stride)
-{
-#define ROWS(gamma, more) \
-    FN(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, gamma, mean, rstd, more, more_stride)
-    if (gamma && more) ROWS(gamma, more);
-    else if (gamma) ROWS(gamma, NULL);
-    else if (more) ROWS(NULL, more);
-    else ROWS(NULL, NULL);
-#undef ROWS
+    ptrdiff_t rows = n * ABREAST <= RUN_BLOCK ? ABREAST : n < RUN_BLOCK ? RUN_BLOCK / n : 1;
+    return left < rows ? left : rows;
 }
 
 static void FN(add_runs)(const void *a_, ptrdiff_t a_stride, const void *b_, ptrdiff_t b_stride, void *sum_, ptrdiff_t sum_stride,
@@ -305,13 +226,36 @@ static void FN(add_runs)(const void *a_, ptrdiff_t a_stride, const void *b_, ptr
 #define STRIPS(j0, width)                                                                                              \
     for (ptrdiff_t j0 = 0, width; j0 < cols && (width = cols - j0 < STRIP ? cols - j0 : STRIP, 1); j0 += STRIP)
 
-/* Calls f(first row, rows) with GROUP rows at a time, then one by one. */
-#define ROW_GROUPS(rows, i, f)                                                                                         \
+/* f(first row, rows, numbers in a row), for GROUP rows at a time, then one by one, then for the rest. */
+#define ROW_GROUPS(folded, f)                                                                                          \
     do {                                                                                                               \
-        ptrdiff_t i = 0;                                                                                               \
-        for (; i + GROUP <= (rows); i += GROUP) { f(GROUP); }                                                          \
-        for (; i < (rows); i++) { f(1); }                                                                              \
+        ptrdiff_t i_ = 0;                                                                                              \
+        for (; i_ + GROUP <= (folded).rows; i_ += GROUP) f(i_, GROUP, (folded).lanes);                                 \
+        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);                                                     \
+        if ((folded).rest) f(i_, 1, (folded).rest);                                                                    \
     } while (0)
+
+/* The same row by row. What is written goes so: half as many streams through memory as GROUP rows of both would be. */
+#define EACH_ROW(folded, f)                                                                                            \
+    do {                                                                                                               \
+        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes);                                        \
+        if ((folded).rest) f((folded).rows, (folded).rest);                                                            \
+    } while (0)
+
+/* A column's coefficients for all its lanes. */
+NX_INLINE void FN(spread)(C *p, nx_fold folded)
+{
+    ptrdiff_t cols = folded.lanes / folded.fold;
+    for (ptrdiff_t j = cols; j < folded.lanes; j++) p[j] = p[j - cols];
+}
+
+/* The sum of a column's lanes. */
+NX_INLINE double FN(lane_sum)(const C *s, ptrdiff_t j, nx_fold folded)
+{
+    double sum = s[j];
+    for (ptrdiff_t l = j + folded.lanes / folded.fold; l < folded.lanes; l += folded.lanes / folded.fold) sum += s[l];
+    return sum;
+}
 
 NX_INLINE void FN(col_sum_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const C *factor, C *s)
 {
@@ -325,14 +269,14 @@ NX_INLINE void FN(col_sum_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdi
     }
 }
 
-NX_INLINE void FN(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const C *factor, const C *offset, C *s,
-                                     C *q)
+NX_INLINE void FN(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const C *pivot, const C *factor,
+                                     const C *offset, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
         V sum = ZERO, squares = ZERO, f = OP(load)(factor + j), o = OP(load)(offset + j);
         for (int r = 0; r < rows; r++) {
             const T *row = x + r * x_stride + j;
-            V v = cols - j >= W ? FN(load)(row) : FN(load_n)(row, cols - j, ZERO);
+            V v = cols - j >= W ? FN(load)(row) : FN(load_n)(row, cols - j, OP(load)(pivot + j));
             V d = OP(fma)(v, f, o);
             sum = OP(add)(sum, d);
             squares = OP(fma)(d, d, squares);
@@ -349,12 +293,13 @@ NX_INLINE int FN(out_of_range)(C squares, C pivot, ptrdiff_t rows)
 }
 
 /* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
-NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *pivot, const C *factor, const C *s, const C *q, double count,
-                                 double *NX_RESTRICT mean, double *NX_RESTRICT m2)
+NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, nx_fold folded, const C *pivot, const C *factor, const C *s, const C *q,
+                                 double count, double *NX_RESTRICT mean, double *NX_RESTRICT m2)
 {
     double n = (double)rows, each = 1 / n, share = n / (count + n);
     for (ptrdiff_t j = 0; j < cols; j++) {
-        double back = 1 / (double)factor[j], sum = s[j], block_m2 = q[j] - sum * (sum * each);
+        double back = 1 / (double)factor[j], sum = FN(lane_sum)(s, j, folded);
+        double block_m2 = FN(lane_sum)(q, j, folded) - sum * (sum * each);
         double block_mean = pivot[j] + sum * each * back;
         block_m2 = block_m2 < 0 ? 0 : block_m2 * back * back;
         if (count == 0) {
@@ -366,98 +311,64 @@ NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *pivot,
     }
 }
 
-/* The moments of a strip's block of rows, merged into mean and m2; see run_moments_scaled. A column that was found out of range
- * with factor 1 is done again with another: one vector of columns at a time, in which the good ones keep theirs. */
+/* The moments of a strip's block of rows, merged into mean and m2; see run_moments_scaled. Where a column is found out of range with
+ * factor 1, all are done again, with a factor for each. */
 static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2,
-                                  const C *factor, int again)
+                                  C *factor, int again)
 {
     C pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
-    ptrdiff_t padded = (cols + W - 1) / W * W;
+    nx_fold folded = fold_rows(rows, cols, x_stride == cols, UNIT, STRIP);
+    const ptrdiff_t step = folded.fold * x_stride, padded = (folded.lanes + W - 1) / W * W;
+    int bad = 0;
+    FN(spread)(factor, folded);
     for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
     if (count == 0) {
-#define SUM_GROUP(n) FN(col_sum_group)(x + i * x_stride, x_stride, n, cols, factor, s)
-        ROW_GROUPS(rows, i, SUM_GROUP);
+#define SUM_GROUP(i, n, width) FN(col_sum_group)(x + i * step, step, n, width, factor, s)
+        ROW_GROUPS(folded, SUM_GROUP);
 #undef SUM_GROUP
-        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)((double)s[j] / factor[j] / (double)rows);
+        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)(FN(lane_sum)(s, j, folded) / factor[j] / (double)rows);
     } else {
         for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)mean[j];
     }
-    for (ptrdiff_t j = cols; j < padded; j++) pivot[j] = 0;
+    FN(spread)(pivot, folded);
+    for (ptrdiff_t j = folded.lanes; j < padded; j++) pivot[j] = factor[j] = 0;
     for (ptrdiff_t j = 0; j < padded; j++) {
         offset[j] = -pivot[j] * factor[j];
         s[j] = 0;
     }
-#define MOMENTS_GROUP(n) FN(col_moments_group)(x + i * x_stride, x_stride, n, cols, factor, offset, s, q)
-    ROW_GROUPS(rows, i, MOMENTS_GROUP);
+#define MOMENTS_GROUP(i, n, width) FN(col_moments_group)(x + i * step, step, n, width, pivot, factor, offset, s, q)
+    ROW_GROUPS(folded, MOMENTS_GROUP);
 #undef MOMENTS_GROUP
-    int bad = 0;
-    for (ptrdiff_t j = 0; j < cols; j++) bad |= FN(out_of_range)(q[j], pivot[j], rows);
-    if (again || !bad) {
-        FN(merge_columns)(cols, rows, pivot, factor, s, q, count, mean, m2);
-        return;
-    }
-    for (ptrdiff_t j0 = 0; j0 < cols; j0 += W) {
-        ptrdiff_t width = cols - j0 < W ? cols - j0 : W;
-        C rescaled[W];
-        bad = 0;
-        for (ptrdiff_t j = 0; j < W; j++) {
-            int out = FN(out_of_range)(q[j0 + j], pivot[j0 + j], rows);
-            rescaled[j] = !out ? 1 : isfinite(q[j0 + j]) ? T_RESCALE : 1 / T_RESCALE;
-            bad |= j < width && out;
+    if (!again)
+        for (ptrdiff_t j = 0; j < cols; j++) {
+            C squares = (C)FN(lane_sum)(q, j, folded);
+            if (FN(out_of_range)(squares, pivot[j], rows)) {
+                factor[j] = isfinite(squares) ? T_RESCALE : 1 / T_RESCALE;
+                bad = 1;
+            }
         }
-        if (bad) FN(col_moments_strip)(x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, rescaled, 1);
-        else FN(merge_columns)(width, rows, pivot + j0, factor + j0, s + j0, q + j0, count, mean + j0, m2 + j0);
-    }
+    if (bad) FN(col_moments_strip)(x, x_stride, rows, cols, count, mean, m2, factor, 1);
+    else FN(merge_columns)(cols, rows, folded, pivot, factor, s, q, count, mean, m2);
 }
 
 static void FN(col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2)
 {
-    C ones[STRIP];
-    for (ptrdiff_t j = 0; j < STRIP && j < cols + W; j++) ones[j] = 1;
-    STRIPS (j0, width)
-        FN(col_moments_strip)((const T *)x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, ones, 0);
-}
-
-/* What is written goes row by row: half as many streams through memory as GROUP rows of both would be. */
-NX_INLINE void FN(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale, const C *rest, int relu)
-{
-    ptrdiff_t j = 0;
-    for (; j + W <= cols; j += W) {
-        V v = OP(fma)(OP(sub)(FN(load)(x + j), OP(load)(pivot + j)), OP(load)(scale + j), OP(load)(rest + j));
-        FN(store)(y + j, relu ? OP(max)(ZERO, v) : v);
-    }
-    if (j < cols) {
-        V v = OP(fma)(OP(sub)(FN(load_n)(x + j, cols - j, ZERO), OP(load)(pivot + j)), OP(load)(scale + j), OP(load)(rest + j));
-        FN(store_n)(y + j, cols - j, relu ? OP(max)(ZERO, v) : v);
-    }
-}
-
-static void FN(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                           const double *mean, const double *scale, const double *shift, int relu)
-{
-    C pivot[STRIP], a[STRIP], b[STRIP];
+    C factor[STRIP];
     STRIPS (j0, width) {
-        const T *x = (const T *)x_ + j0;
-        T *y = (T *)y_ + j0;
-        for (ptrdiff_t j = 0; j < width; j++) {
-            pivot[j] = (C)mean[j0 + j];
-            a[j] = (C)scale[j0 + j];
-            b[j] = FN(rest)(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
-        }
-        if (relu)
-            for (ptrdiff_t i = 0; i < rows; i++) FN(col_affine_row)(x + i * x_stride, y + i * y_stride, width, pivot, a, b, 1);
-        else
-            for (ptrdiff_t i = 0; i < rows; i++) FN(col_affine_row)(x + i * x_stride, y + i * y_stride, width, pivot, a, b, 0);
+        for (ptrdiff_t j = 0; j < width; j++) factor[j] = 1;
+        FN(col_moments_strip)((const T *)x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, factor, 0);
     }
 }
 
 /* The gates of a strip's columns. */
-NX_INLINE void FN(gates)(const nx_relu *relu, const double *mean, ptrdiff_t j0, ptrdiff_t width, C *scale, C *rest)
+NX_INLINE void FN(gates)(const nx_relu *relu, const double *mean, ptrdiff_t j0, ptrdiff_t width, nx_fold folded, C *scale, C *rest)
 {
     for (ptrdiff_t j = 0; j < width; j++) {
         scale[j] = (C)relu->scale[j0 + j];
         rest[j] = FN(rest)(mean[j0 + j], relu->scale[j0 + j], relu->shift[j0 + j]);
     }
+    FN(spread)(scale, folded);
+    FN(spread)(rest, folded);
 }
 
 NX_INLINE void FN(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
@@ -486,20 +397,25 @@ static void FN(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
     C pivot[STRIP], scale[STRIP], rest[STRIP], s[STRIP], q[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
-        for (ptrdiff_t j = 0; j < width; j++) {
-            pivot[j] = (C)mean[j0 + j];
-            s[j] = q[j] = 0;
+        nx_fold folded = fold_rows(rows, width, x_stride == width && dy_stride == width, UNIT, STRIP);
+        const ptrdiff_t x_step = folded.fold * x_stride, dy_step = folded.fold * dy_stride;
+        for (ptrdiff_t j = 0; j < width; j++) pivot[j] = (C)mean[j0 + j];
+        FN(spread)(pivot, folded);
+        for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
+#define DOTS_GROUP(i, n, width) FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, NULL, NULL, s, q)
+#define GATED_GROUP(i, n, width) FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, scale, rest, s, q)
+        if (relu) {
+            FN(gates)(relu, mean, j0, width, folded, scale, rest);
+            ROW_GROUPS(folded, GATED_GROUP);
+        } else {
+            ROW_GROUPS(folded, DOTS_GROUP);
         }
-        if (relu) FN(gates)(relu, mean, j0, width, scale, rest);
-#define DOTS_GROUP(n) FN(col_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, pivot, scale, rest, s, q)
-        if (relu) ROW_GROUPS(rows, i, DOTS_GROUP);
 #undef DOTS_GROUP
-#define DOTS_GROUP(n) FN(col_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, pivot, NULL, NULL, s, q)
-        if (!relu) ROW_GROUPS(rows, i, DOTS_GROUP);
-#undef DOTS_GROUP
+#undef GATED_GROUP
         for (ptrdiff_t j = 0; j < width; j++) {
-            sum[j0 + j] += s[j];
-            dot[j0 + j] += q[j] - (mean[j0 + j] - pivot[j]) * s[j];
+            double block_sum = FN(lane_sum)(s, j, folded);
+            sum[j0 + j] += block_sum;
+            dot[j0 + j] += FN(lane_sum)(q, j, folded) - (mean[j0 + j] - pivot[j]) * block_sum;
         }
     }
 }
@@ -534,55 +450,16 @@ static void FN(row_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
     C s[STRIP], q[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
+        nx_fold folded = {1, width, rows, 0};
         for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
-#define DOTS_GROUP(n) FN(row_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, mean + i, scale + i, s, q)
-        ROW_GROUPS(rows, i, DOTS_GROUP);
+#define DOTS_GROUP(i, n, width)                                                                                                     \
+    FN(row_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, mean + i, scale + i, s, q)
+        ROW_GROUPS(folded, DOTS_GROUP);
 #undef DOTS_GROUP
         for (ptrdiff_t j = 0; j < width; j++) {
             sum[j0 + j] += s[j];
             dot[j0 + j] += q[j];
         }
-    }
-}
-
-NX_INLINE void FN(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const C *x_pivot, const C *dy_pivot, const C *a,
-                                   const C *b, const C *rest, const C *gate_scale, const C *gate_rest)
-{
-    for (ptrdiff_t j = 0; j < cols; j += W) {
-        const ptrdiff_t left = cols - j;
-        V d = OP(sub)(left >= W ? FN(load)(x + j) : FN(load_n)(x + j, left, ZERO), OP(load)(x_pivot + j));
-        V g = left >= W ? FN(load)(dy + j) : FN(load_n)(dy + j, left, ZERO);
-        if (gate_scale) g = FN(through)(g, d, (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)});
-        g = OP(sub)(g, OP(load)(dy_pivot + j));
-        V v = OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j)));
-        if (left >= W) FN(store)(dx + j, v);
-        else FN(store_n)(dx + j, left, v);
-    }
-}
-
-static void FN(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_stride,
-                            ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,
-                            const double *c, const nx_relu *relu)
-{
-    C x_pivot[STRIP], dy_pivot[STRIP], ta[STRIP], tb[STRIP], rest[STRIP], gate_scale[STRIP], gate_rest[STRIP];
-    STRIPS (j0, width) {
-        const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
-        T *dx = (T *)dx_ + j0;
-        for (ptrdiff_t j = 0; j < width; j++) {
-            x_pivot[j] = (C)mean[j0 + j];
-            dy_pivot[j] = (C)dy_mean[j0 + j];
-            ta[j] = (C)a[j0 + j];
-            tb[j] = (C)b[j0 + j];
-            rest[j] = (C)((c ? c[j0 + j] : 0) - a[j0 + j] * (dy_mean[j0 + j] - dy_pivot[j]) - b[j0 + j] * (mean[j0 + j] - x_pivot[j]));
-        }
-        if (relu) FN(gates)(relu, mean, j0, width, gate_scale, gate_rest);
-#define COMBINE_ROW(i, scale, shift)                                                                                               \
-    FN(col_combine_row)(x + i * x_stride, dy + i * dy_stride, dx + i * dx_stride, width, x_pivot, dy_pivot, ta, tb, rest, scale, shift)
-        if (relu)
-            for (ptrdiff_t i = 0; i < rows; i++) COMBINE_ROW(i, gate_scale, gate_rest);
-        else
-            for (ptrdiff_t i = 0; i < rows; i++) COMBINE_ROW(i, NULL, NULL);
-#undef COMBINE_ROW
     }
 }
 
@@ -642,31 +519,15 @@ static void FN(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
 }
 #endif
 
-const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
-    sizeof(T),
-    sizeof(C),
-    RUN_BLOCK,
-    COL_ROWS,
-    FN(run_moments),
-    FN(col_moments),
-    FN(run_affine),
-    FN(col_affine),
-    FN(run_dots),
-    FN(col_dots),
-    FN(row_dots),
-    FN(run_combine),
-    FN(col_combine),
-    FN(normalize_rows),
-    FN(rows_backward),
-    FN(add_runs),
-#ifdef T_INT
-    FN(transpose_rows),
-    FN(pool_row),
-#else
-    NULL,
-    NULL,
-#endif
-};
+#define STREAM 0
+#define TABLE NX_JOIN(nx, NX_ISA, E)
+#define WR(name) NX_OP(E, name)
+#include "kernels_write.h"
+
+#define STREAM 1
+#define TABLE NX_JOIN(nx_stream, NX_ISA, E)
+#define WR(name) NX_OP(NX_OP(E, stream), name)
+#include "kernels_write.h"
 
 #undef FN
 #undef OP
@@ -678,8 +539,12 @@ const nx_kernels NX_JOIN(nx, NX_ISA, E) = {
 #undef PIECE
 #undef COL_ROWS
 #undef STRIP
+#undef PADDED
 #undef GROUP
 #undef ZERO
+#undef ABREAST
+#undef UNIT
+#undef COL_BLOCK
 #undef T
 #undef E
 #undef C

@@ -6,6 +6,7 @@
  *     E##_load, _store   W elements at any address
  *     E##_load_n         the first n of them; the lanes beyond come from `fill`, memory beyond is not touched (n may be <= 0 or >= W)
  *     E##_store_n        the first n of them, likewise
+ *     E##_stream         W elements at an address that is a multiple of their size, around the caches where the instruction set can
  *     E##_set            one number in every lane
  *     E##_add, _sub, _mul
  *     E##_fma            a * b + c, rounded once where the instruction set can (everywhere but on baseline x86-64)
@@ -43,6 +44,7 @@
     enum { E##_W = LANES };                                                              \
     NX_INLINE V E##_load(const T *p) { return P##_loadu_##S(p); }                        \
     NX_INLINE void E##_store(T *p, V v) { P##_storeu_##S(p, v); }                        \
+    NX_INLINE void E##_stream(T *p, V v) { P##_stream_##S(p, v); }                       \
     NX_INLINE V E##_set(T a) { return P##_set1_##S(a); }                                 \
     NX_INLINE V E##_add(V a, V b) { return P##_add_##S(a, b); }                          \
     NX_INLINE V E##_sub(V a, V b) { return P##_sub_##S(a, b); }                          \
@@ -120,6 +122,7 @@ NX_INLINE __m256i nx_to_bf16(__m512 v)
 #define NX_HALF(E)                                                                                               \
     NX_INLINE __m512 E##_load(const uint16_t *p) { return nx_from_##E(_mm256_loadu_si256((const __m256i *)p)); } \
     NX_INLINE void E##_store(uint16_t *p, __m512 v) { _mm256_storeu_si256((__m256i *)p, nx_to_##E(v)); }         \
+    NX_INLINE void E##_stream(uint16_t *p, __m512 v) { _mm256_stream_si256((__m256i *)p, nx_to_##E(v)); }        \
     NX_INLINE __m512 E##_load_n(const uint16_t *p, ptrdiff_t n, __m512 fill)                                     \
     {                                                                                                            \
         __mmask16 mask = (__mmask16)NX_MASK(n, f32_W);                                                           \
@@ -176,6 +179,7 @@ NX_INLINE __m128i nx_to_bf16(__m256 v)
 #define NX_HALF(E)                                                                                               \
     NX_INLINE __m256 E##_load(const uint16_t *p) { return nx_from_##E(_mm_loadu_si128((const __m128i *)p)); }    \
     NX_INLINE void E##_store(uint16_t *p, __m256 v) { _mm_storeu_si128((__m128i *)p, nx_to_##E(v)); }            \
+    NX_INLINE void E##_stream(uint16_t *p, __m256 v) { _mm_stream_si128((__m128i *)p, nx_to_##E(v)); }           \
     NX_INLINE __m256 E##_load_n(const uint16_t *p, ptrdiff_t n, __m256 fill)                                     \
     {                                                                                                            \
         uint16_t lanes[8] = {0};                                                                                 \
@@ -258,6 +262,7 @@ NX_TRANSPOSE1(f64, double)
         return v;                                                                        \
     }                                                                                    \
     NX_INLINE void E##_store(T *p, E##_t v) { memcpy(p, &v, sizeof v); }                 \
+    NX_INLINE void E##_stream(T *p, E##_t v) { E##_store(p, v); }                        \
     NX_INLINE E##_t E##_set(T a) { return a - (E##_t){0}; }                              \
     NX_INLINE E##_t E##_add(E##_t a, E##_t b) { return a + b; }                          \
     NX_INLINE E##_t E##_sub(E##_t a, E##_t b) { return a - b; }                          \
@@ -347,7 +352,8 @@ NX_INLINE uint16_t nx_to_f16(float x)
         for (ptrdiff_t i = 0; i < n && i < f32_W; i++) p[i] = nx_to_##E(lanes[i]);       \
     }                                                                                    \
     NX_INLINE f32_t E##_load(const uint16_t *p) { return E##_load_n(p, f32_W, f32_set(0)); } \
-    NX_INLINE void E##_store(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }
+    NX_INLINE void E##_store(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }         \
+    NX_INLINE void E##_stream(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }
 NX_HALF(f16)
 NX_HALF(bf16)
 #endif

@@ -7,16 +7,17 @@ backwards, to meet first what is still in cache.
 """
 
 from cython.parallel cimport prange
+from libc.string cimport memcpy
 
 import numpy as np
 
 from normext._core.kernels cimport (
     Operand,
-    affine_of,
+    affines_of,
     ceil_div,
     element,
-    inverse_std,
     nx_finish_moments,
+    nx_inverse_stds,
     nx_kernels,
     nx_merge,
     nx_moments,
@@ -30,11 +31,16 @@ cdef enum:
     STRIP = 512  # columns of a task; their coefficients are on its stack
 
 
-cdef inline Py_ssize_t chunk_count(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t col_rows) noexcept nogil:
+cdef inline Py_ssize_t block_rows(const nx_kernels *k, Py_ssize_t cols) noexcept nogil:
+    """Rows of a block of so many columns."""
+    return max(k.col_rows, k.col_block // cols)
+
+
+cdef inline Py_ssize_t chunk_count(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t in_block) noexcept nogil:
     """Into how many chunks the rows are split."""
     if rows * cols < CHUNKED:
         return 1
-    return min(ceil_div(rows, col_rows), ceil_div(TASKS, ceil_div(cols, STRIP)))
+    return min(ceil_div(rows, in_block), ceil_div(TASKS, ceil_div(cols, STRIP)))
 
 
 # A task: some rows of some columns.
@@ -59,31 +65,31 @@ cdef void tile_moments(const nx_kernels *k, Tile t, Operand x, double *mean, dou
     cdef Py_ssize_t block, start, j
     for j in range(t.cols):
         mean[j] = m2[j] = 0
-    for block in range(ceil_div(t.rows, k.col_rows)):
-        start = block * k.col_rows
-        k.col_moments(at(x, k.itemsize, t.row + start, t.col), x.run_stride, min(k.col_rows, t.rows - start), t.cols,
+    for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
+        start = block * block_rows(k, t.cols)
+        k.col_moments(at(x, k.itemsize, t.row + start, t.col), x.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
                       <double> start, mean, m2)
 
 
 cdef inline void finish_moments(double rows, Py_ssize_t cols, double eps, double *m2_to_rstd, double *var) noexcept nogil:
     cdef Py_ssize_t j
     for j in range(cols):
-        if var != NULL:
-            var[j] = m2_to_rstd[j] / rows
-        m2_to_rstd[j] = inverse_std(m2_to_rstd[j] / rows, eps)
+        m2_to_rstd[j] /= rows
+    if var != NULL:
+        memcpy(var, m2_to_rstd, cols * sizeof(double))
+    nx_inverse_stds(m2_to_rstd, cols, eps)
 
 
 cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
                       const double *mean, const double *rstd) noexcept nogil:
     cdef double scale[STRIP]
     cdef double shift[STRIP]
-    cdef Py_ssize_t j, block, start
-    for j in range(t.cols):
-        affine_of(k, gamma, beta, t.col + j, rstd[t.col + j], scale + j, shift + j)
-    for block in range(ceil_div(t.rows, k.col_rows) - 1, -1, -1):
-        start = block * k.col_rows
+    cdef Py_ssize_t block, start
+    affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, scale, shift)
+    for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
+        start = block * block_rows(k, t.cols)
         k.col_affine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(y, k.itemsize, t.row + start, t.col),
-                     y.run_stride, min(k.col_rows, t.rows - start), t.cols, mean + t.col, scale, shift,
+                     y.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, scale, shift,
                      relu)
 
 
@@ -100,11 +106,14 @@ cdef void normalize_tile(const nx_kernels *k, Tile t, Operand x, Operand y, cons
 cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand y, const char *gamma,
                            const char *beta, bint training, double eps, bint relu, double *mean, double *rstd, double *var) except -1:
     """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see `runs.normalize_runs`."""
-    cdef Py_ssize_t chunks = chunk_count(rows, cols, k.col_rows), strips = ceil_div(cols, STRIP), tasks = chunks * strips
+    cdef Py_ssize_t chunks = chunk_count(rows, cols, block_rows(k, cols)), strips = ceil_div(cols, STRIP), tasks = chunks * strips
     cdef Py_ssize_t task, chunk, j
     cdef int threads = threads_for(tasks, rows * cols)
     cdef double[:, :, ::1] partial
     cdef nx_moments m
+    if tasks == 1:  # so little work that letting go of the GIL, and a parallel region of one thread, would show
+        normalize_tile(k, tile_at(0, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var)
+        return 0
     if chunks == 1:
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var)
@@ -139,12 +148,12 @@ cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const ch
     cdef Py_ssize_t block, start, j
     for j in range(t.cols):
         sums[j] = dots[j] = 0
-        if relu:
-            affine_of(k, gamma, beta, t.col + j, rstd[t.col + j], scale + j, shift + j)
-    for block in range(ceil_div(t.rows, k.col_rows)):
-        start = block * k.col_rows
+    if relu:
+        affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, scale, shift)
+    for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
+        start = block * block_rows(k, t.cols)
         k.col_dots(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
-                   dy.run_stride, min(k.col_rows, t.rows - start), t.cols, mean + t.col, &gate if relu else NULL, sums, dots)
+                   dy.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, &gate if relu else NULL, sums, dots)
 
 
 cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Operand dy, Operand dx, const char *gamma,
@@ -157,21 +166,21 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
     cdef double dy_mean[STRIP]
     cdef nx_relu gate = nx_relu(&a[0], &shift[0])
     cdef Py_ssize_t j, c, block, start
+    affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, a, shift)
     for j in range(t.cols):
         c = t.col + j
-        affine_of(k, gamma, beta, c, rstd[c], a + j, shift + j)
         slope[j] = -a[j] * rstd[c] * rstd[c] * (dots[c] / count) if training else 0
         dy_mean[j] = sums[c] / count if training else 0
-    for block in range(ceil_div(t.rows, k.col_rows) - 1, -1, -1):
-        start = block * k.col_rows
+    for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
+        start = block * block_rows(k, t.cols)
         if training or relu:
             k.col_combine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
                           dy.run_stride, at(dx, k.itemsize, t.row + start, t.col), dx.run_stride,
-                          min(k.col_rows, t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, NULL,
+                          min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, NULL,
                           &gate if relu else NULL)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
             k.col_affine(at(dy, k.itemsize, t.row + start, t.col), dy.run_stride, at(dx, k.itemsize, t.row + start, t.col),
-                         dx.run_stride, min(k.col_rows, t.rows - start), t.cols, dy_mean, a, slope, False)
+                         dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, dy_mean, a, slope, False)
 
 
 cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Operand dx, const char *gamma, const char *beta,
@@ -188,10 +197,13 @@ cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols,
                           const char *gamma, const char *beta, bint training, bint relu, bint given, double count,
                           const double *mean, const double *rstd, double *sums, double *dots) except -1:
     """The gradient dx and, for each column, sum(dy) and sum(dy * (x - mean)); see `runs.runs_backward`."""
-    cdef Py_ssize_t chunks = chunk_count(rows, cols, k.col_rows), strips = ceil_div(cols, STRIP), tasks = chunks * strips
+    cdef Py_ssize_t chunks = chunk_count(rows, cols, block_rows(k, cols)), strips = ceil_div(cols, STRIP), tasks = chunks * strips
     cdef Py_ssize_t task, chunk, j
     cdef int threads = threads_for(tasks, rows * cols)
     cdef double[:, :, ::1] partial
+    if tasks == 1:
+        backward_tile(k, tile_at(0, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, sums, dots)
+        return 0
     if chunks == 1:
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             backward_tile(k, tile_at(task, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, sums,
@@ -310,10 +322,10 @@ cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, O
             slope[j] = -rstd[group] * rstd[group] * rstd[group] * (dot / n)
             rest[j] = -rstd[group] * (sum / n)
             zero[j] = 0
-        for block in range(ceil_div(t.rows, k.col_rows) - 1, -1, -1):
-            start = block * k.col_rows
+        for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
+            start = block * block_rows(k, t.cols)
             k.col_combine(at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
-                          at(dx, k.itemsize, start, t.col), dx.run_stride, min(k.col_rows, t.rows - start), t.cols,
+                          at(dx, k.itemsize, start, t.col), dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
                           column_mean + t.col, zero, a, slope, rest, NULL)
 
 

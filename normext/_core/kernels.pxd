@@ -5,7 +5,7 @@ cdef extern from "kernels.h" nogil:
         double count, mean, m2
 
     void nx_merge(nx_moments *m, nx_moments other)
-    double inverse_std "nx_inverse_std"(double variance, double eps)
+    void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
     void nx_finish_moments(nx_moments m, bint centred, double eps, double *mean, double *rstd, double *var)
 
     ctypedef struct nx_relu:
@@ -13,23 +13,25 @@ cdef extern from "kernels.h" nogil:
         const double *shift
 
     ctypedef struct nx_kernels:
-        ptrdiff_t itemsize, parameter_size, run_block, col_rows
+        ptrdiff_t itemsize, parameter_size, run_block, col_block, col_rows
         void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m) noexcept nogil
         void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean,
                             double *m2) noexcept nogil
         void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
-                           double mean, double scale, double shift, const void *gamma, const void *beta, bint relu) noexcept nogil
+                           const double *mean, const double *scale, const double *shift, ptrdiff_t step, const void *gamma,
+                           const void *beta, bint relu) noexcept nogil
         void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
                            const double *mean, const double *scale, const double *shift, bint relu) noexcept nogil
         void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot) noexcept nogil
+                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot,
+                         ptrdiff_t step) noexcept nogil
         void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
                          ptrdiff_t cols, const double *mean, const nx_relu *relu, double *sum, double *dot) noexcept nogil
         void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
                          ptrdiff_t cols, const double *mean, const double *scale, double *sum, double *dot) noexcept nogil
         void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
-                            ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, double a,
-                            double b, double c, const void *gamma, const nx_relu *relu, const void *more,
+                            ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a,
+                            ptrdiff_t step, double b, double c, const void *gamma, const nx_relu *relu, const void *more,
                             ptrdiff_t more_stride) noexcept nogil
         void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean,
@@ -58,7 +60,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct nx_isa:
         const char *name
         int (*supported)() noexcept nogil
-        const nx_kernels *tables[NX_TYPES]
+        const nx_kernels *tables[2][NX_TYPES]
 
     const nx_isa nx_isas[]
     const int nx_isa_count
@@ -82,6 +84,30 @@ cdef inline void affine_of(const nx_kernels *k, const char *gamma, const char *b
     """What a channel's deviations from the mean are multiplied by, and what is added; gamma and beta may be NULL."""
     scale[0] = rstd if gamma == NULL else rstd * element(k, gamma, channel)
     shift[0] = 0 if beta == NULL else element(k, beta, channel)
+
+
+cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *beta, Py_ssize_t channel, Py_ssize_t channels,
+                            const double *rstd, double *scale, double *shift) noexcept nogil:
+    """The same for channels in a row; one loop for each case, so that they become vectors."""
+    cdef Py_ssize_t j
+    if gamma == NULL:
+        for j in range(channels):
+            scale[j] = rstd[j]
+    elif k.parameter_size == 4:
+        for j in range(channels):
+            scale[j] = rstd[j] * (<const float *> gamma)[channel + j]
+    else:
+        for j in range(channels):
+            scale[j] = rstd[j] * (<const double *> gamma)[channel + j]
+    if beta == NULL:
+        for j in range(channels):
+            shift[j] = 0
+    elif k.parameter_size == 4:
+        for j in range(channels):
+            shift[j] = (<const float *> beta)[channel + j]
+    else:
+        for j in range(channels):
+            shift[j] = (<const double *> beta)[channel + j]
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:

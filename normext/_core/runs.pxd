@@ -22,6 +22,8 @@ cdef struct Runs:
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
                         Parameters kind, Statistics statistics, double eps, bint relu, double *mean, double *rstd,
                         double *var) except -1
+cdef int affine_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
+                     const double *mean, const double *rstd) except -1
 cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand residual, Operand total, Operand y, const char *gamma,
                         const char *beta, Statistics statistics, double eps, double *mean, double *rstd) except -1
 cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,

@@ -14,6 +14,7 @@ import numpy as np
 from normext._core.kernels cimport (
     Operand,
     affine_of,
+    affines_of,
     ceil_div,
     element,
     nx_finish_moments,
@@ -29,6 +30,7 @@ cdef enum:
     GROUP_PARTED = 1 << 16  # elements from which a group may be split
     CHUNK_ROWS = 32  # rows of layer norm whose x and dy are met twice, the second time in cache
     STRIP = 256  # columns of a task that sums down all rows
+    RUNS_AT_ONCE = 64  # whose coefficients are held on the stack
 
 # The blocks of a group, numbered run by run: one block is several short runs, or a piece of a long one.
 cdef struct Block:
@@ -79,12 +81,19 @@ cdef inline const char *along(const nx_kernels *k, const char *gamma, Block b) n
 # Forward ---------------------------------------------------------------------------------------------------------------------
 
 
-cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
+cdef inline Runs joined(Runs shape, Operand x) noexcept nogil:
+    """The same groups as one long run each, where their runs lie one after the other."""
+    return Runs(shape.groups, 1, shape.runs * shape.n, shape.channels) if x.run_stride == shape.n else shape
+
+
+cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t group, Py_ssize_t part, Py_ssize_t parts,
                         nx_moments *m) noexcept nogil:
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, blocks
     cdef Block b
+    shape = joined(shape, x)
+    blocks = block_count(shape, k.run_block)
     m.count = m.mean = m.m2 = 0
-    for index in range(first, last):
+    for index in range(part * blocks // parts, (part + 1) * blocks // parts):
         b = block_at(shape, k.run_block, index)
         k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, m)
 
@@ -92,23 +101,35 @@ cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t g
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
                        Parameters kind, bint relu, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean,
                        double rstd) noexcept nogil:
-    cdef Py_ssize_t index, end
-    cdef double scale, shift
+    cdef Py_ssize_t index, end, r, channel
+    cdef double zero = 0
+    cdef double scale[RUNS_AT_ONCE]
+    cdef double shift[RUNS_AT_ONCE]
+    cdef double means[RUNS_AT_ONCE]
     cdef Block b
+    if kind == PER_GROUP:
+        affine_of(k, gamma, beta, group, rstd, scale, shift)
+    elif kind == PER_RUN:
+        for r in range(RUNS_AT_ONCE):
+            means[r] = mean
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape, k.run_block, index)
         if kind == ALONG_RUN:
             k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
-                         mean, rstd, 0, along(k, gamma, b), along(k, beta, b), False)
-            continue
-        end = b.run + b.runs
-        b.runs = 1 if kind == PER_RUN else b.runs  # those that share their parameters in one go
-        while b.run < end:
-            affine_of(k, gamma, beta, group if kind == PER_GROUP else (group * shape.runs + b.run) % shape.channels, rstd, &scale,
-                      &shift)
+                         &mean, &rstd, &zero, 0, along(k, gamma, b), along(k, beta, b), False)
+        elif kind == PER_GROUP:
             k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
-                         mean, scale, shift, NULL, NULL, relu)
-            b.run += b.runs
+                         &mean, scale, shift, 0, NULL, NULL, relu)
+        else:
+            end = b.run + b.runs
+            while b.run < end:
+                channel = (group * shape.runs + b.run) % shape.channels
+                b.runs = min(<Py_ssize_t> RUNS_AT_ONCE, end - b.run)
+                for r in range(b.runs):
+                    affine_of(k, gamma, beta, channel + r, rstd, scale + r, shift + r)
+                k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
+                             means, scale, shift, 1, NULL, NULL, relu)
+                b.run += b.runs
 
 
 cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
@@ -116,7 +137,7 @@ cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y,
                           double *mean, double *rstd, double *var) noexcept nogil:
     cdef nx_moments m
     if statistics != GIVEN:
-        group_moments(k, shape, x, group, 0, blocks, &m)
+        group_moments(k, shape, x, group, 0, 1, &m)
         nx_finish_moments(m, statistics == CENTRED, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data != NULL:
         group_affine(k, shape, x, y, gamma, beta, kind, relu, group, 0, blocks, mean[group], rstd[group])
@@ -147,6 +168,9 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     cdef double[:, :, ::1] partial
     cdef nx_moments m
     if kind == ALONG_RUN and statistics != GIVEN and blocks == 1 and y.data != NULL:
+        if shape.groups * shape.n < GROUP_PARTED // 2:  # so little that letting go of the GIL would show
+            normalize_some_rows(k, shape, x, y, gamma, beta, statistics == CENTRED, eps, 0, 1, mean, rstd)
+            return 0
         tasks = threads  # each row is on its own, and no bit depends on the split
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             normalize_some_rows(k, shape, x, y, gamma, beta, statistics == CENTRED, eps, task, tasks, mean, rstd)
@@ -158,8 +182,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     if statistics != GIVEN:
         partial = np.empty((shape.groups, parts, 3))
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            group_moments(k, shape, x, task // parts, task % parts * blocks // parts, (task % parts + 1) * blocks // parts,
-                          <nx_moments *> &partial[task // parts, task % parts, 0])
+            group_moments(k, shape, x, task // parts, task % parts, parts, <nx_moments *> &partial[task // parts, task % parts, 0])
         for group in range(shape.groups):
             m = nx_moments(0, 0, 0)
             for part in range(parts):
@@ -170,6 +193,27 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
         group_affine(k, shape, x, y, gamma, beta, kind, relu, task // parts, task % parts * blocks // parts,
                      (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts])
+    return 0
+
+
+cdef void affine_block(const nx_kernels *k, Runs shape, Operand x, Operand y, bint relu, Py_ssize_t group, Py_ssize_t index,
+                       const double *mean, const double *scale, const double *shift) noexcept nogil:
+    cdef Block b = block_at(shape, k.run_block, index)
+    k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n, mean + b.run,
+                 scale + b.run, shift + b.run, 1, NULL, NULL, relu)
+
+
+cdef int affine_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
+                     const double *mean, const double *rstd) except -1:
+    """y = gamma * (x - mean) * rstd + beta, where run r of every group has number r of each: memory is walked in its order."""
+    cdef Py_ssize_t blocks = block_count(shape, k.run_block), task, tasks = shape.groups * blocks
+    cdef int threads = threads_for(tasks, shape.groups * shape.runs * shape.n)
+    cdef double[:, ::1] coefficients = np.empty((2, shape.runs))
+    cdef double *scale = &coefficients[0, 0]
+    cdef double *shift = &coefficients[1, 0]
+    affines_of(k, gamma, beta, 0, shape.runs, rstd, scale, shift)
+    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+        affine_block(k, shape, x, y, relu, task // blocks, task % blocks, mean, scale, shift)
     return 0
 
 
@@ -229,7 +273,7 @@ cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, con
     for index in range(first, last):
         b = block_at(shape, k.run_block, index)
         k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean,
-                   along(k, gamma, b), &gate if relu else NULL, sum, dot)
+                   along(k, gamma, b), &gate if relu else NULL, sum, dot, 0)
 
 
 cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
@@ -241,7 +285,7 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
     """
     cdef Py_ssize_t index
     cdef Block b
-    cdef double a = rstd, shift, g_mean = sum / count if statistics == CENTRED else 0, slope
+    cdef double zero = 0, a = rstd, shift, g_mean = sum / count if statistics == CENTRED else 0, slope
     cdef nx_relu gate = nx_relu(&a, &shift)
     if kind == PER_GROUP:
         affine_of(k, gamma, beta, group, rstd, &a, &shift)
@@ -251,11 +295,11 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
         b = block_at(shape, k.run_block, index)
         if statistics != GIVEN or relu:
             k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
-                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, a, slope, 0,
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, &a, 0, slope, 0,
                           along(k, gamma, b), &gate if relu else NULL, maybe_at(more, k.itemsize, group, b), more.run_stride)
         else:  # the statistics are constants, and x does not matter
             k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
-                         0, a, 0, along(k, gamma, b), NULL, False)
+                         &zero, &a, &zero, 0, along(k, gamma, b), NULL, False)
 
 
 cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
@@ -381,30 +425,32 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
 
 cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
                                  Py_ssize_t group, double mean, double rstd, double *sums, double *dots) noexcept nogil:
-    """runs_backward's formula where every run of a group has a gamma of its own."""
-    cdef Py_ssize_t run, index, channel
+    """group_combine's formula where every run of a group has a gamma of its own."""
+    cdef Py_ssize_t r, index, end, channel = group * shape.runs % shape.channels, blocks = block_count(shape, k.run_block)
     cdef double scale, sum = 0, dot = 0, n = <double> shape.runs * <double> shape.n
-    cdef Runs one = Runs(1, 1, shape.n, 1)
+    cdef double a[RUNS_AT_ONCE]
     cdef Block b
-    for run in range(shape.runs):
-        sums[run] = dots[run] = 0
-        for index in range(block_count(one, k.run_block)):
-            b = block_at(one, k.run_block, index)
-            b.run = run
-            k.run_dots(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, 1, b.n, mean, NULL, NULL, sums + run,
-                       dots + run)
-        channel = (group * shape.runs + run) % shape.channels
-        scale = 1 if gamma == NULL else element(k, gamma, channel)
-        sum += scale * sums[run]
-        dot += scale * dots[run]
-    for run in range(shape.runs - 1, -1, -1):
-        channel = (group * shape.runs + run) % shape.channels
-        scale = rstd if gamma == NULL else rstd * element(k, gamma, channel)
-        for index in range(block_count(one, k.run_block) - 1, -1, -1):
-            b = block_at(one, k.run_block, index)
-            b.run = run
-            k.run_combine(at(x, k.itemsize, group, b), 0, at(dy, k.itemsize, group, b), 0, at(dx, k.itemsize, group, b), 0, 1, b.n,
-                          mean, 0, scale, -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL, NULL, NULL, 0)
+    for r in range(shape.runs):
+        sums[r] = dots[r] = 0
+    for index in range(blocks):
+        b = block_at(shape, k.run_block, index)
+        k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean, NULL,
+                   NULL, sums + b.run, dots + b.run, 1)
+    for r in range(shape.runs):
+        scale = 1 if gamma == NULL else element(k, gamma, channel + r)
+        sum += scale * sums[r]
+        dot += scale * dots[r]
+    for index in range(blocks - 1, -1, -1):
+        b = block_at(shape, k.run_block, index)
+        end = b.run + b.runs
+        while b.run < end:
+            b.runs = min(<Py_ssize_t> RUNS_AT_ONCE, end - b.run)
+            for r in range(b.runs):
+                a[r] = rstd if gamma == NULL else rstd * element(k, gamma, channel + b.run + r)
+            k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, 0, a, 1,
+                          -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL, NULL, NULL, 0)
+            b.run += b.runs
 
 
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,

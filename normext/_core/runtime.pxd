@@ -1,5 +1,5 @@
 from normext._core.kernels cimport nx_kernels
 
 
-cdef const nx_kernels *kernels_for(int element_type) noexcept
+cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept
 cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept

@@ -8,12 +8,27 @@ from normext._core.kernels cimport nx_compiler, nx_isa_count, nx_isas, nx_kernel
 cdef extern from *:
     """
     #ifdef _OPENMP
+    #include <omp.h>
     enum { NX_OPENMP = _OPENMP };
     #else
     enum { NX_OPENMP = 0 };
+    static int omp_get_max_threads(void) { return 1; }
+    #endif
+
+    /* GCC's OpenMP keeps the threads of a parallel region for the next one. A child of fork() has none of them, takes them
+       for its own and waits for ever. So they end before a fork, and parent and child start new ones when they need them.
+       Other OpenMP libraries see to this themselves. */
+    #if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__) && !defined(_WIN32)
+    #include <pthread.h>
+    static void nx_end_threads(void) { omp_pause_resource_all(omp_pause_soft); }
+    static int nx_end_threads_before_fork(void) { return pthread_atfork(nx_end_threads, NULL, NULL); }
+    #else
+    static int nx_end_threads_before_fork(void) { return 0; }
     #endif
     """
     const int NX_OPENMP
+    int omp_get_max_threads() noexcept
+    int nx_end_threads_before_fork() noexcept
 
 # To start a thread on less work than this (elements, some 10 microseconds) takes longer than it saves.
 cdef enum:
@@ -21,15 +36,21 @@ cdef enum:
 
 cdef int chosen_isa
 cdef int num_threads
+cdef int openmp_threads  # OpenMP's own number, at import
 
 
-cdef const nx_kernels *kernels_for(int element_type) noexcept:
-    return nx_isas[chosen_isa].tables[element_type]
+cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept:
+    return nx_isas[chosen_isa].tables[stream][element_type]
 
 
 cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept:
     """How many threads to start for so many tasks over so many elements. Results never depend on it."""
-    return max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
+    cdef int limit, threads = max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
+    if threads > 1:
+        limit = omp_get_max_threads()
+        if limit < openmp_threads:  # somebody has lowered it since: threadpoolctl, or a program in C
+            threads = min(threads, limit)
+    return threads
 
 
 cdef list isa_names(bint supported_only):
@@ -60,6 +81,9 @@ cdef int default_num_threads() except -1:
 
 chosen_isa = choose_isa()
 num_threads = default_num_threads()
+openmp_threads = omp_get_max_threads()
+if nx_end_threads_before_fork() != 0:
+    raise MemoryError("no memory to register what must be done before a fork")
 
 
 def get_num_threads():
@@ -69,7 +93,7 @@ def get_num_threads():
     -------
     int
         At import that is ``NORMEXT_NUM_THREADS`` from the environment, else ``OMP_NUM_THREADS``, else one for each core that this
-        process may run on.
+        process may run on. Where threadpoolctl limits OpenMP to fewer, calls use no more than that, and this number stays.
 
     See Also
     --------
@@ -89,7 +113,7 @@ def set_num_threads(n):
     """Set the number of threads that a call may use, in this process from now on.
 
     Small arrays are left to one thread all the same. Results are bit-identical for every number of threads. In a build without
-    OpenMP the number is kept but one thread does the work.
+    OpenMP the number is kept but one thread does the work. A child of ``os.fork()`` keeps the number and starts threads of its own.
 
     Parameters
     ----------

@@ -110,7 +110,7 @@ def scatter(const floating[:, :, ::1] cols, floating[:, :, :, ::1] x, tuple kern
     cdef Windows g = windows_of(kernel, stride, padding, dilation, output)
     cdef Py_ssize_t C = x.shape[1], H = x.shape[2], W = x.shape[3], positions = g.kh * g.kw, task, n, c, position, row
     cdef Py_ssize_t tasks = x.shape[0] * C
-    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64)
+    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64, False)
     cdef int threads = 1 if one_thread else threads_for(tasks, tasks * positions * cols.shape[2])
     if last < 0:
         last = g.oh
@@ -207,7 +207,7 @@ def gather_batch_innermost(const floating[:, :, :, ::1] x, floating[:, ::1] cols
     cdef Py_ssize_t N = x.shape[0], C = x.shape[1], rows = x.shape[2] + 2 * g.ph, thread, task
     cdef int threads = threads_for(C * rows, cols.shape[0] * cols.shape[1])
     cdef Py_ssize_t tile_size = N * tile_width(N, x.shape[3], sizeof(floating)) if N else 0
-    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64)
+    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64, False)
     cdef floating *tiles = <floating *> malloc(threads * tile_size * sizeof(floating) + 1)
     if tiles == NULL:
         raise MemoryError
@@ -225,7 +225,7 @@ def scatter_batch_innermost(const floating[:, ::1] cols, floating[:, :, :, ::1] 
     cdef Py_ssize_t N = x.shape[0], C = x.shape[1], H = x.shape[2], thread, task
     cdef int threads = threads_for(C * H, cols.shape[0] * cols.shape[1])
     cdef Py_ssize_t tile_size = N * tile_width(N, x.shape[3], sizeof(floating)) if N else 0
-    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64)
+    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64, False)
     cdef floating *tiles = <floating *> malloc(threads * tile_size * sizeof(floating) + 1)
     if tiles == NULL:
         raise MemoryError
@@ -253,7 +253,7 @@ cdef void pool_plane(const nx_kernels *k, const floating *image, Py_ssize_t W, W
 def max_pool(const floating[:, :, ::1] x, floating[:, :, ::1] y, index_t[:, :, ::1] winner, tuple kernel, tuple stride):
     """The largest number of each window of x (N*C, H, W) and its position in the window, counted row by row."""
     cdef Windows g = windows_of(kernel, stride, (0, 0), (1, 1), (y.shape[1], y.shape[2]))
-    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64)
+    cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64, False)
     cdef Py_ssize_t plane
     cdef int threads = threads_for(x.shape[0], x.shape[0] * x.shape[1] * x.shape[2])
     if y.shape[0] * y.shape[1] * y.shape[2] == 0:
