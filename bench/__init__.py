@@ -1,1 +1,1 @@
-"""How fast normext is, beside PyTorch and plain loops; run it with ``python -m bench``."""
+"""The benchmark: normext beside its peers, turn by turn. Run ``python -m bench --help``."""

@@ -1,241 +1,162 @@
-"""Times normext and its peers turn by turn on the same arrays and threads, and prints medians and ratios.
+"""Times normext and its peers turn by turn on the same arrays, cores and threads.
 
-    python -m bench            # norms and windows, on one thread and on all
-    python -m bench norms      # one part
+    python -m bench                   # norms, windows, whole training; on one thread and on all
+    python -m bench norms --quick     # one part, a few shapes
+    python -m bench readme            # the figures of the last run into README.md
 
-Peers: PyTorch's own operators without autograd, plain loops (compiled here), NumPy. A ratio is the peer's time over
-ours.
+A ratio is the peer's time over ours. Results are written into --out: JSON, a table (Markdown), charts (PNG).
 """
 
 import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-# The threads of normext's and PyTorch's OpenMP and of NumPy's BLAS take turns here; one that goes on spinning after its
-# turn would be measured in the next one's. Set before any of them is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from bench import report
+from bench.timing import available_cores
+from bench.worker import PARTS, selected
 
-import numpy as np
-import threadpoolctl
-
-import normext
-from normext.cs231n import fast_layers
-from normext.cs231n.im2col_cython import col2im_6d_cython, col2im_cython, im2col_cython
-
-try:
-    import torch
-except ImportError:
-    torch = None
-
-Case = tuple[str, dict[str, Callable[[], object]]]  # name; ours first, then the peers, by name
-
-NORM_SHAPES = [(32, 64), (512, 768), (4096, 1024), (32, 64, 56, 56)]
-WINDOW_SHAPES = [
-    ((100, 3, 31, 31), 25, 2),
-    ((32, 64, 56, 56), 64, 1),
-]  # images, filters, stride; windows of 3 x 3, pad 1
+PACKAGES = {"limit": None, "numpy": None, "cython": "Cython", "pytorch": "torch", "jax": "jax", "numba": "numba"}
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-def norm_cases() -> Iterator[Case]:
-    rng = np.random.default_rng(0)
-    for shape in NORM_SHAPES:
-        x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
-        for name, size in (("batch_norm", shape[1]), ("layer_norm", shape[-1])):
-            gamma, beta = np.ones(size, np.float32), np.zeros(size, np.float32)
-            running = {"running_mean": np.zeros(size, np.float32), "running_var": np.ones(size, np.float32)}
-            if name == "batch_norm":
-                _, cache = normext.batch_norm(x, gamma, beta)
-                ours = {
-                    "forward": lambda x=x, g=gamma, b=beta, r=running: normext.batch_norm(x, g, b, **r),
-                    "backward": lambda dy=dy, c=cache: normext.batch_norm_backward(dy, c),
-                    "evaluation": lambda x=x, g=gamma, b=beta, r=running: normext.batch_norm(
-                        x, g, b, training=False, **r
-                    ),
-                }
-            else:
-                _, cache = normext.layer_norm(x, gamma, beta)
-                ours = {
-                    "forward": lambda x=x, g=gamma, b=beta: normext.layer_norm(x, g, b),
-                    "backward": lambda dy=dy, c=cache: normext.layer_norm_backward(dy, c),
-                }
-            theirs = {} if torch is None else torch_norms(name, x, dy, gamma, beta)
-            for what in ours:
-                peers = {"PyTorch": theirs[what]} if theirs else {}
-                yield f"{name} {what} {'x'.join(map(str, shape))}", {"normext": ours[what], **peers}
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parsed(argv)
+    if options.part == "readme":
+        report.write_readme(Path("README.md"), options.out)
+        return 0
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        print(f"other work has had {load:.1f} cores in the last minute: with it, times are noise", file=sys.stderr)
+    wrong = []
+    for name in [options.part] if options.part else PARTS:
+        part = importlib.import_module(PARTS[name])
+        peers = [peer for peer in part.PEERS if options.peers is None or peer in options.peers]
+        for peer in [peer for peer in peers if not installed(peer)]:
+            print(f"{PACKAGES[peer]} is not installed, and left out")
+        peers = list(filter(installed, peers))
+        names = [case.name for case in selected(part, options.quick, options.dtype, options.filter)]
+        if not names:
+            print(f"{name}: no case of these dtypes has {options.filter!r} in its name")
+            continue
+        records: list[dict[str, Any]] = []
+        try:
+            for record in run(name, names, peers, options):
+                records.append(record)
+        finally:  # what there is of a run that was broken off
+            if records:
+                report.write(options.out, name, records, options.quick, load)
+        wrong += [(r["name"], peer, error) for r in records for peer, error in r["disagreements"].items()]
+    for case, peer, error in wrong:
+        print(f"{case}: {peer} computes something else (error {error:.2g}) and was not timed", file=sys.stderr)
+    return 1 if wrong else 0
 
 
-def torch_norms(name, x, dy, gamma, beta):
-    aten = torch.ops.aten
-    x, dy, gamma, beta = (torch.from_numpy(a) for a in (x, dy, gamma, beta))
-    mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
-    if name == "batch_norm":
-        _, m, r = torch.native_batch_norm(x, gamma, beta, mean, var, True, 0.1, 1e-5)
-        return {
-            "forward": lambda: torch.native_batch_norm(x, gamma, beta, mean, var, True, 0.1, 1e-5),
-            "backward": lambda: aten.native_batch_norm_backward(
-                dy, x, gamma, mean, var, m, r, True, 1e-5, [True, True, True]
-            ),
-            "evaluation": lambda: torch.native_batch_norm(x, gamma, beta, mean, var, False, 0.1, 1e-5),
-        }
-    _, m, r = torch.native_layer_norm(x, gamma.shape, gamma, beta, 1e-5)
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    cores = len(available_cores())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "readme"], help="default: all three of the measuring ones")
+    parser.add_argument("--quick", action="store_true", help="few shapes, short turns: about two minutes")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name has the text in it")
+    parser.add_argument("--peers", type=one_of(PACKAGES), metavar="A,B", help=f"of {', '.join(PACKAGES)}; default: all")
+    counts, both = range(1, cores + 1), sorted({1, cores})
+    parser.add_argument("--threads", type=one_of(counts, int), default=both, metavar="N,M", help="default: 1 and all")
+    dtypes = f"of {', '.join(DTYPES)}; default: float32"
+    parser.add_argument("--dtype", type=one_of(DTYPES), default=["float32"], metavar="A,B", help=dtypes)
+    parser.add_argument("--out", type=Path, default=Path("results/bench"), metavar="DIR", help="default: results/bench")
+    return parser.parse_args(argv)
+
+
+def one_of(known: Any, kind: type = str) -> Any:
+    """A comma-separated list of known words."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            words = [kind(word) for word in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        for word in words:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(map(str, known))}")
+        return words
+
+    return parse
+
+
+def installed(peer: str) -> bool:
+    return PACKAGES[peer] is None or importlib.util.find_spec(PACKAGES[peer]) is not None
+
+
+def run(part: str, names: list[str], peers: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The records of all cases, from one process for each number of threads, with a progress bar."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("the benchmark needs tqdm: pip install normext[bench]") from None
+    with tqdm(total=len(names) * len(options.threads), unit="case", desc=part) as bar:
+        for threads in options.threads:
+            settings = {
+                **{"part": part, "peers": peers_on(threads, peers), "threads": threads, "quick": options.quick},
+                **{"dtypes": options.dtype, "filter": options.filter},
+            }
+            command = [sys.executable, "-m", "bench.worker", json.dumps(settings)]
+            with on_cores(threads):
+                worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(threads))
+            with worker:
+                try:
+                    for line in worker.stdout or ():
+                        yield (record := json.loads(line))
+                        bar.set_postfix_str(f"{threads}: {record['name']}")
+                        bar.update()
+                except BaseException:
+                    worker.terminate()
+                    raise
+            if worker.returncode:
+                raise RuntimeError(f"the process on {threads} threads ended with status {worker.returncode}")
+
+
+def peers_on(threads: int, peers: list[str]) -> list[str]:
+    """Without a way to bind a process to cores (outside Linux) JAX takes all, and is left out where that is unfair."""
+    if hasattr(os, "sched_setaffinity") or threads == len(available_cores()) or "jax" not in peers:
+        return peers
+    print(f"JAX cannot be kept to {threads} of the cores here, and is left out")
+    return [peer for peer in peers if peer != "jax"]
+
+
+@contextlib.contextmanager
+def on_cores(number: int) -> Iterator[None]:
+    """A process that is started in here stays on that many cores: every library takes as many threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:number])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def environment(threads: int) -> dict[str, str]:
+    number = str(threads)
+    libraries = ("NORMEXT", "OMP", "OPENBLAS", "MKL", "NUMBA")
     return {
-        "forward": lambda: torch.native_layer_norm(x, gamma.shape, gamma, beta, 1e-5),
-        "backward": lambda: aten.native_layer_norm_backward(dy, x, gamma.shape, m, r, gamma, beta, [True, True, True]),
+        **os.environ,
+        **{f"{library}_NUM_THREADS": number for library in libraries},
+        # The threads of several OpenMP libraries take turns here; one that goes on spinning after its turn would be
+        # measured in the next one's.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
     }
-
-
-def window_cases() -> Iterator[Case]:
-    import pyximport
-
-    pyximport.install(language_level=3)
-    from bench import plain_loops
-
-    rng = np.random.default_rng(0)
-    for shape, filters, stride in WINDOW_SHAPES:
-        N, C, H, W = shape
-        x = rng.standard_normal(shape, np.float32)
-        cols = im2col_cython(x, 3, 3, 1, stride)
-        spare, out_h, out_w = np.empty_like(cols), (H - 1) // stride + 1, (W - 1) // stride + 1
-        six = rng.standard_normal((C, 3, 3, N, out_h, out_w), np.float32)
-        unfolded = normext.im2col(x, 3, stride=stride, padding=1)
-        w, b = rng.standard_normal((filters, C, 3, 3), np.float32), np.zeros(filters, np.float32)
-        conv_param, pool_param = {"stride": stride, "pad": 1}, {"pool_height": 2, "pool_width": 2, "stride": 2}
-        out, cache = fast_layers.conv_forward_fast(x, w, b, conv_param)
-        even = np.ascontiguousarray(x[:, :, : H // 2 * 2, : W // 2 * 2])
-        pooled, pool_cache = fast_layers.max_pool_forward_fast(even, pool_param)
-        copies = {"np.copyto": lambda cols=cols, spare=spare: np.copyto(spare, cols), "a new copy": cols.copy}
-        plain, size = "plain loops", "x".join(map(str, shape))
-        theirs = torch_windows(x, w, b, out, even, pooled, unfolded, stride) if torch is not None else {}
-
-        def peers(what, theirs=theirs):
-            return {"PyTorch": theirs[what]} if theirs else {}
-
-        def strided(x=x, w=w, b=b, N=N, C=C, stride=stride, out_h=out_h, out_w=out_w):
-            padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-            n, c, h, v = padded.strides
-            windows = np.lib.stride_tricks.as_strided(
-                padded, (C, 3, 3, N, out_h, out_w), (c, h, v, n, stride * h, stride * v)
-            )
-            product = w.reshape(len(w), -1).dot(np.ascontiguousarray(windows).reshape(C * 9, -1)) + b[:, None]
-            return np.ascontiguousarray(product.reshape(len(w), N, out_h, out_w).transpose(1, 0, 2, 3))
-
-        yield (
-            f"im2col_cython {size}",
-            {
-                "normext": lambda x=x, s=stride: im2col_cython(x, 3, 3, 1, s),
-                plain: lambda x=x, s=stride: plain_loops.im2col(x, 3, 1, s),
-                **copies,
-            },
-        )
-        yield (
-            f"col2im_cython {size}",
-            {
-                "normext": lambda cols=cols, shape=shape, s=stride: col2im_cython(cols, *shape, 3, 3, 1, s),
-                plain: lambda cols=cols, shape=shape, s=stride: plain_loops.col2im(cols, *shape, 3, 1, s),
-                **copies,
-            },
-        )
-        yield (
-            f"col2im_6d_cython {size}",
-            {
-                "normext": lambda six=six, shape=shape, s=stride: col2im_6d_cython(six, *shape, 3, 3, 1, s),
-                plain: lambda six=six, shape=shape, s=stride: plain_loops.col2im_6d(six, *shape, 3, 1, s),
-                **copies,
-            },
-        )
-        yield (
-            f"im2col {size}",
-            {"normext": lambda x=x, s=stride: normext.im2col(x, 3, stride=s, padding=1), **peers("unfold")},
-        )
-        yield (
-            f"col2im {size}",
-            {
-                "normext": lambda u=unfolded, x=x, s=stride: normext.col2im(u, x.shape, 3, stride=s, padding=1),
-                **peers("fold"),
-            },
-        )
-        yield (
-            f"conv forward {size}",
-            {
-                "normext": lambda x=x, w=w, b=b, p=conv_param: fast_layers.conv_forward_fast(x, w, b, p),
-                "as_strided and dot": strided,
-                **peers("conv"),
-            },
-        )
-        yield (
-            f"conv backward {size}",
-            {"normext": lambda out=out, c=cache: fast_layers.conv_backward_fast(out, c), **peers("conv backward")},
-        )
-        yield (
-            f"max pool forward {size}",
-            {"normext": lambda x=even, p=pool_param: fast_layers.max_pool_forward_fast(x, p), **peers("pool")},
-        )
-        yield (
-            f"max pool backward {size}",
-            {
-                "normext": lambda dy=pooled, c=pool_cache: fast_layers.max_pool_backward_fast(dy, c),
-                **peers("pool backward"),
-            },
-        )
-
-
-def torch_windows(x, w, b, out, even, pooled, unfolded, stride):
-    functional, aten = torch.nn.functional, torch.ops.aten
-    x, w, b, out, even, pooled, unfolded = (torch.from_numpy(a) for a in (x, w, b, out, even, pooled, unfolded))
-    size = x.shape[2:]
-    _, index = functional.max_pool2d(even, 2, 2, return_indices=True)
-    return {
-        "unfold": lambda: functional.unfold(x, 3, padding=1, stride=stride),
-        "fold": lambda: functional.fold(unfolded, size, 3, padding=1, stride=stride),
-        "conv": lambda: functional.conv2d(x, w, b, stride=stride, padding=1),
-        "conv backward": lambda: aten.convolution_backward(
-            out, x, w, [len(b)], [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]
-        ),
-        "pool": lambda: functional.max_pool2d(even, 2, 2, return_indices=True),
-        "pool backward": lambda: aten.max_pool2d_with_indices_backward(
-            pooled, even, [2, 2], [2, 2], [0, 0], [1, 1], False, index
-        ),
-    }
-
-
-def medians(functions: list[Callable[[], object]], budget: float = 0.5) -> list[float]:
-    """The median time of each in seconds, measured in turns; what takes microseconds is called often enough a turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    start = time.perf_counter()
-    for f in functions:
-        f()
-    repeats = max(1, int(2e-4 * len(functions) / (time.perf_counter() - start)))
-    end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for f, record in zip(functions, times):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                f()
-            record.append((time.perf_counter() - start) / repeats)
-    return [statistics.median(record) for record in times]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=["norms", "windows"])
-    part = parser.parse_args().part
-    if torch is None:
-        print("PyTorch is not installed, and left out")
-    for threads in sorted({1, normext.get_num_threads()}):
-        if torch is not None:
-            torch.set_num_threads(threads)
-        print(f"\nfloat32, threads: {threads}")
-        with normext.threads(threads), threadpoolctl.threadpool_limits(threads):
-            for name, cases in (("norms", norm_cases), ("windows", window_cases)):
-                if part not in (None, name):
-                    continue
-                for case, functions in cases():
-                    ours, *theirs = medians(list(functions.values()))
-                    peers = [f"{p} {t / ours:.2f}x" for p, t in zip(list(functions)[1:], theirs)]
-                    print(f"{case:38} {ours * 1e6:11.1f} us   {', '.join(peers)}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
