@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -59,16 +60,17 @@ class BuildExt(build_ext):
         super().build_extensions()
 
     def kernel_objects(self):
-        objects = []
-        for isa, flags in VARIANTS.items():
-            objects += self.compiler.compile(
+        def compiled(isa):
+            return self.compiler.compile(
                 ["src_c/kernels.c"],
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[("NX_ISA", isa)],
-                extra_postargs=OPTIMIZE[self.msvc] + flags[self.msvc],
+                extra_postargs=OPTIMIZE[self.msvc] + VARIANTS[isa][self.msvc],
                 depends=C_FILES,
             )
-        return objects
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [path for paths in pool.map(compiled, VARIANTS) for path in paths]
 
     def openmp_args(self):
         """Compile and link arguments for OpenMP, or none where a trial program does not build with them."""
@@ -107,6 +109,7 @@ setup(
             extension("_core.runtime", "src_c/dispatch.c"),
             extension("_core.runs"),
             extension("_core.columns"),
+            extension("_core.updates"),
             extension("_core.windows"),
             extension("functional"),
         ],

@@ -33,6 +33,7 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define E f32
 #define C float
 #define EC f32
+#define T_SQRT sqrtf
 #define T_INT int32_t /* as wide as T, so that comparisons of one choose among the other */
 #define T_TINY 1e-30f /* a mean square below this has lost digits to denormals */
 #define T_RESCALE 0x1p80f /* multiplied or divided by it, a number out of that range has a square in it */
@@ -42,6 +43,7 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define E f64
 #define C double
 #define EC f64
+#define T_SQRT sqrt
 #define T_INT int64_t
 #define T_TINY 1e-290
 #define T_RESCALE 0x1p520

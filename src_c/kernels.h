@@ -137,6 +137,10 @@ typedef struct {
      * the first of equals, and the first NaN. winner is of uint8_t or int32_t, by winner_size. */
     void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y, void *winner,
                      int winner_size);
+    /* A step of Adam: next_m = beta1 * m + (1 - beta1) * dw, next_v = beta2 * v + (1 - beta2) * dw * dw,
+     * next_w = w - rate * next_m / (sqrt(next_v) + epsilon) */
+    void (*adam)(const void *w, const void *dw, const void *m, const void *v, void *next_w, void *next_m, void *next_v, ptrdiff_t n,
+                 double beta1, double beta2, double rate, double epsilon);
 } nx_kernels;
 
 enum { NX_FLOAT32, NX_FLOAT64, NX_FLOAT16, NX_BFLOAT16, NX_TYPES };

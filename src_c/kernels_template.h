@@ -517,6 +517,18 @@ static void FN(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
             for (ptrdiff_t i = 0; i < count; i++) ((int32_t *)winner)[start + i] = (int32_t)position[i];
     }
 }
+static void FN(adam)(const void *w_, const void *dw_, const void *m_, const void *v_, void *next_w_, void *next_m_, void *next_v_,
+                     ptrdiff_t n, double beta1, double beta2, double rate, double epsilon)
+{
+    const T *NX_RESTRICT w = w_, *NX_RESTRICT dw = dw_, *NX_RESTRICT m = m_, *NX_RESTRICT v = v_;
+    T *NX_RESTRICT next_w = next_w_, *NX_RESTRICT next_m = next_m_, *NX_RESTRICT next_v = next_v_;
+    const T keep_m = (T)beta1, add_m = (T)(1 - beta1), keep_v = (T)beta2, add_v = (T)(1 - beta2), step = (T)rate, small = (T)epsilon;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        next_m[i] = m[i] * keep_m + dw[i] * add_m;
+        next_v[i] = v[i] * keep_v + dw[i] * dw[i] * add_v;
+        next_w[i] = w[i] - next_m[i] / (T_SQRT(next_v[i]) + small) * step;
+    }
+}
 #endif
 
 #define STREAM 0
@@ -550,6 +562,7 @@ static void FN(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
 #undef C
 #undef EC
 #undef T_INT
+#undef T_SQRT
 #undef POOL_BLOCK
 #undef T_TINY
 #undef T_RESCALE

@@ -274,7 +274,9 @@ const nx_kernels TABLE = {
 #ifdef T_INT
     FN(transpose_rows),
     FN(pool_row),
+    FN(adam),
 #else
+    NULL,
     NULL,
     NULL,
 #endif

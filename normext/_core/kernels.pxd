@@ -49,6 +49,8 @@ cdef extern from "kernels.h" nogil:
                           ptrdiff_t y_stride) noexcept nogil
         void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
                          void *winner, int winner_size) noexcept nogil
+        void (*adam)(const void *w, const void *dw, const void *m, const void *v, void *next_w, void *next_m, void *next_v,
+                     ptrdiff_t n, double beta1, double beta2, double rate, double epsilon) noexcept nogil
 
     enum:
         NX_FLOAT32

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from normext._core import updates
+
 __all__ = ["adam", "rmsprop", "sgd", "sgd_momentum"]
 
 Config = dict[str, Any]
@@ -164,23 +166,17 @@ def adam(w: np.ndarray, dw: Any, config: Config | None = None) -> tuple[np.ndarr
     (array([0.75]), 1)
     """
     dw, config = _prepare(w, dw, config, ("m", "v"), learning_rate=1e-3, beta1=0.9, beta2=0.999, epsilon=1e-8, t=0)
-    beta1, beta2 = config["beta1"], config["beta2"]
-    t = config["t"] + 1
-    step = np.multiply(dw, 1 - beta1, out=np.empty_like(w))
-    m = config["m"] * beta1
-    m += step
-    np.multiply(dw, dw, out=step)
-    step *= 1 - beta2
-    v = config["v"] * beta2
-    v += step
-    config.update(m=m, v=v, t=t)
+    beta1, beta2, t = config["beta1"], config["beta2"], config["t"] + 1
     # Both corrections are one number each, so they go into the rate and epsilon and cost no pass over the array.
     correction = (1 - beta2**t) ** 0.5
-    np.sqrt(v, out=step)
-    step += config["epsilon"] * correction
-    np.divide(m, step, out=step)
-    step *= config["learning_rate"] * correction / (1 - beta1**t)
-    return np.subtract(w, step, out=step), config
+    rate, epsilon = config["learning_rate"] * correction / (1 - beta1**t), config["epsilon"] * correction
+    dtype = w.dtype if w.dtype in (np.float32, np.float64) else np.dtype(np.float64)
+    now = [np.ascontiguousarray(a, dtype.newbyteorder("=")) for a in (w, dw, config["m"], config["v"])]
+    following = [np.empty_like(now[0]) for _ in range(3)]
+    updates.adam(*now, *following, beta1, beta2, rate, epsilon)
+    next_w, m, v = (a.astype(w.dtype, copy=False).reshape(w.shape) for a in following)
+    config.update(m=m, v=v, t=t)
+    return next_w, config
 
 
 def _prepare(w, dw, config, state=(), **settings):
