@@ -32,7 +32,10 @@ if X86_64:
 
 # No contraction: where a * b + c is rounded once, the source says so, and AVX2 and AVX-512 give the same bits.
 # Nobody looks at errno or at floating-point traps after a square root or a division: without them these become vectors.
-OPTIMIZE = (["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"], ["/O2", "/std:c11", "/fp:precise"])
+OPTIMIZE = (
+    ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    ["/O2", "/std:c11", "/fp:precise"],
+)
 
 OPENMP_PROGRAM = """
 #include <omp.h>
