@@ -29,9 +29,11 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NX_INLINE static __forceinline
+#define NX_OUTLINE static __declspec(noinline)
 #define NX_RESTRICT __restrict
 #else
 #define NX_INLINE static inline __attribute__((always_inline))
+#define NX_OUTLINE static __attribute__((noinline, unused))
 #define NX_RESTRICT __restrict__
 #endif
 
@@ -283,15 +285,16 @@ NX_INLINE f64_t f64_fma(f64_t a, f64_t b, f64_t c) { return a * b + c; }
 #endif
 
 #ifdef NX_PARTIAL_BY_ELEMENT
+/* Too long to be inlined at the end of every loop. */
 #define NX_PARTIAL(E, T)                                                                 \
-    NX_INLINE E##_t E##_load_n(const T *p, ptrdiff_t n, E##_t fill)                      \
+    NX_OUTLINE E##_t E##_load_n(const T *p, ptrdiff_t n, E##_t fill)                     \
     {                                                                                    \
         T lanes[E##_W];                                                                  \
         E##_store(lanes, fill);                                                          \
         for (ptrdiff_t i = 0; i < n && i < E##_W; i++) lanes[i] = p[i];                  \
         return E##_load(lanes);                                                          \
     }                                                                                    \
-    NX_INLINE void E##_store_n(T *p, ptrdiff_t n, E##_t v)                               \
+    NX_OUTLINE void E##_store_n(T *p, ptrdiff_t n, E##_t v)                              \
     {                                                                                    \
         T lanes[E##_W];                                                                  \
         E##_store(lanes, v);                                                             \
@@ -338,14 +341,14 @@ NX_INLINE uint16_t nx_to_f16(float x)
     return (uint16_t)(sign | u);
 }
 #define NX_HALF(E)                                                                       \
-    NX_INLINE f32_t E##_load_n(const uint16_t *p, ptrdiff_t n, f32_t fill)               \
+    NX_OUTLINE f32_t E##_load_n(const uint16_t *p, ptrdiff_t n, f32_t fill)              \
     {                                                                                    \
         float lanes[f32_W];                                                              \
         f32_store(lanes, fill);                                                          \
         for (ptrdiff_t i = 0; i < n && i < f32_W; i++) lanes[i] = nx_from_##E(p[i]);     \
         return f32_load(lanes);                                                          \
     }                                                                                    \
-    NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, f32_t v)                        \
+    NX_OUTLINE void E##_store_n(uint16_t *p, ptrdiff_t n, f32_t v)                       \
     {                                                                                    \
         float lanes[f32_W];                                                              \
         f32_store(lanes, v);                                                             \
