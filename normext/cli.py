@@ -65,6 +65,12 @@ def _parser() -> _Parser:
     check = commands.add_parser(
         "check", help="check the results and gradients of every compiled layer", description=about
     )
+    check.add_argument(
+        "--accuracy",
+        action="store_true",
+        help="instead: float32 far from zero, with outliers and at the ends of its range, beside the textbook formula "
+        "in NumPy, and PyTorch and JAX where they are installed; some seconds",
+    )
     check.set_defaults(run=_check)
 
     config = commands.add_parser("config", help="print how normext was built and what it uses here")
@@ -117,12 +123,19 @@ def _seed(text: str) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from normext.gradcheck import check_layers, format_rows
+    if arguments.accuracy:
+        from normext.accuracy import check_accuracy, format_table
 
-    rows = check_layers()
-    print(format_rows(rows))
+        rows = check_accuracy()
+        print(format_table(rows))
+        rows, what = [row for row in rows if row.program == "normext"], "cases"
+    else:
+        from normext.gradcheck import check_layers, format_rows
+
+        rows, what = check_layers(), "results"
+        print(format_rows(rows))
     wrong = sum(not row.ok for row in rows)
-    print(f"{len(rows)} results checked, " + (f"{wrong} beyond their limit" if wrong else "all within their limits"))
+    print(f"{len(rows)} {what} checked, " + (f"{wrong} beyond their limit" if wrong else "all within their limits"))
     return 1 if wrong else 0
 
 

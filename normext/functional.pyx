@@ -302,6 +302,11 @@ cdef inline cnp.ndarray empty(int ndim, const cnp.npy_intp *dims, int type_numbe
     return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
 
 
+cdef inline cnp.ndarray empty_like(cnp.ndarray block):
+    """NumPy's own runs a few lines of Python, at which a Ctrl-C would end a call half way."""
+    return empty(cnp.PyArray_NDIM(block), cnp.PyArray_DIMS(block), cnp.PyArray_TYPE(block))
+
+
 cdef cnp.ndarray parameter_gradient(const double *sums, const double *factor, int ndim, const cnp.npy_intp *dims, cnp.ndarray x):
     """``sums * factor`` (1 if that is NULL) as an array in the shape of a parameter and the type that x is computed in."""
     cdef int type_number = computing_type(x)
@@ -435,9 +440,29 @@ def blocks(tuple shape, axes):
     return cut(sorted(axes, key=lambda i: -shape[i]), size)
 
 
-cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index):
-    """A block as the kernels want it: contiguous and native, and in the type that it is computed in."""
-    return np.array(a[index], dtype=computing_dtype(a), order="C")
+cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index, bint wide=False):
+    """A block as the kernels want it: contiguous and native, and in the type that it is computed in, or in float64."""
+    return np.array(a[index], dtype=np.float64 if wide else computing_dtype(a), order="C")
+
+
+cdef bint out_of_range(cnp.ndarray x, cnp.ndarray rstd) noexcept:
+    """Whether a backward pass in float32 could overflow, or lose what matters in an underflow.
+
+    It multiplies by the square of rstd and sums dy * (x - mean). Data with such deviations are rare: their blocks are copied and
+    computed in float64.
+    """
+    cdef const double *r = doubles(rstd)
+    cdef Py_ssize_t i
+    cdef bint outside = False
+    if computing_type(x) == cnp.NPY_DOUBLE:
+        return False
+    for i in range(cnp.PyArray_SIZE(rstd)):  # 0 is that of a constant, without an eps
+        outside |= (r[i] > 1e10) | ((r[i] < 1e-10) & (r[i] > 0))
+    return outside
+
+
+cdef cnp.ndarray float64(cnp.ndarray p):
+    return None if p is None else p.astype(np.float64)
 
 
 # Batch norm ------------------------------------------------------------------------------------------------------------------
@@ -497,7 +522,7 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         nx_inverse_stds(doubles(rstd), rstd.shape[0], eps)
     for index in blocks((<object> x).shape, range(x.ndim)):
         x_block = block_copy(x, index)
-        y_block = np.empty_like(x_block)
+        y_block = empty_like(x_block)
         channels = index[axis]
         batch_layout((x_block, y_block), axis, &layout)
         batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
@@ -508,17 +533,19 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
 
 cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta,
                                   bint training, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray sums,
-                                  cnp.ndarray dots) except -1:
-    """batch_backward for arrays that have no layout: all sums first, then dx."""
+                                  cnp.ndarray dots, bint wide) except -1:
+    """batch_backward for arrays that have no layout, or in float64: all sums first, then dx."""
     cdef BatchLayout layout
     cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots
     cdef double count = x.size // x.shape[axis]
     cdef bint given
+    if wide:
+        gamma, beta = float64(gamma), float64(beta)
     sums[:] = dots[:] = 0
     for given in (False, True):
         for index in blocks((<object> x).shape, range(x.ndim)):
-            x_block, dy_block = block_copy(x, index), block_copy(dy, index)
-            dx_block = np.empty_like(x_block)
+            x_block, dy_block = block_copy(x, index, wide), block_copy(dy, index, wide)
+            dx_block = empty_like(x_block)
             channels = index[axis]
             block_sums, block_dots = (sums[channels], dots[channels]) if given else np.empty((2, x_block.shape[axis]))
             batch_layout((x_block, dy_block, dx_block), axis, &layout)
@@ -769,17 +796,18 @@ def batch_norm_backward(dy, cache, *, out=None):
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
     cdef cnp.npy_intp[2] two_channels = [2, channels]
     cdef double *dots
+    cdef bint wide = out_of_range(x, c.rstd)
     dx = gradient_array(out, c, dy_)
     sums = cnp.PyArray_EMPTY(2, two_channels, cnp.NPY_DOUBLE, 0)
     dots = doubles(sums) + channels
     if cnp.PyArray_SIZE(x) == 0:
         sums[...] = 0
-    elif batch_layout((x, dy_, dx), c.axis, &layout):
+    elif not wide and batch_layout((x, dy_, dx), c.axis, &layout):
         batch_backward(&layout, x, c.gamma, c.beta, c.training, c.activation is not None, False,
                        <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean), doubles(c.rstd), doubles(sums), dots)
     else:
         batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd,
-                                 sums[0], sums[1])
+                                 sums[0], sums[1], wide)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, x),
@@ -798,7 +826,7 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
     cdef cnp.ndarray x_block, y_block, block_mean, block_rstd
     for index in blocks((<object> x).shape, range(axis)):
         x_block = block_copy(x, index)
-        y_block = np.empty_like(x_block)
+        y_block = empty_like(x_block)
         block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
         normalize_runs(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps, False,
@@ -809,18 +837,20 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
 
 cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma,
                                   Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray dsum, double *dbeta,
-                                  double *dgamma) except -1:
+                                  double *dgamma, bint wide) except -1:
     cdef Runs shape
     cdef Operand[3] operands
     cdef cnp.ndarray x_block, dy_block, dx_block
+    if wide:
+        gamma = float64(gamma)
     for index in blocks((<object> x).shape, range(axis)):
-        x_block, dy_block = block_copy(x, index), block_copy(dy, index)
-        dx_block = np.empty_like(x_block)
+        x_block, dy_block = block_copy(x, index, wide), block_copy(dy, index, wide)
+        dx_block = empty_like(x_block)
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
         layer_backward(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2], data(gamma), statistics,
                        doubles(np.ascontiguousarray(mean[index[:axis]])), doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta,
                        dgamma)
-        dx[index] = dx_block if dsum is None else dx_block + block_copy(dsum, index)
+        dx[index] = dx_block if dsum is None else dx_block + block_copy(dsum, index, wide)
     return 0
 
 
@@ -874,6 +904,7 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
     cdef cnp.npy_intp[2] sums_shape = [2, 1]
     cdef double *dgamma
     cdef int i
+    cdef bint wide = out_of_range(x, c.rstd)
     if dsum is not None:
         dsum_ = like_x(dsum, "dsum", x)
     dx = gradient_array(out, c, dy_, dsum_)
@@ -884,11 +915,11 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
     operands[3] = Operand(NULL, 0, 0)
     if cnp.PyArray_SIZE(x) == 0:
         pass
-    elif row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
+    elif not wide and row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
         layer_backward(kernels_of(x, shape.n, operands[1].data, operands[2].data), shape, operands[0], operands[1], operands[3], operands[2], data(c.gamma), statistics,
                        doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
     else:
-        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, dsum_, doubles(sums), dgamma)
+        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, dsum_, doubles(sums), dgamma, wide)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, x),
@@ -1196,7 +1227,7 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
         x_block, y_block = x_view, y_view
         if layout == COPIED:
             x_block = block_copy(x_view, (piece,))
-            y_block = np.empty_like(x_block)
+            y_block = empty_like(x_block)
         runs = channel_runs(x_block, groups)
         normalize_runs(kernels_of(x_block, runs.n, data(x_block), data(y_block)), runs, runs_operand(x_block, runs), runs_operand(y_block, runs), data(gamma), data(beta),
                        PER_RUN, CENTRED, eps, False, doubles(mean[piece]), doubles(rstd[piece]), NULL)
@@ -1212,7 +1243,10 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
     cdef cnp.ndarray sums, x_view, dy_view, dx_view, x_block, dy_block, dx_block
     cdef Runs runs
     cdef ColumnGroups columns
+    cdef bint wide = out_of_range(x, rstd)
     layout, (x_view, dy_view, dx_view) = group_layout((x, dy, dx), axis)
+    if wide:
+        layout, (x_view, dy_view, dx_view), gamma = COPIED, [np.moveaxis(a, axis, 1) for a in (x, dy, dx)], float64(gamma)
     if layout == ONE_PIXEL:
         mean, rstd = np.ascontiguousarray(mean.T), np.ascontiguousarray(rstd.T)
         dgamma[:] = dbeta[:] = 0
@@ -1234,8 +1268,8 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
         for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
             if layout == COPIED:
-                x_block, dy_block = block_copy(x_view, (piece,)), block_copy(dy_view, (piece,))
-                dx_block = np.empty_like(x_block)
+                x_block, dy_block = block_copy(x_view, (piece,), wide), block_copy(dy_view, (piece,), wide)
+                dx_block = empty_like(x_block)
             runs = channel_runs(x_block, groups)
             grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs), runs_operand(dy_block, runs),
                              runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]), doubles(rstd[piece]),

@@ -118,7 +118,9 @@ NX_INLINE C FN(rescale)(nx_moments block)
 NX_INLINE void FN(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
 {
     nx_moments block = FN(run_moments_scaled)(x, x_stride, runs, n, m, 1);
-    C scale = FN(rescale)(block);
+    /* Far from the mean so far, the distance is what enters the variance: rescaled, it would overflow. */
+    double distance = m->count > 0 ? block.mean - m->mean : 0;
+    C scale = isfinite(block.m2) && distance * distance >= T_TINY ? 1 : FN(rescale)(block);
     if (scale != 1) block = FN(run_moments_scaled)(x, x_stride, runs, n, m, scale);
     nx_merge(m, block);
 }

@@ -5,3 +5,14 @@ import os
 # The matrices here are small: threads of NumPy's BLAS cost more than they save, above all where they share their cores
 # with other work. Set before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from hypothesis import HealthCheck, settings  # noqa: E402 - see above
+
+# The same cases in every run, so that a change of the code is what makes a test fail; and many others, on demand.
+_always = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+}
+settings.register_profile("short", max_examples=100, derandomize=True, **_always)
+settings.register_profile("thorough", max_examples=3000, **_always)
+settings.load_profile("short")

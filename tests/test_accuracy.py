@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import normext
+from normext import accuracy
 
-OFFSETS = [0, 1e2, 1e4, 1e6]
 LAYOUTS = {
     "N,D": lambda x: (x, 1),
     "Fortran": lambda x: (np.asfortranarray(x), 1),
@@ -14,58 +14,49 @@ LAYOUTS = {
 }
 
 
-def exact(x, axes, eps=1e-5):
-    x = x.astype(np.float64)
-    deviation = x - x.mean(axes, keepdims=True)
-    return deviation / np.sqrt((deviation**2).mean(axes, keepdims=True) + eps)
+def exact(x, axis, eps=1e-5):
+    deviation = x.astype(np.float64)
+    deviation -= deviation.mean(axis, keepdims=True)
+    return deviation / np.sqrt((deviation**2).mean(axis, keepdims=True) + eps)
 
 
-def others(x, axis):
-    return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+def name_of(case):
+    return f"{case.norm}, {case.name}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_batch_norm_far_from_zero(offset, layout):
-    x = (offset + np.random.default_rng(0).standard_normal((100_000, 16))).astype(np.float32)
-    x, axis = LAYOUTS[layout](x)
-    y, _ = normext.batch_norm(x, axis=axis)
-    assert np.abs(y - exact(x, others(x, axis))).max() <= 2e-6
+@pytest.mark.parametrize("case", accuracy.CASES, ids=name_of)
+def test_case_of_the_published_table(case):
+    ours, *_ = accuracy.check_accuracy([case], ["normext"])
+    assert ours.ok, ours
 
 
-@pytest.mark.parametrize("shape", [(16, 100_000), (64, 512), (1000, 7)])
-@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "N,D"])
+@pytest.mark.parametrize("case", [case for case in accuracy.CASES if case.norm == "batch norm"], ids=name_of)
+def test_case_in_another_layout(case, layout):
+    arguments = case.arguments()
+    (x, axis), (dy, _) = (LAYOUTS[layout](a) for a in arguments[:2])
+    y, cache = normext.batch_norm(x, *arguments[2:], eps=case.eps, axis=axis)
+    dx, dgamma, dbeta = normext.batch_norm_backward(dy, cache)
+    back = (np.moveaxis(a, axis, -1).reshape(arguments[0].shape) for a in (y, dx))
+    found = accuracy.errors(case, (*back, dgamma, dbeta), accuracy.exact(case, *arguments))
+    assert accuracy.Row(case, "normext", *found).ok, found
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (1000, 7)])
+@pytest.mark.parametrize("offset", [0, 1e2, 1e4, 1e6])
 def test_layer_norm_far_from_zero(offset, shape):
     x = (offset + np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
     y, _ = normext.layer_norm(x)
     assert np.abs(y - exact(x, 1)).max() <= 2e-6
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_gradients_far_from_zero(offset):
-    """Relative to the largest gradient, float32 far from zero gives what float64 gives for the same numbers."""
-    rng = np.random.default_rng(0)
-    x = (offset + rng.standard_normal((20_000, 16))).astype(np.float32)
-    dy, gamma = rng.standard_normal(x.shape).astype(np.float32), np.ones(16, np.float32)
-    for norm in ("batch_norm", "layer_norm"):
-        forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
-        single = backward(dy, forward(x, gamma, gamma)[1])
-        double = backward(dy.astype(np.float64), forward(x.astype(np.float64), gamma, gamma)[1])
-        for s, d in zip(single, double, strict=True):
-            assert np.abs(s - d).max() <= 2e-6 * np.abs(d).max()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("outlier", [1e4, 1e6, 1e8, 1e30])
-def test_outlier_first_spoils_nothing(outlier, layout):
-    x = (3 + np.random.default_rng(0).standard_normal((100_000, 16))).astype(np.float32)
-    x[0] = outlier
-    x, axis = LAYOUTS[layout](x)
-    y, _ = normext.batch_norm(x, axis=axis)
-    # The outlier itself comes to sqrt(100000) = 316, where a float32 is known to 2e-5 at best.
-    error, expected = np.abs(y - exact(x, others(x, axis))), exact(x, others(x, axis))
-    assert error[np.abs(expected) < 100].max() <= 2e-6
-    assert (error / np.abs(expected))[np.abs(expected) > 100].max() <= 1e-6
+def test_the_table_tells_a_formula_that_fails():
+    """The check can fail, and the textbook formula fails it in the first digit."""
+    case = next(case for case in accuracy.CASES if case.name == "offset 10000")
+    ours, formula = accuracy.check_accuracy([case], ["normext", "NumPy"])
+    assert ours.ok and not formula.ok
+    assert 1 < formula.y < 10 and ours.y < 2e-6
+    assert not ours._replace(y=float("nan")).ok and not ours._replace(gradients=float("inf")).ok
 
 
 def test_sorted_data():
@@ -108,6 +99,25 @@ def test_largest_numbers_with_alternating_sign():
     x = np.where(np.arange(1000)[:, None] % 2, 3e38, -3e38) * np.ones((1, 5))
     for y in (normext.batch_norm(x.astype(np.float32))[0], normext.layer_norm(x.T.astype(np.float32).copy())[0].T):
         np.testing.assert_allclose(y, np.sign(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("fill", [0, 0.25, -3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_stretch_of_equal_numbers_among_others(dtype, fill, reverse):
+    """Padding, or what a relu leaves: a block without a deviation of its own, far from the mean of the others."""
+    for size in (1e-4, 0.3, 1.0):
+        x = np.full((3, 20_000), fill, dtype)
+        x[:, :5000] = size * np.random.default_rng(0).standard_normal((3, 5000))
+        x = np.ascontiguousarray(x[:, ::-1]) if reverse else x
+        rows = (
+            normext.layer_norm(x)[0],
+            normext.batch_norm(x.T.copy())[0].T,
+            normext.batch_norm(x.reshape(1, 3, -1))[0].reshape(x.shape),
+            normext.group_norm(x.reshape(1, 3, -1), 3)[0].reshape(x.shape),
+        )
+        for y in rows:
+            assert np.abs(y - exact(x, 1)).max() <= 2e-6
 
 
 def test_one_channel_out_of_range_leaves_its_neighbours():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import normext
-from normext import gradcheck
+from normext import accuracy, gradcheck
 from normext.cli import main
 
 
@@ -69,6 +69,26 @@ def test_check_exits_1_on_a_layer_with_a_wrong_backward_pass(capsys, monkeypatch
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.endswith("FAIL")] == ["numerical", "twin"]
     assert "2 beyond their limit" in lines[-1]
+
+
+def test_check_accuracy_prints_every_case_beside_others_and_its_limits(capsys):
+    assert main(["check", "--accuracy"]) == 0
+    header, *lines, total = capsys.readouterr().out.splitlines()
+    assert {"normext", "NumPy", "limits"} <= set(header.split())
+    assert [line.startswith(f"{case.norm}  {case.name}  ") for case, line in zip(accuracy.CASES, lines)] == [
+        True
+    ] * len(lines)
+    assert all(line.endswith("  ok") for line in lines)
+    assert total == f"{len(accuracy.CASES)} cases checked, all within their limits"
+
+
+def test_check_accuracy_exits_1_on_a_formula_that_loses_digits(capsys, monkeypatch):
+    offsets = [case for case in accuracy.CASES if case.name.startswith("offset")]
+    monkeypatch.setattr(accuracy.check_accuracy, "__defaults__", (offsets, ("normext",)))
+    monkeypatch.setitem(accuracy._LOADERS, "normext", accuracy._LOADERS["NumPy"])
+    assert main(["check", "--accuracy"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("FAIL") and lines[-1] == f"{len(offsets)} cases checked, 7 beyond their limit"
 
 
 @pytest.mark.parametrize("study", ["deep", "weight-scale", "batch-size", "layer-width", "convnet", "all"])

@@ -29,7 +29,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write the whole file or, interrupted or out of space, leave what was there before.
+    """Write the whole file or, interrupted, killed or out of space, leave what was there before.
 
     Parameters
     ----------
@@ -46,7 +46,11 @@ def write_file(path: Path, content: str | bytes) -> None:
     # The process id keeps two runs in one folder from writing the same temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            # Without this, a power cut could find the new name on the disk and not yet what is in the file.
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
