@@ -118,8 +118,10 @@ typedef struct {
                         ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,
                         const double *c, const nx_relu *relu);
 
-    /* Rows that are each one block with statistics of its own, start to end: as run_moments, nx_finish_moments and run_affine, and as
-     * run_dots and run_combine, one after the other, but without what calling them a row at a time costs. */
+    /* Rows that are each one block with statistics of its own: as run_moments and nx_finish_moments, then also run_affine, and as run_dots
+     * and run_combine, one after the other, but without what calling them a row at a time costs. */
+    void (*row_statistics)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, int centred, double eps, double *mean,
+                           double *rstd);
     void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
                            double eps, const void *gamma, const void *beta, double *mean, double *rstd);
     void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,

@@ -207,6 +207,33 @@ NX_INLINE ptrdiff_t FN(rows_abreast)(ptrdiff_t left, ptrdiff_t n)
     return left < rows ? left : rows;
 }
 
+NX_INLINE void FN(statistics_abreast)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, int centred, double eps, double *mean,
+                                      double *rstd)
+{
+    C pivot[ABREAST];
+    double sum[ABREAST], squares[ABREAST];
+    for (ptrdiff_t r = 0; r < rows; r++) pivot[r] = (C)(FN(run_sum)(x + r * x_stride, 0, 1, n, 1) / (double)n);
+    for (ptrdiff_t r = 0; r < rows; r++) FN(run_powers)(x + r * x_stride, 0, 1, n, pivot[r], 1, sum + r, squares + r);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        nx_moments m = FN(moments)((double)n, pivot[r], 1, sum[r], squares[r]);
+        if (FN(rescale)(m) != 1) {
+            m = (nx_moments){0, 0, 0};
+            FN(add_moments)(x + r * x_stride, 0, 1, n, &m);
+        }
+        nx_finish_moments(m, centred, eps, mean + r, rstd + r, NULL);
+    }
+}
+
+static void FN(row_statistics)(const void *x_, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, int centred, double eps, double *mean,
+                               double *rstd)
+{
+    const T *x = x_;
+    for (ptrdiff_t count; rows > 0; rows -= count, x += count * x_stride, mean += count, rstd += count) {
+        count = FN(rows_abreast)(rows, n);
+        FN(statistics_abreast)(x, x_stride, count, n, centred, eps, mean, rstd);
+    }
+}
+
 static void FN(add_runs)(const void *a_, ptrdiff_t a_stride, const void *b_, ptrdiff_t b_stride, void *sum_, ptrdiff_t sum_stride,
                          ptrdiff_t runs, ptrdiff_t n)
 {

@@ -100,21 +100,10 @@ static void WR(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, p
 NX_INLINE void WR(normalize_rows_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
                                        int centred, double eps, const C *gamma, const C *beta, double *mean, double *rstd)
 {
-    C pivot[ABREAST];
-    double sum[ABREAST], squares[ABREAST];
     const double zero = 0;
     for (ptrdiff_t count; rows > 0; rows -= count, x += count * x_stride, y += count * y_stride, mean += count, rstd += count) {
         count = FN(rows_abreast)(rows, n);
-        for (ptrdiff_t r = 0; r < count; r++) pivot[r] = (C)(FN(run_sum)(x + r * x_stride, 0, 1, n, 1) / (double)n);
-        for (ptrdiff_t r = 0; r < count; r++) FN(run_powers)(x + r * x_stride, 0, 1, n, pivot[r], 1, sum + r, squares + r);
-        for (ptrdiff_t r = 0; r < count; r++) {
-            nx_moments m = FN(moments)((double)n, pivot[r], 1, sum[r], squares[r]);
-            if (FN(rescale)(m) != 1) {
-                m = (nx_moments){0, 0, 0};
-                FN(add_moments)(x + r * x_stride, 0, 1, n, &m);
-            }
-            nx_finish_moments(m, centred, eps, mean + r, rstd + r, NULL);
-        }
+        FN(statistics_abreast)(x, x_stride, count, n, centred, eps, mean, rstd);
         for (ptrdiff_t r = 0; r < count; r++)
             WR(affine_loop)(x + r * x_stride, 0, y + r * y_stride, 0, 1, n, mean + r, rstd + r, &zero, 0, gamma, beta, 0);
     }
@@ -268,6 +257,7 @@ const nx_kernels TABLE = {
     FN(row_dots),
     WR(run_combine),
     WR(col_combine),
+    FN(row_statistics),
     WR(normalize_rows),
     WR(rows_backward),
     FN(add_runs),

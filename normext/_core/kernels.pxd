@@ -36,6 +36,8 @@ cdef extern from "kernels.h" nogil:
         void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
                             ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean,
                             const double *a, const double *b, const double *c, const nx_relu *relu) noexcept nogil
+        void (*row_statistics)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, double eps,
+                               double *mean, double *rstd) noexcept nogil
         void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
                                bint centred, double eps, const void *gamma, const void *beta, double *mean,
                                double *rstd) noexcept nogil

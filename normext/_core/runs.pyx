@@ -31,6 +31,7 @@ cdef enum:
     CHUNK_ROWS = 32  # rows of layer norm whose x and dy are met twice, the second time in cache
     STRIP = 256  # columns of a task that sums down all rows
     RUNS_AT_ONCE = 64  # whose coefficients are held on the stack
+    GROUPS_AT_ONCE = 8  # whose statistics are taken together
 
 # The blocks of a group, numbered run by run: one block is several short runs, or a piece of a long one.
 cdef struct Block:
@@ -110,7 +111,7 @@ cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, co
     if kind == PER_GROUP:
         affine_of(k, gamma, beta, group, rstd, scale, shift)
     elif kind == PER_RUN:
-        for r in range(RUNS_AT_ONCE):
+        for r in range(min(<Py_ssize_t> RUNS_AT_ONCE, shape.runs)):
             means[r] = mean
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape, k.run_block, index)
@@ -151,6 +152,20 @@ cdef void normalize_some_rows(const nx_kernels *k, Runs shape, Operand x, Operan
                      centred, eps, gamma, beta, mean + first, rstd + first)
 
 
+cdef void normalize_some_groups(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
+                                Parameters kind, bint centred, double eps, bint relu, Py_ssize_t task, Py_ssize_t tasks,
+                                Py_ssize_t blocks, double *mean, double *rstd) noexcept nogil:
+    """Groups that are one short row each, some at a time."""
+    cdef Py_ssize_t first = task * shape.groups // tasks, last = (task + 1) * shape.groups // tasks, end, group
+    while first < last:
+        end = min(first + GROUPS_AT_ONCE, last)
+        k.row_statistics(row_at(x, k.itemsize, first), x.group_stride, end - first, shape.runs * shape.n, centred, eps, mean + first,
+                         rstd + first)
+        for group in range(first, end):
+            group_affine(k, shape, x, y, gamma, beta, kind, relu, group, 0, blocks, mean[group], rstd[group])
+        first = end
+
+
 cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
                         Parameters kind, Statistics statistics, double eps, bint relu, double *mean, double *rstd,
                         double *var) except -1:
@@ -174,6 +189,11 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
         tasks = threads  # each row is on its own, and no bit depends on the split
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             normalize_some_rows(k, shape, x, y, gamma, beta, statistics == CENTRED, eps, task, tasks, mean, rstd)
+        return 0
+    if statistics != GIVEN and var == NULL and y.data != NULL and joined(shape, x).runs == 1 and shape.runs * shape.n <= k.run_block:
+        tasks = threads
+        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            normalize_some_groups(k, shape, x, y, gamma, beta, kind, statistics == CENTRED, eps, relu, task, tasks, blocks, mean, rstd)
         return 0
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
