@@ -1,28 +1,35 @@
-"""The source tree builds in place, also for one thread, and what it builds works."""
+"""The source tree builds in place, also for one thread, and into packages; what it builds works."""
 
 import os
-import shutil
 import subprocess
 import sys
+import tarfile
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
+if not (ROOT / "setup.py").exists():
+    pytest.skip("needs the source tree", allow_module_level=True)
+pytest.importorskip("Cython")
+pytest.importorskip("setuptools")
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+from instrument import build_copy, copy  # noqa: E402 - it needs what the lines above ask for
+
+
+def succeed(*command, **options):
+    """Run a command without this process's idea of where modules are; its output."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 def test_build_in_place_without_openmp(tmp_path):
-    pytest.importorskip("Cython")
-    pytest.importorskip("setuptools")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("src_c", "normext"):
-        built = ["*.so", "*.pyd"] + ["*.c"] * (name == "normext")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(*built))
-    environment = {**os.environ, "NORMEXT_OPENMP": "0", "PYTHONPATH": ""}
-    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    result = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    result = build_copy(tmp_path, optimize="-O0", openmp=False)
     assert result.returncode == 0, result.stderr
     assert "building without OpenMP" in result.stderr
     code = """if True:
@@ -37,7 +44,36 @@ def test_build_in_place_without_openmp(tmp_path):
             normext.batch_norm_backward(x, cache)
         normext.show_config()
     """
-    run = [sys.executable, "-c", code, str(tmp_path)]
-    result = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "no (one thread)" in result.stdout
+    assert "no (one thread)" in succeed(sys.executable, "-c", code, str(tmp_path), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_packages(tmp_path):
+    """The sdist has what the build needs and nothing else; its wheel runs in an environment that has nothing else."""
+    pytest.importorskip("build")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    copy(tree)
+    succeed(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(tree))
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+
+    with tarfile.open(sdist) as archive:
+        held = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    sources = {path for path in ROOT.glob("normext/**/*") if path.suffix in (".py", ".pyi", ".pyx", ".pxd", ".typed")}
+    sources |= {path for path in ROOT.glob("src_c/*") if path.suffix in (".c", ".h")}
+    top = {Path(name) for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")}
+    made = {Path(name) for name in ("PKG-INFO", "setup.cfg")}
+    assert {path for path in held if path.parts[0] != "normext.egg-info"} - made == top | {
+        path.relative_to(ROOT) for path in sources
+    }
+
+    with zipfile.ZipFile(wheel) as archive:
+        held = {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
+    compiled = {path for path in held if path.suffix in (".so", ".pyd")}
+    assert len(compiled) == len(list(ROOT.glob("normext/**/*.pyx")))
+    assert held - compiled == {path.relative_to(ROOT) for path in sources if path.suffix in (".py", ".pyi", ".typed")}
+
+    venv.create(tmp_path / "alone", with_pip=True)
+    binaries = tmp_path / "alone" / ("Scripts" if os.name == "nt" else "bin")
+    succeed(str(binaries / "python"), "-m", "pip", "install", str(wheel))
+    assert "all within their limits" in succeed(str(binaries / "normext"), "check", cwd=tmp_path)
