@@ -8,7 +8,6 @@ What a call fuses with the norm is named by an argument of the forward pass, and
 return the sum ``x + r`` too and take its own gradient as `dsum`.
 """
 
-from libc.string cimport memcpy
 cimport numpy as cnp
 
 import numpy as np
@@ -20,7 +19,7 @@ from normext._core.columns cimport (
     normalize_column_groups,
     normalize_columns,
 )
-from normext._core.kernels cimport NX_BFLOAT16, NX_FLOAT16, NX_FLOAT32, NX_FLOAT64, Operand, nx_inverse_stds, nx_kernels
+from normext._core.kernels cimport NX_BFLOAT16, NX_FLOAT16, NX_FLOAT32, NX_FLOAT64, Operand, Running, Statistic, nx_any_outside, nx_inverse_stds, nx_kernels, read_statistic, update_statistic
 from normext._core.runs cimport (
     ABOUT_ZERO,
     ALONG_RUN,
@@ -312,13 +311,12 @@ cdef cnp.ndarray parameter_gradient(const double *sums, const double *factor, in
     cdef int type_number = computing_type(x)
     cdef cnp.ndarray gradient = empty(ndim, dims, type_number)
     cdef Py_ssize_t i
-    cdef double value
-    for i in range(cnp.PyArray_SIZE(gradient)):
-        value = sums[i] if factor == NULL else sums[i] * factor[i]
-        if type_number == cnp.NPY_FLOAT:
-            (<float *> cnp.PyArray_DATA(gradient))[i] = <float> value
-        else:
-            (<double *> cnp.PyArray_DATA(gradient))[i] = value
+    if type_number == cnp.NPY_FLOAT:
+        for i in range(cnp.PyArray_SIZE(gradient)):
+            (<float *> cnp.PyArray_DATA(gradient))[i] = <float> (sums[i] if factor == NULL else sums[i] * factor[i])
+    else:
+        for i in range(cnp.PyArray_SIZE(gradient)):
+            doubles(gradient)[i] = sums[i] if factor == NULL else sums[i] * factor[i]
     return gradient
 
 
@@ -451,14 +449,7 @@ cdef bint out_of_range(cnp.ndarray x, cnp.ndarray rstd) noexcept:
     It multiplies by the square of rstd and sums dy * (x - mean). Data with such deviations are rare: their blocks are copied and
     computed in float64.
     """
-    cdef const double *r = doubles(rstd)
-    cdef Py_ssize_t i
-    cdef bint outside = False
-    if computing_type(x) == cnp.NPY_DOUBLE:
-        return False
-    for i in range(cnp.PyArray_SIZE(rstd)):  # 0 is that of a constant, without an eps
-        outside |= (r[i] > 1e10) | ((r[i] < 1e-10) & (r[i] > 0))
-    return outside
+    return computing_type(x) != cnp.NPY_DOUBLE and nx_any_outside(doubles(rstd), cnp.PyArray_SIZE(rstd), 1e-10, 1e10)
 
 
 cdef cnp.ndarray float64(cnp.ndarray p):
@@ -469,19 +460,27 @@ cdef cnp.ndarray float64(cnp.ndarray p):
 
 
 cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, double eps, bint relu,
-                       double *mean, double *rstd, double *var) except -1:
-    """Operands x, y, in either geometry."""
+                       double *mean, double *rstd, double *var, const Running *running) except -1:
+    """Operands x, y, in either geometry; see `normalize_columns`."""
     cdef Operand x_ = layout.operands[0], y_ = layout.operands[1]
     cdef const nx_kernels *kernels = kernels_of(x, layout.channels if layout.columns else layout.inner, x_.data, y_.data)
     if layout.columns:
         return normalize_columns(kernels, layout.outer, layout.channels, layout.operands[0], layout.operands[1], data(gamma),
-                                 data(beta), training, eps, relu, mean, rstd, var)
+                                 data(beta), training, eps, relu, mean, rstd, var, running)
     if not training:
+        if running != NULL:
+            read_statistic(running.mean, 0, layout.channels, mean)
+            read_statistic(running.var, 0, layout.channels, rstd)
+            nx_inverse_stds(rstd, layout.channels, eps)
         return affine_runs(kernels, Runs(layout.outer, layout.channels, layout.inner, 0),
                            Operand(x_.data, x_.run_stride, x_.group_stride), Operand(y_.data, y_.run_stride, y_.group_stride),
                            data(gamma), data(beta), relu, mean, rstd)
-    return normalize_runs(kernels, Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
-                          data(gamma), data(beta), PER_GROUP, CENTRED, eps, relu, mean, rstd, var)
+    normalize_runs(kernels, Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1], data(gamma),
+                   data(beta), PER_GROUP, CENTRED, eps, relu, mean, rstd, var)
+    if running != NULL:
+        update_statistic(running.mean, 0, layout.channels, running.momentum, mean)
+        update_statistic(running.var, 0, layout.channels, running.momentum, var)
+    return 0
 
 
 cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, bint relu, bint given,
@@ -498,10 +497,11 @@ cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, c
 
 
 cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
-                                 double eps, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var) except -1:
-    """batch_forward for arrays that have no layout."""
+                                 double eps, bint relu, cnp.ndarray mean, cnp.ndarray rstd, const Running *running) except -1:
+    """batch_forward for arrays that have no layout, or no elements."""
     cdef BatchLayout layout
     cdef cnp.ndarray x_block, y_block, block_mean, block_rstd, block_var
+    cdef Py_ssize_t all_channels = mean.shape[0]
     if training:
         count, mean[:], m2 = np.zeros(mean.shape[0]), 0, np.zeros(mean.shape[0])
         for index in blocks((<object> x).shape, range(x.ndim)):
@@ -509,7 +509,8 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
             block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
             batch_layout((x_block,), axis, &layout)
             layout.operands[1].data = NULL
-            batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd), doubles(block_var))
+            batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd),
+                          doubles(block_var), NULL)
             # The merge of kernels.h, for all channels of the block at once.
             channels, n = index[axis], x_block.size // x_block.shape[axis]
             total, delta = count[channels] + n, block_mean - mean[channels]
@@ -517,16 +518,19 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
             mean[channels] += delta * (n / total)
             count[channels] = total
         rstd[:] = m2 / (x.size // x.shape[axis])
-        if var is not None:
-            var[:] = rstd
-        nx_inverse_stds(doubles(rstd), rstd.shape[0], eps)
+        update_statistic(running.mean, 0, all_channels, running.momentum, doubles(mean))
+        update_statistic(running.var, 0, all_channels, running.momentum, doubles(rstd))
+    else:
+        read_statistic(running.mean, 0, all_channels, doubles(mean))
+        read_statistic(running.var, 0, all_channels, doubles(rstd))
+    nx_inverse_stds(doubles(rstd), all_channels, eps)
     for index in blocks((<object> x).shape, range(x.ndim)):
         x_block = block_copy(x, index)
         y_block = empty_like(x_block)
         channels = index[axis]
         batch_layout((x_block, y_block), axis, &layout)
         batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
-                      eps, relu, doubles(mean[channels]), doubles(rstd[channels]), NULL)
+                      eps, relu, doubles(mean[channels]), doubles(rstd[channels]), NULL, NULL)
         y[index] = y_block
     return 0
 
@@ -562,34 +566,16 @@ cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
     return 0
 
 
-cdef int as_doubles(cnp.ndarray running, cnp.ndarray result) except -1:
-    """What NumPy's assignment does, which takes longer than all else of a small call."""
-    cdef Py_ssize_t i
-    cdef const float *single = <const float *> cnp.PyArray_DATA(running)
-    if cnp.PyArray_ISCARRAY_RO(running) and cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT:
-        for i in range(cnp.PyArray_SIZE(running)):
-            doubles(result)[i] = single[i]
-    elif cnp.PyArray_ISCARRAY_RO(running) and cnp.PyArray_TYPE(running) == cnp.NPY_DOUBLE:
-        memcpy(cnp.PyArray_DATA(result), cnp.PyArray_DATA(running), cnp.PyArray_NBYTES(running))
-    else:
-        result[:] = running
-    return 0
-
-
-cdef int update_running(cnp.ndarray running, cnp.ndarray batch, double momentum) except -1:
-    cdef Py_ssize_t i
-    cdef double *new = doubles(batch)
-    cdef float *single = <float *> cnp.PyArray_DATA(running)
-    cdef double *double_ = <double *> cnp.PyArray_DATA(running)
-    if cnp.PyArray_ISCARRAY(running) and cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT:
-        for i in range(cnp.PyArray_SIZE(running)):
-            single[i] = <float> (momentum * single[i] + (1 - momentum) * new[i])
-    elif cnp.PyArray_ISCARRAY(running) and cnp.PyArray_TYPE(running) == cnp.NPY_DOUBLE:
-        for i in range(cnp.PyArray_SIZE(running)):
-            double_[i] = momentum * double_[i] + (1 - momentum) * new[i]
-    else:
-        running[...] = momentum * running.astype(np.float64) + (1 - momentum) * batch
-    return 0
+cdef cnp.ndarray plain_statistic(cnp.ndarray running, Statistic *s):
+    """The array itself, or a copy of what the loops do not take; and how they see it."""
+    cdef cnp.ndarray plain = running
+    s.data = NULL
+    if running is None:
+        return None
+    if not (cnp.PyArray_ISCARRAY_RO(running) and cnp.PyArray_TYPE(running) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)):
+        plain = running.astype(np.float64)
+    s.data, s.single = data(plain), cnp.PyArray_TYPE(plain) == cnp.NPY_FLOAT
+    return plain
 
 
 def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None, training=True, momentum=0.9, eps=1e-5, axis=1,
@@ -674,7 +660,8 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     array([0.2, 0.4])
     """
     cdef BatchLayout layout
-    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, var = None
+    cdef Running running
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, plain_mean, plain_var, var = None
     cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
     cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
@@ -696,22 +683,18 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_), ("running_mean", running_mean_),
                                                                ("running_var", running_var_)))
     mean, rstd = empty(1, &channels, cnp.NPY_DOUBLE), empty(1, &channels, cnp.NPY_DOUBLE)
-    if not training_:
-        as_doubles(running_mean_, mean)
-        as_doubles(running_var_, rstd)
-        nx_inverse_stds(doubles(rstd), channels, eps_)
-    elif running_var_ is not None:
-        var = empty(1, &channels, cnp.NPY_DOUBLE)
-    if cnp.PyArray_SIZE(x_) == 0:
-        pass
-    elif batch_layout((x_, y), axis_, &layout):
-        batch_forward(&layout, x_, gamma_, beta_, training_, eps_, relu, doubles(mean), doubles(rstd), doubles(var))
+    running.momentum = momentum_
+    plain_mean, plain_var = plain_statistic(running_mean_, &running.mean), plain_statistic(running_var_, &running.var)
+    if cnp.PyArray_SIZE(x_) != 0 and batch_layout((x_, y), axis_, &layout):
+        if training_ and running_var_ is not None and not layout.columns:
+            var = empty(1, &channels, cnp.NPY_DOUBLE)
+        batch_forward(&layout, x_, gamma_, beta_, training_, eps_, relu, doubles(mean), doubles(rstd), doubles(var), &running)
     else:
-        batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, relu, mean, rstd, var)
-    if training_ and running_mean_ is not None:
-        update_running(running_mean_, mean, momentum_)
-    if training_ and running_var_ is not None:
-        update_running(running_var_, var, momentum_)
+        batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, relu, mean, rstd, &running)
+    if training_ and plain_mean is not running_mean_:
+        running_mean_[:] = plain_mean
+    if training_ and plain_var is not running_var_:
+        running_var_[:] = plain_var
     return y, new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_),
                         activation)
 
@@ -1236,20 +1219,28 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
     return mean, rstd
 
 
+cdef void add_rows(Py_ssize_t rows, Py_ssize_t n, const double *x, double *sum) noexcept:
+    cdef Py_ssize_t i, j
+    for i in range(rows):
+        for j in range(n):
+            sum[j] += x[i * n + j]
+
+
 cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean, cnp.ndarray rstd,
                         cnp.ndarray dgamma, cnp.ndarray dbeta) except -1:
-    """Writes dx, and the sums over all examples of dy * xhat and dy."""
+    """Writes dx, and adds the sums over all examples of dy * xhat and dy to dgamma and dbeta."""
     cdef Py_ssize_t N = x.shape[0], groups = mean.shape[1], per_group = x.shape[axis] // groups, group
-    cdef cnp.ndarray sums, x_view, dy_view, dx_view, x_block, dy_block, dx_block
+    cdef cnp.ndarray work, x_view, dy_view, dx_view, x_block, dy_block, dx_block
     cdef Runs runs
     cdef ColumnGroups columns
     cdef bint wide = out_of_range(x, rstd)
+    cdef double *sums  # sum(dy) and sum(dy * xhat) of every channel of every example
+    cdef double *dots
     layout, (x_view, dy_view, dx_view) = group_layout((x, dy, dx), axis)
     if wide:
         layout, (x_view, dy_view, dx_view), gamma = COPIED, [np.moveaxis(a, axis, 1) for a in (x, dy, dx)], float64(gamma)
     if layout == ONE_PIXEL:
         mean, rstd = np.ascontiguousarray(mean.T), np.ascontiguousarray(rstd.T)
-        dgamma[:] = dbeta[:] = 0
         for group in range(groups):
             layer_backward(kernels_of(x, per_group, data(dy), data(dx)), Runs(N, 1, per_group, 0), group_operand(x_view, group, per_group),
                            group_operand(dy_view, group, per_group), Operand(NULL, 0, 0), group_operand(dx_view, group, per_group),
@@ -1257,13 +1248,12 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
                            doubles(dbeta) + group * per_group, doubles(dgamma) + group * per_group)
         return 0
     mean, rstd = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
-    # sum(dy) and sum(dy * (x - mean)) of every channel of every example.
-    sums = np.empty((2, N, groups * per_group))
+    work = np.empty((2, N, groups * per_group))
+    sums, dots = doubles(work), doubles(work) + N * groups * per_group
     if layout == CHANNELS_LAST:
         columns = channel_columns(x_view, groups)
         column_groups_backward(kernels_of(x, groups * per_group, data(dy), data(dx)), columns, columns_operand(x_view, columns), columns_operand(dy_view, columns),
-                               columns_operand(dx_view, columns), data(gamma), doubles(mean), doubles(rstd), doubles(sums[0]),
-                               doubles(sums[1]))
+                               columns_operand(dx_view, columns), data(gamma), doubles(mean), doubles(rstd), sums, dots)
     else:
         for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
@@ -1273,11 +1263,11 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
             runs = channel_runs(x_block, groups)
             grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs), runs_operand(dy_block, runs),
                              runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]), doubles(rstd[piece]),
-                             doubles(sums[0][piece]), doubles(sums[1][piece]))
+                             doubles(work[0, piece]), doubles(work[1, piece]))
             if layout == COPIED:
                 dx_view[piece] = dx_block
-    dbeta[:] = sums[0].sum(axis=0)
-    dgamma[:] = np.einsum("ngc,ng->gc", sums[1].reshape(N, groups, per_group), rstd).reshape(-1)
+    add_rows(N, groups * per_group, sums, doubles(dbeta))
+    add_rows(N, groups * per_group, dots, doubles(dgamma))
     return 0
 
 

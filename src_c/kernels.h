@@ -61,6 +61,14 @@ static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
     }
 }
 
+/* Whether any of n numbers that are not 0 is outside a range. A sum of ones, in the type of the numbers, becomes vectors. */
+static inline int nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
+{
+    double outside = 0;
+    for (ptrdiff_t i = 0; i < n; i++) outside += (p[i] > largest ? 1.0 : 0.0) + (p[i] < least ? 1.0 : 0.0) - (p[i] <= 0 ? 1.0 : 0.0);
+    return outside != 0;
+}
+
 /* Mean, variance and 1 / sqrt(variance + eps); about zero (RMS norm) the mean is 0 and the variance the mean square. */
 static inline void nx_finish_moments(nx_moments m, int centred, double eps, double *mean, double *rstd, double *var)
 {
@@ -127,6 +135,13 @@ typedef struct {
     void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
                           ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd,
                           const void *more, ptrdiff_t more_stride);
+    /* Likewise groups of runs, one block each, whose runs have numbers of gamma of their own: run r of the first group has gamma[channel
+     * + r], and after `channels` of them the first one follows. The sum of dy over a run goes to *sum, that of dy * (x - mean) * rstd to
+     * *dot, and so on run by run. */
+    void (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
+                            ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups, ptrdiff_t runs,
+                            ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels, const double *mean,
+                            const double *rstd, double *sum, double *dot);
 
     /* sum = a + b, which may be one of them */
     void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum, ptrdiff_t sum_stride,

@@ -45,32 +45,38 @@ NX_INLINE double FN(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptr
         ptrdiff_t i = 0;
         for (; i + LANES <= n; i += LANES)
             for (int k = 0; k < NV; k++) s[k] = OP(fma)(FN(load)(x + i + k * W), factor, s[k]);
-        if (i < n)
-            for (int k = 0; k < NV; k++) s[k] = OP(fma)(FN(load_n)(x + i + k * W, n - i - k * W, zero), factor, s[k]);
+        for (int k = 0; k < NV && i < n; k++, i += W) s[k] = OP(fma)(FN(some)(x + i, n - i, n - i >= W, zero), factor, s[k]);
     }
     return (double)FN(sum_lanes)(s) / scale;
 }
 
-/* Adds a piece of a run to the lanes of sum and squares, through lanes of its own. Adding up in two levels keeps the rounding error of
- * long sums small; and the squares of multiples of some 2^-k have low bits that rounding would lose more often down than up, one by
- * one. */
-NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t n, V p, V factor, V offset, V *sum, V *squares)
+/* How many runs make up a piece: adding up in two levels, within a piece and over the pieces, keeps the rounding error of long sums
+ * small; and the squares of multiples of some 2^-k have low bits that rounding would lose more often down than up, one by one. */
+NX_INLINE ptrdiff_t FN(runs_together)(ptrdiff_t left, ptrdiff_t n)
+{
+    ptrdiff_t runs = n < PIECE ? PIECE / n : 1;
+    return left < runs ? left : runs;
+}
+
+/* Adds a piece to the lanes of sum and squares, through lanes of its own. */
+NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, V p, V factor, V offset, V *sum, V *squares)
 {
     V s[NV], q[NV];
-    ptrdiff_t i = 0;
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
-    for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < NV; k++) {
-            V d = OP(fma)(FN(load)(x + i + k * W), factor, offset);
+    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride) {
+        ptrdiff_t i = 0;
+        for (; i + LANES <= n; i += LANES)
+            for (int k = 0; k < NV; k++) {
+                V d = OP(fma)(FN(load)(x + i + k * W), factor, offset);
+                s[k] = OP(add)(s[k], d);
+                q[k] = OP(fma)(d, d, q[k]);
+            }
+        for (int k = 0; k < NV && i < n; k++, i += W) {
+            V d = OP(fma)(FN(some)(x + i, n - i, n - i >= W, p), factor, offset);
             s[k] = OP(add)(s[k], d);
             q[k] = OP(fma)(d, d, q[k]);
         }
-    if (i < n)
-        for (int k = 0; k < NV; k++) {
-            V d = OP(fma)(FN(load_n)(x + i + k * W, n - i - k * W, p), factor, offset);
-            s[k] = OP(add)(s[k], d);
-            q[k] = OP(fma)(d, d, q[k]);
-        }
+    }
     for (int k = 0; k < NV; k++) {
         sum[k] = OP(add)(sum[k], s[k]);
         squares[k] = OP(add)(squares[k], q[k]);
@@ -82,9 +88,11 @@ NX_INLINE void FN(run_powers)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, pt
 {
     V s[NV], q[NV], factor = OP(set)(scale), p = OP(set)(pivot), offset = OP(set)(-pivot * scale);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride)
+    for (ptrdiff_t count; runs > 0; runs -= count, x += count * x_stride) {
+        count = FN(runs_together)(runs, n);
         for (ptrdiff_t i = 0; i < n; i += PIECE)
-            FN(moments_piece)(x + i, n - i < PIECE ? n - i : PIECE, p, factor, offset, s, q);
+            FN(moments_piece)(x + i, x_stride, count, n - i < PIECE ? n - i : PIECE, p, factor, offset, s, q);
+    }
     *sum = FN(sum_lanes)(s);
     *squares = FN(sum_lanes)(q);
 }
@@ -141,28 +149,31 @@ typedef struct {
 
 NX_INLINE V FN(through)(V g, V d, FN(gate) gate) { return OP(keep_positive)(g, OP(fma)(d, gate.scale, gate.rest)); }
 
-NX_INLINE void FN(dots_piece)(const T *x, const T *dy, ptrdiff_t n, V p, const C *gamma, const FN(gate) *gate, V *sum, V *dot)
+NX_INLINE void FN(dots_piece)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, V p,
+                              const C *gamma, const FN(gate) *gate, V *sum, V *dot)
 {
     V s[NV], q[NV], zero = ZERO;
-    ptrdiff_t i = 0;
     for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
-    for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < NV; k++) {
-            V g = FN(load)(dy + i + k * W), d = OP(sub)(FN(load)(x + i + k * W), p);
-            if (gamma) g = OP(mul)(g, OP(load)(gamma + i + k * W));
+    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride) {
+        ptrdiff_t i = 0;
+        for (; i + LANES <= n; i += LANES)
+            for (int k = 0; k < NV; k++) {
+                V g = FN(load)(dy + i + k * W), d = OP(sub)(FN(load)(x + i + k * W), p);
+                if (gamma) g = OP(mul)(g, OP(load)(gamma + i + k * W));
+                if (gate) g = FN(through)(g, d, *gate);
+                s[k] = OP(add)(s[k], g);
+                q[k] = OP(fma)(g, d, q[k]);
+            }
+        for (int k = 0; k < NV && i < n; k++, i += W) {
+            ptrdiff_t left = n - i;
+            int whole = left >= W;
+            V g = FN(some)(dy + i, left, whole, zero), d = OP(sub)(FN(some)(x + i, left, whole, p), p);
+            if (gamma) g = OP(mul)(g, FN(coefficients)(gamma + i, left, whole));
             if (gate) g = FN(through)(g, d, *gate);
             s[k] = OP(add)(s[k], g);
             q[k] = OP(fma)(g, d, q[k]);
         }
-    if (i < n)
-        for (int k = 0; k < NV; k++) {
-            ptrdiff_t left = n - i - k * W;
-            V g = FN(load_n)(dy + i + k * W, left, zero), d = OP(sub)(FN(load_n)(x + i + k * W, left, p), p);
-            if (gamma) g = OP(mul)(g, OP(load_n)(gamma + i + k * W, left, zero));
-            if (gate) g = FN(through)(g, d, *gate);
-            s[k] = OP(add)(s[k], g);
-            q[k] = OP(fma)(g, d, q[k]);
-        }
+    }
     for (int k = 0; k < NV; k++) {
         sum[k] = OP(add)(sum[k], s[k]);
         dot[k] = OP(add)(dot[k], q[k]);
@@ -177,10 +188,12 @@ NX_INLINE void FN(dots_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdif
     FN(gate) gate;
     if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride) {
+    for (ptrdiff_t count; runs > 0; runs -= count, x += count * x_stride, dy += count * dy_stride) {
+        count = step ? 1 : FN(runs_together)(runs, n);
         for (ptrdiff_t i = 0; i < n; i += PIECE)
-            FN(dots_piece)(x + i, dy + i, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL, relu ? &gate : NULL, s, q);
-        if (!step && r + 1 < runs) continue;
+            FN(dots_piece)(x + i, x_stride, dy + i, dy_stride, count, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL,
+                           relu ? &gate : NULL, s, q);
+        if (!step && count < runs) continue;
         double block_sum = FN(sum_lanes)(s);
         *sum += block_sum;
         *dot += FN(sum_lanes)(q) - (mean - pivot) * block_sum;
@@ -278,12 +291,13 @@ NX_INLINE void FN(spread)(C *p, nx_fold folded)
     for (ptrdiff_t j = cols; j < folded.lanes; j++) p[j] = p[j - cols];
 }
 
-/* The sum of a column's lanes. */
-NX_INLINE double FN(lane_sum)(const C *s, ptrdiff_t j, nx_fold folded)
+/* The sums of the columns' lanes. */
+NX_INLINE void FN(lane_sums)(const C *NX_RESTRICT s, nx_fold folded, double *NX_RESTRICT sum)
 {
-    double sum = s[j];
-    for (ptrdiff_t l = j + folded.lanes / folded.fold; l < folded.lanes; l += folded.lanes / folded.fold) sum += s[l];
-    return sum;
+    ptrdiff_t cols = folded.lanes / folded.fold;
+    for (ptrdiff_t j = 0; j < cols; j++) sum[j] = s[j];
+    for (ptrdiff_t l = cols; l < folded.lanes; l += cols)
+        for (ptrdiff_t j = 0; j < cols; j++) sum[j] += s[l + j];
 }
 
 NX_INLINE void FN(col_sum_group)(const T *x, ptrdiff_t x_stride, int rows, ptrdiff_t cols, const C *factor, C *s)
@@ -322,14 +336,14 @@ NX_INLINE int FN(out_of_range)(C squares, C pivot, ptrdiff_t rows)
 }
 
 /* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
-NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, nx_fold folded, const C *pivot, const C *factor, const C *s, const C *q,
-                                 double count, double *NX_RESTRICT mean, double *NX_RESTRICT m2)
+NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *NX_RESTRICT pivot, const C *NX_RESTRICT factor,
+                                 const double *NX_RESTRICT sum, const double *NX_RESTRICT squares, double count,
+                                 double *NX_RESTRICT mean, double *NX_RESTRICT m2)
 {
     double n = (double)rows, each = 1 / n, share = n / (count + n);
     for (ptrdiff_t j = 0; j < cols; j++) {
-        double back = 1 / (double)factor[j], sum = FN(lane_sum)(s, j, folded);
-        double block_m2 = FN(lane_sum)(q, j, folded) - sum * (sum * each);
-        double block_mean = pivot[j] + sum * each * back;
+        double back = 1 / (double)factor[j], block_m2 = squares[j] - sum[j] * (sum[j] * each);
+        double block_mean = pivot[j] + sum[j] * each * back;
         block_m2 = block_m2 < 0 ? 0 : block_m2 * back * back;
         if (count == 0) {
             mean[j] = block_mean;
@@ -346,6 +360,7 @@ static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows
                                   C *factor, int again)
 {
     C pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
+    double sum[STRIP], squares[STRIP];
     nx_fold folded = fold_rows(rows, cols, x_stride == cols, UNIT, STRIP);
     const ptrdiff_t step = folded.fold * x_stride, padded = (folded.lanes + W - 1) / W * W;
     int bad = 0;
@@ -355,7 +370,8 @@ static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows
 #define SUM_GROUP(i, n, width) FN(col_sum_group)(x + i * step, step, n, width, factor, s)
         ROW_GROUPS(folded, SUM_GROUP);
 #undef SUM_GROUP
-        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)(FN(lane_sum)(s, j, folded) / factor[j] / (double)rows);
+        FN(lane_sums)(s, folded, sum);
+        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)(sum[j] / ((double)factor[j] * (double)rows));
     } else {
         for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)mean[j];
     }
@@ -368,16 +384,17 @@ static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows
 #define MOMENTS_GROUP(i, n, width) FN(col_moments_group)(x + i * step, step, n, width, pivot, factor, offset, s, q)
     ROW_GROUPS(folded, MOMENTS_GROUP);
 #undef MOMENTS_GROUP
+    FN(lane_sums)(s, folded, sum);
+    FN(lane_sums)(q, folded, squares);
     if (!again)
-        for (ptrdiff_t j = 0; j < cols; j++) {
-            C squares = (C)FN(lane_sum)(q, j, folded);
-            if (FN(out_of_range)(squares, pivot[j], rows)) {
-                factor[j] = isfinite(squares) ? T_RESCALE : 1 / T_RESCALE;
-                bad = 1;
-            }
-        }
-    if (bad) FN(col_moments_strip)(x, x_stride, rows, cols, count, mean, m2, factor, 1);
-    else FN(merge_columns)(cols, rows, folded, pivot, factor, s, q, count, mean, m2);
+        for (ptrdiff_t j = 0; j < cols; j++) bad |= FN(out_of_range)((C)squares[j], pivot[j], rows);
+    if (!bad) {
+        FN(merge_columns)(cols, rows, pivot, factor, sum, squares, count, mean, m2);
+        return;
+    }
+    for (ptrdiff_t j = 0; j < cols; j++)
+        if (FN(out_of_range)((C)squares[j], pivot[j], rows)) factor[j] = isfinite((C)squares[j]) ? T_RESCALE : 1 / T_RESCALE;
+    FN(col_moments_strip)(x, x_stride, rows, cols, count, mean, m2, factor, 1);
 }
 
 static void FN(col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2)
@@ -424,6 +441,7 @@ static void FN(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
                          const double *mean, const nx_relu *relu, double *sum, double *dot)
 {
     C pivot[STRIP], scale[STRIP], rest[STRIP], s[STRIP], q[STRIP];
+    double block_sum[STRIP], block_dot[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         nx_fold folded = fold_rows(rows, width, x_stride == width && dy_stride == width, UNIT, STRIP);
@@ -441,10 +459,11 @@ static void FN(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
         }
 #undef DOTS_GROUP
 #undef GATED_GROUP
+        FN(lane_sums)(s, folded, block_sum);
+        FN(lane_sums)(q, folded, block_dot);
         for (ptrdiff_t j = 0; j < width; j++) {
-            double block_sum = FN(lane_sum)(s, j, folded);
-            sum[j0 + j] += block_sum;
-            dot[j0 + j] += FN(lane_sum)(q, j, folded) - (mean[j0 + j] - pivot[j]) * block_sum;
+            sum[j0 + j] += block_sum[j];
+            dot[j0 + j] += block_dot[j] - (mean[j0 + j] - pivot[j]) * block_sum[j];
         }
     }
 }

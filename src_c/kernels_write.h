@@ -31,8 +31,13 @@ NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V 
 NX_INLINE void WR(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, const double *mean,
                                const double *scale, const double *shift, ptrdiff_t step, const C *gamma, const C *beta, int relu)
 {
+    V p = ZERO, a = ZERO, b = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, y += y_stride, mean += step, scale += step, shift += step) {
-        const V p = OP(set)((C)*mean), a = OP(set)((C)*scale), b = OP(set)(FN(rest)(*mean, *scale, *shift));
+        if (r == 0 || step) {
+            p = OP(set)((C)*mean);
+            a = OP(set)((C)*scale);
+            b = OP(set)(FN(rest)(*mean, *scale, *shift));
+        }
 #define VECTOR(i, left, whole) WR(affine_vector)(x + i, y + i, left, whole, p, a, b, gamma ? gamma + i : NULL, beta ? beta + i : NULL, relu)
         EACH_VECTOR(y, n, VECTOR);
 #undef VECTOR
@@ -72,8 +77,12 @@ NX_INLINE void WR(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptr
     const V xp = OP(set)(x_pivot), gp = OP(set)(g_pivot), vb = OP(set)((C)b);
     FN(gate) gate;
     if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
+    V va = ZERO, rest = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride, dx += dx_stride, a += step) {
-        const V va = OP(set)((C)*a), rest = OP(set)((C)(c - *a * (g_mean - g_pivot) - b * (mean - x_pivot)));
+        if (r == 0 || step) {
+            va = OP(set)((C)*a);
+            rest = OP(set)((C)(c - *a * (g_mean - g_pivot) - b * (mean - x_pivot)));
+        }
 #define VECTOR(i, left, whole)                                                                                                       \
     WR(combine_vector)(x + i, dy + i, dx + i, left, whole, xp, gp, va, vb, rest, gamma ? gamma + i : NULL, relu ? &gate : NULL,      \
                        more ? more + i : NULL)
@@ -150,6 +159,43 @@ static void WR(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy,
     else if (more) ROWS(NULL, more);
     else ROWS(NULL, NULL);
 #undef ROWS
+}
+
+NX_INLINE void WR(groups_backward_loop)(const T *x, ptrdiff_t x_group, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_group,
+                                        ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
+                                        ptrdiff_t runs, ptrdiff_t n, const C *gamma, ptrdiff_t channel, ptrdiff_t channels,
+                                        const double *mean, const double *rstd, double *sum, double *dot)
+{
+    const double each = 1 / ((double)runs * (double)n);
+    for (ptrdiff_t g = 0; g < groups; g++, x += x_group, dy += dy_group, dx += dx_group, sum += runs, dot += runs) {
+        double g_sum = 0, g_dot = 0;
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            double factor = gamma ? (double)gamma[channel + r] : 1;
+            double run_sum = 0, run_dot = 0;
+            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[g], NULL, NULL, &run_sum, &run_dot, 0);
+            sum[r] = run_sum;
+            dot[r] = run_dot * rstd[g];
+            g_sum += factor * sum[r];
+            g_dot += factor * dot[r];
+        }
+        double slope = -rstd[g] * rstd[g] * (g_dot * each), constant = -rstd[g] * (g_sum * each);
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            double a = gamma ? rstd[g] * (double)gamma[channel + r] : rstd[g];
+            WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[g], 0, &a, 0, slope, constant,
+                             NULL, NULL, NULL, 0);
+        }
+        channel += runs;
+        if (channel == channels) channel = 0;
+    }
+}
+
+static void WR(groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
+                                ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
+                                ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
+                                const double *mean, const double *rstd, double *sum, double *dot)
+{
+    WR(groups_backward_loop)(x, x_group, x_stride, dy, dy_group, dy_stride, dx, dx_group, dx_stride, groups, runs, n, gamma, channel,
+                             channels, mean, rstd, sum, dot);
 }
 
 NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale, const C *rest, int relu)
@@ -260,6 +306,7 @@ const nx_kernels TABLE = {
     FN(row_statistics),
     WR(normalize_rows),
     WR(rows_backward),
+    WR(groups_backward),
     FN(add_runs),
 #ifdef T_INT
     FN(transpose_rows),

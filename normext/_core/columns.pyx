@@ -13,6 +13,7 @@ import numpy as np
 
 from normext._core.kernels cimport (
     Operand,
+    Running,
     affines_of,
     ceil_div,
     element,
@@ -22,6 +23,8 @@ from normext._core.kernels cimport (
     nx_merge,
     nx_moments,
     nx_relu,
+    read_statistic,
+    update_statistic,
 )
 from normext._core.runtime cimport threads_for
 
@@ -71,13 +74,24 @@ cdef void tile_moments(const nx_kernels *k, Tile t, Operand x, double *mean, dou
                       <double> start, mean, m2)
 
 
-cdef inline void finish_moments(double rows, Py_ssize_t cols, double eps, double *m2_to_rstd, double *var) noexcept nogil:
+cdef inline void finish_moments(double rows, Py_ssize_t col, Py_ssize_t cols, double eps, const double *mean, double *m2_to_rstd,
+                                double *var, const Running *running) noexcept nogil:
     cdef Py_ssize_t j
-    for j in range(cols):
+    for j in range(col, col + cols):
         m2_to_rstd[j] /= rows
     if var != NULL:
-        memcpy(var, m2_to_rstd, cols * sizeof(double))
-    nx_inverse_stds(m2_to_rstd, cols, eps)
+        memcpy(var + col, m2_to_rstd + col, cols * sizeof(double))
+    if running != NULL:
+        update_statistic(running.mean, col, cols, running.momentum, mean + col)
+        update_statistic(running.var, col, cols, running.momentum, m2_to_rstd + col)
+    nx_inverse_stds(m2_to_rstd + col, cols, eps)
+
+
+cdef inline void read_moments(Py_ssize_t col, Py_ssize_t cols, double eps, double *mean, double *rstd,
+                              const Running *running) noexcept nogil:
+    read_statistic(running.mean, col, cols, mean + col)
+    read_statistic(running.var, col, cols, rstd + col)
+    nx_inverse_stds(rstd + col, cols, eps)
 
 
 cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
@@ -94,29 +108,38 @@ cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const c
 
 
 cdef void normalize_tile(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta,
-                         bint training, double eps, bint relu, double *mean, double *rstd, double *var) noexcept nogil:
+                         bint training, double eps, bint relu, double *mean, double *rstd, double *var,
+                         const Running *running) noexcept nogil:
     """All rows of a strip."""
     if training:
         tile_moments(k, t, x, mean + t.col, rstd + t.col)
-        finish_moments(<double> t.rows, t.cols, eps, rstd + t.col, NULL if var == NULL else var + t.col)
+        finish_moments(<double> t.rows, t.col, t.cols, eps, mean, rstd, var, running)
+    elif running != NULL:
+        read_moments(t.col, t.cols, eps, mean, rstd, running)
     if y.data != NULL:
         tile_affine(k, t, x, y, gamma, beta, relu, mean, rstd)
 
 
 cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand y, const char *gamma,
-                           const char *beta, bint training, double eps, bint relu, double *mean, double *rstd, double *var) except -1:
-    """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see `runs.normalize_runs`."""
+                           const char *beta, bint training, double eps, bint relu, double *mean, double *rstd, double *var,
+                           const Running *running) except -1:
+    """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see `runs.normalize_runs`.
+
+    Parameters
+    ----------
+    running : may be NULL. In training it is updated; in evaluation mean and rstd are taken from it (and otherwise given).
+    """
     cdef Py_ssize_t chunks = chunk_count(rows, cols, block_rows(k, cols)), strips = ceil_div(cols, STRIP), tasks = chunks * strips
     cdef Py_ssize_t task, chunk, j
     cdef int threads = threads_for(tasks, rows * cols)
     cdef double[:, :, ::1] partial
     cdef nx_moments m
     if tasks == 1:  # so little work that letting go of the GIL, and a parallel region of one thread, would show
-        normalize_tile(k, tile_at(0, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var)
+        normalize_tile(k, tile_at(0, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var, running)
         return 0
     if chunks == 1:
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var)
+            normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var, running)
         return 0
     if training:
         partial = np.empty((chunks, 2, cols))
@@ -129,7 +152,9 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
                 nx_merge(&m, nx_moments(<double> ((chunk + 1) * rows // chunks - chunk * rows // chunks),
                                         partial[chunk, 0, j], partial[chunk, 1, j]))
             mean[j], rstd[j] = m.mean, m.m2
-        finish_moments(<double> rows, cols, eps, rstd, var)
+        finish_moments(<double> rows, 0, cols, eps, mean, rstd, var, running)
+    elif running != NULL:
+        read_moments(0, cols, eps, mean, rstd, running)
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -164,13 +189,14 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
     cdef double shift[STRIP]
     cdef double slope[STRIP]
     cdef double dy_mean[STRIP]
+    cdef double each = 1 / count
     cdef nx_relu gate = nx_relu(&a[0], &shift[0])
     cdef Py_ssize_t j, c, block, start
     affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, a, shift)
     for j in range(t.cols):
         c = t.col + j
-        slope[j] = -a[j] * rstd[c] * rstd[c] * (dots[c] / count) if training else 0
-        dy_mean[j] = sums[c] / count if training else 0
+        slope[j] = -a[j] * rstd[c] * rstd[c] * (dots[c] * each) if training else 0
+        dy_mean[j] = sums[c] * each if training else 0
     for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
         start = block * block_rows(k, t.cols)
         if training or relu:
@@ -253,26 +279,39 @@ cdef inline Tile group_tile(ColumnGroups shape, Py_ssize_t first, Py_ssize_t las
 cdef void spread(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *column_mean,
                  double *column_rstd) noexcept nogil:
     """Each group's statistics, once for each of its columns."""
+    cdef Py_ssize_t group, j
+    for group in range(first, last):
+        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
+            column_mean[j] = mean[group]
+            column_rstd[j] = rstd[group]
+
+
+cdef nx_moments moments_of_columns(Py_ssize_t rows, Py_ssize_t columns, const double *mean, const double *m2) noexcept nogil:
+    """`nx_merge` of columns that are equally long; without a division for each."""
+    cdef double offset = 0, squares = 0, spread = 0, middle
     cdef Py_ssize_t j
-    for j in range(first * shape.per_group, last * shape.per_group):
-        column_mean[j] = mean[j // shape.per_group]
-        column_rstd[j] = rstd[j // shape.per_group]
+    for j in range(columns):
+        offset += mean[j] - mean[0]
+    middle = mean[0] + offset / columns
+    for j in range(columns):
+        squares += m2[j]
+        spread += (mean[j] - middle) * (mean[j] - middle)
+    return nx_moments(<double> rows * <double> columns, middle, squares + rows * spread)
 
 
 cdef void normalize_example(const nx_kernels *k, ColumnGroups shape, Operand x, Operand y, const char *gamma, const char *beta,
                             double eps, Py_ssize_t first, Py_ssize_t last, double *mean, double *rstd, double *column_mean,
                             double *column_rstd) noexcept nogil:
     """Groups first to last of an example; the columns' arrays are work space."""
-    cdef Py_ssize_t group, index, j
+    cdef Py_ssize_t group, index
     cdef nx_moments m
     cdef Tile t
     for index in range(tile_count(shape, first, last)):
         t = group_tile(shape, first, last, index)
         tile_moments(k, t, x, column_mean + t.col, column_rstd + t.col)
     for group in range(first, last):
-        m = nx_moments(0, 0, 0)
-        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
-            nx_merge(&m, nx_moments(<double> shape.rows, column_mean[j], column_rstd[j]))
+        m = moments_of_columns(shape.rows, shape.per_group, column_mean + group * shape.per_group,
+                               column_rstd + group * shape.per_group)
         nx_finish_moments(m, True, eps, mean + group, rstd + group, NULL)
     spread(shape, first, last, mean, rstd, column_mean, column_rstd)
     for index in range(tile_count(shape, first, last)):
@@ -296,49 +335,46 @@ cdef int normalize_column_groups(const nx_kernels *k, ColumnGroups shape, Operan
 
 cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
                            Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *sums, double *dots,
-                           double *column_mean, double *column_rstd) noexcept nogil:
+                           double *column_mean, double *column_rstd, double *slope, double *rest) noexcept nogil:
     """The formula of `runs.group_combine`, where every column of a group has a gamma of its own."""
-    cdef double a[STRIP]
-    cdef double slope[STRIP]
-    cdef double rest[STRIP]
+    cdef double scale[STRIP]
     cdef double zero[STRIP]
     cdef double sum, dot, n = <double> shape.rows * <double> shape.per_group
-    cdef Py_ssize_t group, index, j, c, block, start
+    cdef Py_ssize_t group, index, j, block, start
     cdef Tile t
     spread(shape, first, last, mean, rstd, column_mean, column_rstd)
     for index in range(tile_count(shape, first, last)):
         t = group_tile(shape, first, last, index)
         tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, sums + t.col, dots + t.col)
+    for group in range(first, last):
+        sum = dot = 0
+        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
+            dots[j] *= rstd[group]
+            sum += sums[j] if gamma == NULL else sums[j] * element(k, gamma, j)
+            dot += dots[j] if gamma == NULL else dots[j] * element(k, gamma, j)
+        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
+            slope[j] = -rstd[group] * rstd[group] * (dot / n)
+            rest[j] = -rstd[group] * (sum / n)
     for index in range(tile_count(shape, first, last)):
         t = group_tile(shape, first, last, index)
-        for j in range(t.cols):
-            group = (t.col + j) // shape.per_group
-            if j == 0 or (t.col + j) % shape.per_group == 0:
-                sum, dot = 0, 0
-                for c in range(group * shape.per_group, (group + 1) * shape.per_group):
-                    sum += sums[c] if gamma == NULL else sums[c] * element(k, gamma, c)
-                    dot += dots[c] if gamma == NULL else dots[c] * element(k, gamma, c)
-            a[j] = rstd[group] if gamma == NULL else rstd[group] * element(k, gamma, t.col + j)
-            slope[j] = -rstd[group] * rstd[group] * rstd[group] * (dot / n)
-            rest[j] = -rstd[group] * (sum / n)
-            zero[j] = 0
+        affines_of(k, gamma, NULL, t.col, t.cols, column_rstd + t.col, scale, zero)
         for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
             start = block * block_rows(k, t.cols)
             k.col_combine(at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
                           at(dx, k.itemsize, start, t.col), dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
-                          column_mean + t.col, zero, a, slope, rest, NULL)
+                          column_mean + t.col, zero, scale, slope + t.col, rest + t.col, NULL)
 
 
 cdef int column_groups_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
                                 const double *mean, const double *rstd, double *sums, double *dots) except -1:
-    """The gradient dx and, for each column of each example, sum(dy) and sum(dy * (x - mean))."""
+    """The gradient dx and, for each column of each example, sum(dy) and sum(dy * xhat)."""
     cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
     cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
     cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
-    cdef double[:, :, ::1] work = np.empty((shape.examples, 2, cols))
+    cdef double[:, :, ::1] work = np.empty((shape.examples, 4, cols))
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
         n, group = task // strips, task % strips * step
         example_backward(k, shape, example(x, k.itemsize, n), example(dy, k.itemsize, n), example(dx, k.itemsize, n), gamma, group,
                          min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, sums + n * cols,
-                         dots + n * cols, &work[n, 0, 0], &work[n, 1, 0])
+                         dots + n * cols, &work[n, 0, 0], &work[n, 1, 0], &work[n, 2, 0], &work[n, 3, 0])
     return 0

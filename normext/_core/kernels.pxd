@@ -1,11 +1,15 @@
 # The C primitives as Cython sees them (src_c/kernels.h says what each does), and what both geometries share.
 
+from libc.string cimport memcpy
+
+
 cdef extern from "kernels.h" nogil:
     ctypedef struct nx_moments:
         double count, mean, m2
 
     void nx_merge(nx_moments *m, nx_moments other)
     void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
+    bint nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
     void nx_finish_moments(nx_moments m, bint centred, double eps, double *mean, double *rstd, double *var)
 
     ctypedef struct nx_relu:
@@ -45,6 +49,10 @@ cdef extern from "kernels.h" nogil:
                               ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, const void *gamma,
                               const double *mean, const double *rstd, const void *more,
                               ptrdiff_t more_stride) noexcept nogil
+        void (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
+                                ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
+                                ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
+                                const double *mean, const double *rstd, double *sum, double *dot) noexcept nogil
         void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum,
                          ptrdiff_t sum_stride, ptrdiff_t runs, ptrdiff_t n) noexcept nogil
         void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y,
@@ -112,6 +120,40 @@ cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *
     else:
         for j in range(channels):
             shift[j] = (<const double *> beta)[channel + j]
+
+
+# A running statistic, contiguous; its data are NULL where there is none.
+cdef struct Statistic:
+    char *data
+    bint single  # of float32, and not float64
+
+# The running statistics of batch norm: read in evaluation, updated in training.
+cdef struct Running:
+    Statistic mean, var
+    double momentum
+
+
+cdef inline void read_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double *result) noexcept nogil:
+    cdef Py_ssize_t i
+    if s.single:
+        for i in range(n):
+            result[i] = (<const float *> s.data)[first + i]
+    else:
+        memcpy(result, <const double *> s.data + first, n * sizeof(double))
+
+
+cdef inline void update_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double momentum, const double *batch) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float *single = <float *> s.data + first
+    cdef double *double_ = <double *> s.data + first
+    if s.data == NULL:
+        return
+    if s.single:
+        for i in range(n):
+            single[i] = <float> (momentum * single[i] + (1 - momentum) * batch[i])
+    else:
+        for i in range(n):
+            double_[i] = momentum * double_[i] + (1 - momentum) * batch[i]
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:

@@ -445,7 +445,7 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
 
 cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
                                  Py_ssize_t group, double mean, double rstd, double *sums, double *dots) noexcept nogil:
-    """group_combine's formula where every run of a group has a gamma of its own."""
+    """group_combine's formula where every run of a group has a gamma of its own; `groups_backward` does the same to short groups."""
     cdef Py_ssize_t r, index, end, channel = group * shape.runs % shape.channels, blocks = block_count(shape, k.run_block)
     cdef double scale, sum = 0, dot = 0, n = <double> shape.runs * <double> shape.n
     cdef double a[RUNS_AT_ONCE]
@@ -471,13 +471,29 @@ cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Ope
                           at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, 0, a, 1,
                           -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL, NULL, NULL, 0)
             b.run += b.runs
+    for r in range(shape.runs):
+        dots[r] *= rstd
+
+
+cdef void backward_some_groups(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma, Py_ssize_t task,
+                               Py_ssize_t tasks, const double *mean, const double *rstd, double *sums, double *dots) noexcept nogil:
+    cdef Py_ssize_t first = task * shape.groups // tasks, groups = (task + 1) * shape.groups // tasks - first
+    k.groups_backward(row_at(x, k.itemsize, first), x.group_stride, x.run_stride, row_at(dy, k.itemsize, first), dy.group_stride,
+                      dy.run_stride, row_at(dx, k.itemsize, first), dx.group_stride, dx.run_stride, groups, shape.runs, shape.n, gamma,
+                      first * shape.runs % shape.channels, shape.channels, mean + first, rstd + first, sums + first * shape.runs,
+                      dots + first * shape.runs)
 
 
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
                           const double *mean, const double *rstd, double *sums, double *dots) except -1:
-    """The gradient dx and, for each run of each group, sum(dy) and sum(dy * (x - mean)); gamma is PER_RUN."""
-    cdef Py_ssize_t group
+    """The gradient dx and, for each run of each group, sum(dy) and sum(dy * xhat); gamma is PER_RUN."""
+    cdef Py_ssize_t group, task, tasks
     cdef int threads = threads_for(shape.groups, shape.groups * shape.runs * shape.n)
+    if block_count(shape, k.run_block) == 1:
+        tasks = threads  # each group is on its own, and no bit depends on the split
+        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+            backward_some_groups(k, shape, x, dy, dx, gamma, task, tasks, mean, rstd, sums, dots)
+        return 0
     for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
         backward_runs_of_group(k, shape, x, dy, dx, gamma, group, mean[group], rstd[group], sums + group * shape.runs,
                                dots + group * shape.runs)
