@@ -100,7 +100,7 @@ def extension(name, *sources):
     return Extension(
         f"normext.{name}",
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
-        include_dirs=["src_c", numpy.get_include()],
+        include_dirs=["src_c", "normext/include", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")] + [("NX_X86_VARIANTS", "1")] * X86_64,
         depends=C_FILES,
     )
@@ -114,6 +114,7 @@ setup(
             extension("_core.columns"),
             extension("_core.updates"),
             extension("_core.windows"),
+            extension("_core.api"),
             extension("functional"),
         ],
         compiler_directives={"language_level": 3},

@@ -7,7 +7,8 @@
 >>> dx, dgamma, dbeta = normext.layer_norm_backward(np.ones_like(y), cache)
 """
 
-from normext._config import show_config, threads
+from normext._config import get_include, show_config, threads
+from normext._core import api as _api  # noqa: F401 - the capsule that normext.h looks for
 from normext._core.runtime import get_num_threads, set_num_threads
 from normext._version import __version__
 from normext.functional import (
@@ -46,6 +47,7 @@ __all__ = [
     "batch_norm_backward_backward",
     "col2im",
     "fold_batch_norm",
+    "get_include",
     "get_num_threads",
     "group_norm",
     "group_norm_backward",

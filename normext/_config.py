@@ -2,13 +2,34 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from normext._core.runtime import config, get_num_threads, set_num_threads
 from normext._version import __version__
 
-__all__ = ["show_config", "threads"]
+__all__ = ["get_include", "show_config", "threads"]
+
+
+def get_include() -> str:
+    """The folder of the C header ``normext.h``, for compilers' include paths.
+
+    The header tells how C code calls the compiled loops; for Cython there is ``from normext cimport normext_api,
+    normext_import`` beside it. Nothing needs to be linked.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> import os
+    >>> import normext
+    >>> os.listdir(normext.get_include())
+    ['normext.h']
+    """
+    return str(Path(__file__).parent / "include")
 
 
 @contextmanager

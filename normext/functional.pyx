@@ -36,7 +36,7 @@ from normext._core.runs cimport (
     normalize_sums,
     runs_backward,
 )
-from normext._core.runtime cimport kernels_for
+from normext._core.runtime cimport norm_kernels
 
 cnp.import_array()
 
@@ -55,8 +55,6 @@ __all__ = [
 
 cdef enum:
     COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
-    STREAMED = 1 << 24  # bytes of a result that, with its argument, the caches will hardly hold
-    STREAMED_RUN = 512  # elements that lie together
 
 
 cdef class Cache:
@@ -283,18 +281,14 @@ cdef inline double *doubles(cnp.ndarray a) noexcept:
 
 
 cdef inline const nx_kernels *kernels_of(cnp.ndarray x, Py_ssize_t n, const char *read, const char *written) noexcept:
-    """Those for the type of x, of which n numbers lie together.
-
-    A large result goes around the caches, unless it is written over what was just read into them, or in pieces so short that much of
-    it lies in cache lines that it fills in part only.
-    """
-    cdef int type_number = cnp.PyArray_TYPE(x)
-    cdef bint stream = cnp.PyArray_NBYTES(x) >= STREAMED and n >= STREAMED_RUN and written != read
-    if type_number == cnp.NPY_FLOAT:
-        return kernels_for(NX_FLOAT32, stream)
-    if type_number == cnp.NPY_DOUBLE:
-        return kernels_for(NX_FLOAT64, stream)
-    return kernels_for(NX_FLOAT16 if type_number == cnp.NPY_FLOAT16 else NX_BFLOAT16, stream)
+    cdef int number = cnp.PyArray_TYPE(x), element_type
+    if number == cnp.NPY_FLOAT:
+        element_type = NX_FLOAT32
+    elif number == cnp.NPY_DOUBLE:
+        element_type = NX_FLOAT64
+    else:
+        element_type = NX_FLOAT16 if number == cnp.NPY_FLOAT16 else NX_BFLOAT16
+    return norm_kernels(element_type, cnp.PyArray_SIZE(x), n, read, written)
 
 
 cdef inline cnp.ndarray empty(int ndim, const cnp.npy_intp *dims, int type_number):

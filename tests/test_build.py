@@ -59,7 +59,9 @@ def test_packages(tmp_path):
 
     with tarfile.open(sdist) as archive:
         held = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
-    sources = {path for path in ROOT.glob("normext/**/*") if path.suffix in (".py", ".pyi", ".pyx", ".pxd", ".typed")}
+    sources = {
+        path for path in ROOT.glob("normext/**/*") if path.suffix in (".py", ".pyi", ".pyx", ".pxd", ".h", ".typed")
+    }
     sources |= {path for path in ROOT.glob("src_c/*") if path.suffix in (".c", ".h")}
     top = {Path(name) for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")}
     made = {Path(name) for name in ("PKG-INFO", "setup.cfg")}
@@ -71,7 +73,9 @@ def test_packages(tmp_path):
         held = {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
     compiled = {path for path in held if path.suffix in (".so", ".pyd")}
     assert len(compiled) == len(list(ROOT.glob("normext/**/*.pyx")))
-    assert held - compiled == {path.relative_to(ROOT) for path in sources if path.suffix in (".py", ".pyi", ".typed")}
+    for_callers = {ROOT / "normext/__init__.pxd", ROOT / "normext/include/normext.h"}
+    run = {path for path in sources if path.suffix in (".py", ".pyi", ".typed")}
+    assert held - compiled == {path.relative_to(ROOT) for path in run | for_callers}
 
     venv.create(tmp_path / "alone", with_pip=True)
     binaries = tmp_path / "alone" / ("Scripts" if os.name == "nt" else "bin")

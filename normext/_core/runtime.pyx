@@ -33,6 +33,8 @@ cdef extern from *:
 # To start a thread on less work than this (elements, some 10 microseconds) takes longer than it saves.
 cdef enum:
     ELEMENTS_PER_THREAD = 1 << 15
+    STREAMED = 1 << 24  # bytes of a result that, with its argument, the caches will hardly hold
+    STREAMED_RUN = 512  # elements that lie together
 
 cdef int chosen_isa
 cdef int num_threads
@@ -41,6 +43,18 @@ cdef int openmp_threads  # OpenMP's own number, at import
 
 cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept:
     return nx_isas[chosen_isa].tables[stream][element_type]
+
+
+cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ssize_t n, const void *read, const void *written) noexcept:
+    """Those for a result of so many elements, of which n lie together.
+
+    A large one goes around the caches, unless it is written over what was just read into them, or in pieces so short that much of it
+    lies in cache lines that it fills in part only.
+    """
+    cdef const nx_kernels *kernels = kernels_for(element_type, False)
+    if elements * kernels.itemsize >= STREAMED and n >= STREAMED_RUN and written != read:
+        return kernels_for(element_type, True)
+    return kernels
 
 
 cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept:

@@ -1,0 +1,36 @@
+# What normext offers to other Cython modules: `from normext cimport normext_api, normext_import`. normext.h says what each does; compile
+# with normext.get_include() among the include_dirs.
+
+cdef extern from "normext.h" nogil:
+    enum:
+        NORMEXT_API_VERSION
+        NORMEXT_FLOAT32
+        NORMEXT_FLOAT64
+        NORMEXT_FLOAT16
+        NORMEXT_BFLOAT16
+        NORMEXT_OK
+        NORMEXT_BAD_ARGUMENT
+        NORMEXT_NO_MEMORY
+
+    ctypedef struct normext_api:
+        int version
+        int (*normalize_rows)(int type, Py_ssize_t rows, Py_ssize_t n, const void *x, Py_ssize_t x_stride, void *y, Py_ssize_t y_stride,
+                              const void *gamma, const void *beta, int centred, double eps, double *mean, double *rstd) noexcept nogil
+        int (*rows_backward)(int type, Py_ssize_t rows, Py_ssize_t n, const void *x, Py_ssize_t x_stride, const void *dy,
+                             Py_ssize_t dy_stride, void *dx, Py_ssize_t dx_stride, const void *gamma, int centred, const double *mean,
+                             const double *rstd, double *dgamma, double *dbeta) noexcept nogil
+        int (*normalize_channels)(int type, Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const void *x, void *y,
+                                  const void *gamma, const void *beta, int training, double eps, double *mean, double *rstd,
+                                  double *var) noexcept nogil
+        int (*channels_backward)(int type, Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const void *x, const void *dy,
+                                 void *dx, const void *gamma, int training, const double *mean, const double *rstd, double *dgamma,
+                                 double *dbeta) noexcept nogil
+        int (*normalize_groups)(int type, Py_ssize_t outer, Py_ssize_t groups, Py_ssize_t per_group, Py_ssize_t inner, const void *x,
+                                void *y, const void *gamma, const void *beta, double eps, double *mean, double *rstd) noexcept nogil
+        int (*groups_backward)(int type, Py_ssize_t outer, Py_ssize_t groups, Py_ssize_t per_group, Py_ssize_t inner, const void *x,
+                               const void *dy, void *dx, const void *gamma, const double *mean, const double *rstd, double *dgamma,
+                               double *dbeta) noexcept nogil
+
+
+cdef extern from "normext.h":
+    const normext_api *normext_import() except NULL
