@@ -19,7 +19,20 @@ from normext._core.columns cimport (
     normalize_column_groups,
     normalize_columns,
 )
-from normext._core.kernels cimport NX_BFLOAT16, NX_FLOAT16, NX_FLOAT32, NX_FLOAT64, Operand, Running, Statistic, nx_any_outside, nx_inverse_stds, nx_kernels, read_statistic, update_statistic
+from normext._core.kernels cimport (
+    NX_BFLOAT16,
+    NX_FLOAT16,
+    NX_FLOAT32,
+    NX_FLOAT64,
+    Operand,
+    Running,
+    Statistic,
+    nx_any_outside,
+    nx_inverse_stds,
+    nx_kernels,
+    read_statistic,
+    update_statistic,
+)
 from normext._core.runs cimport (
     ABOUT_ZERO,
     ALONG_RUN,
@@ -806,8 +819,8 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         y_block = empty_like(x_block)
         block_mean, block_rstd = np.empty((<object> x_block).shape[:axis]), np.empty((<object> x_block).shape[:axis])
         row_layout((x_block, y_block), axis, &shape, operands)
-        normalize_runs(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN, statistics, eps, False,
-                       doubles(block_mean), doubles(block_rstd), NULL)
+        normalize_runs(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN,
+                       statistics, eps, False, doubles(block_mean), doubles(block_rstd), NULL)
         y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
     return 0
 
@@ -824,9 +837,9 @@ cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
         x_block, dy_block = block_copy(x, index, wide), block_copy(dy, index, wide)
         dx_block = empty_like(x_block)
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
-        layer_backward(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2], data(gamma), statistics,
-                       doubles(np.ascontiguousarray(mean[index[:axis]])), doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta,
-                       dgamma)
+        layer_backward(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2],
+                       data(gamma), statistics, doubles(np.ascontiguousarray(mean[index[:axis]])),
+                       doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta, dgamma)
         dx[index] = dx_block if dsum is None else dx_block + block_copy(dsum, index, wide)
     return 0
 
@@ -855,14 +868,14 @@ cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object 
     if cnp.PyArray_SIZE(x_) == 0:
         pass
     elif residual_ is not None and row_layout((x_, residual_, total, y), axis_, &shape, operands):
-        normalize_sums(kernels_of(x_, shape.n, NULL, operands[3].data), shape, operands[0], operands[1], operands[2], operands[3], data(gamma_), data(beta_), statistics,
-                       eps_, doubles(mean), doubles(rstd))
+        normalize_sums(kernels_of(x_, shape.n, NULL, operands[3].data), shape, operands[0], operands[1], operands[2], operands[3],
+                       data(gamma_), data(beta_), statistics, eps_, doubles(mean), doubles(rstd))
     else:
         if residual_ is not None:
             np.add(x_, residual_, out=total)
         if row_layout((total, y), axis_, &shape, operands):
-            normalize_runs(kernels_of(x_, shape.n, operands[0].data, operands[1].data), shape, operands[0], operands[1], data(gamma_), data(beta_), ALONG_RUN, statistics, eps_,
-                           False, doubles(mean), doubles(rstd), NULL)
+            normalize_runs(kernels_of(x_, shape.n, operands[0].data, operands[1].data), shape, operands[0], operands[1], data(gamma_),
+                           data(beta_), ALONG_RUN, statistics, eps_, False, doubles(mean), doubles(rstd), NULL)
         else:
             layer_forward_by_blocks(total, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
     cache = new_cache(norm, total, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, total))
@@ -893,8 +906,8 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
     if cnp.PyArray_SIZE(x) == 0:
         pass
     elif not wide and row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
-        layer_backward(kernels_of(x, shape.n, operands[1].data, operands[2].data), shape, operands[0], operands[1], operands[3], operands[2], data(c.gamma), statistics,
-                       doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
+        layer_backward(kernels_of(x, shape.n, operands[1].data, operands[2].data), shape, operands[0], operands[1], operands[3],
+                       operands[2], data(c.gamma), statistics, doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
     else:
         layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, dsum_, doubles(sums), dgamma, wide)
     return (
@@ -1197,8 +1210,8 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
     mean, rstd = np.empty((N, groups)), np.empty((N, groups))
     if layout == CHANNELS_LAST:
         columns = channel_columns(x_view, groups)
-        normalize_column_groups(kernels_of(x, groups * per_group, data(x), data(y)), columns, columns_operand(x_view, columns), columns_operand(y_view, columns), data(gamma),
-                                data(beta), eps, doubles(mean), doubles(rstd))
+        normalize_column_groups(kernels_of(x, groups * per_group, data(x), data(y)), columns, columns_operand(x_view, columns),
+                                columns_operand(y_view, columns), data(gamma), data(beta), eps, doubles(mean), doubles(rstd))
         return mean, rstd
     for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
         x_block, y_block = x_view, y_view
@@ -1206,8 +1219,9 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
             x_block = block_copy(x_view, (piece,))
             y_block = empty_like(x_block)
         runs = channel_runs(x_block, groups)
-        normalize_runs(kernels_of(x_block, runs.n, data(x_block), data(y_block)), runs, runs_operand(x_block, runs), runs_operand(y_block, runs), data(gamma), data(beta),
-                       PER_RUN, CENTRED, eps, False, doubles(mean[piece]), doubles(rstd[piece]), NULL)
+        normalize_runs(kernels_of(x_block, runs.n, data(x_block), data(y_block)), runs, runs_operand(x_block, runs),
+                       runs_operand(y_block, runs), data(gamma), data(beta), PER_RUN, CENTRED, eps, False, doubles(mean[piece]),
+                       doubles(rstd[piece]), NULL)
         if layout == COPIED:
             y_view[piece] = y_block
     return mean, rstd
@@ -1246,8 +1260,9 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
     sums, dots = doubles(work), doubles(work) + N * groups * per_group
     if layout == CHANNELS_LAST:
         columns = channel_columns(x_view, groups)
-        column_groups_backward(kernels_of(x, groups * per_group, data(dy), data(dx)), columns, columns_operand(x_view, columns), columns_operand(dy_view, columns),
-                               columns_operand(dx_view, columns), data(gamma), doubles(mean), doubles(rstd), sums, dots)
+        column_groups_backward(kernels_of(x, groups * per_group, data(dy), data(dx)), columns, columns_operand(x_view, columns),
+                               columns_operand(dy_view, columns), columns_operand(dx_view, columns), data(gamma), doubles(mean),
+                               doubles(rstd), sums, dots)
     else:
         for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
@@ -1255,9 +1270,9 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
                 x_block, dy_block = block_copy(x_view, (piece,), wide), block_copy(dy_view, (piece,), wide)
                 dx_block = empty_like(x_block)
             runs = channel_runs(x_block, groups)
-            grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs), runs_operand(dy_block, runs),
-                             runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]), doubles(rstd[piece]),
-                             doubles(work[0, piece]), doubles(work[1, piece]))
+            grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs),
+                             runs_operand(dy_block, runs), runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]),
+                             doubles(rstd[piece]), doubles(work[0, piece]), doubles(work[1, piece]))
             if layout == COPIED:
                 dx_view[piece] = dx_block
     add_rows(N, groups * per_group, sums, doubles(dbeta))

@@ -6,13 +6,13 @@
 
 static int always(void) { return 1; }
 
-#define NX_DECLARE(isa)                                                                                     \
-    extern const nx_kernels nx_##isa##_f32, nx_##isa##_f64, nx_##isa##_f16, nx_##isa##_bf16;                \
+#define NX_DECLARE(isa)                                                                      \
+    extern const nx_kernels nx_##isa##_f32, nx_##isa##_f64, nx_##isa##_f16, nx_##isa##_bf16; \
     extern const nx_kernels nx_stream_##isa##_f32, nx_stream_##isa##_f64, nx_stream_##isa##_f16, nx_stream_##isa##_bf16;
-#define NX_TABLES(isa)                                                                                      \
-    {                                                                                                       \
-        {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16},                              \
-        {&nx_stream_##isa##_f32, &nx_stream_##isa##_f64, &nx_stream_##isa##_f16, &nx_stream_##isa##_bf16},  \
+#define NX_TABLES(isa)                                                                                     \
+    {                                                                                                      \
+        {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16},                             \
+        {&nx_stream_##isa##_f32, &nx_stream_##isa##_f64, &nx_stream_##isa##_f16, &nx_stream_##isa##_bf16}, \
     }
 
 NX_DECLARE(baseline)

@@ -47,10 +47,7 @@ static inline void nx_merge(nx_moments *m, nx_moments other)
 }
 
 /* 1 / sqrt(variance + eps), and 0 where both are 0: a constant gives beta even without an eps. */
-static inline double nx_inverse_std(double variance, double eps)
-{
-    return variance + eps != 0 ? 1 / sqrt(variance + eps) : 0;
-}
+static inline double nx_inverse_std(double variance, double eps) { return variance + eps != 0 ? 1 / sqrt(variance + eps) : 0; }
 
 /* The same for n variances at once, in place: without a branch in the loop it becomes vectors. */
 static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
@@ -119,8 +116,8 @@ typedef struct {
     /* dx = a * (g - g_mean) + b * (x - mean) + c + more with g = gamma * dy; a relu may be given instead of gamma and more.
      * With step 1, run r has a[r]. */
     void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a, ptrdiff_t step, double b,
-                        double c, const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride);
+                        ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a, ptrdiff_t step, double b, double c,
+                        const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride);
     /* dx = a[j] * (dy - dy_mean[j]) + b[j] * (x - mean[j]) + c[j]; c may be NULL */
     void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
                         ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,

@@ -59,7 +59,8 @@ NX_INLINE ptrdiff_t FN(runs_together)(ptrdiff_t left, ptrdiff_t n)
 }
 
 /* Adds a piece to the lanes of sum and squares, through lanes of its own. */
-NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, V p, V factor, V offset, V *sum, V *squares)
+NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, V p, V factor, V offset, V *sum,
+                                 V *squares)
 {
     V s[NV], q[NV];
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
@@ -84,7 +85,8 @@ NX_INLINE void FN(moments_piece)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs,
 }
 
 /* The sum of (x - pivot) * scale, and of its squares. */
-NX_INLINE void FN(run_powers)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, C pivot, C scale, double *sum, double *squares)
+NX_INLINE void FN(run_powers)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, C pivot, C scale, double *sum,
+                              double *squares)
 {
     V s[NV], q[NV], factor = OP(set)(scale), p = OP(set)(pivot), offset = OP(set)(-pivot * scale);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
@@ -134,9 +136,7 @@ NX_INLINE void FN(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, p
 }
 
 static void FN(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
-{
-    FN(add_moments)(x, x_stride, runs, n, m);
-}
+{ FN(add_moments)(x, x_stride, runs, n, m); }
 
 /* (x - mean) * scale + shift = (x - pivot) * scale + rest, with the mean rounded to C for a pivot. */
 NX_INLINE C FN(rest)(double mean, double scale, double shift) { return (C)(shift - (mean - (C)mean) * scale); }
@@ -150,7 +150,7 @@ typedef struct {
 NX_INLINE V FN(through)(V g, V d, FN(gate) gate) { return OP(keep_positive)(g, OP(fma)(d, gate.scale, gate.rest)); }
 
 NX_INLINE void FN(dots_piece)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, V p,
-                              const C *gamma, const FN(gate) *gate, V *sum, V *dot)
+                              const C *gamma, const FN(gate) * gate, V *sum, V *dot)
 {
     V s[NV], q[NV], zero = ZERO;
     for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
@@ -220,8 +220,8 @@ NX_INLINE ptrdiff_t FN(rows_abreast)(ptrdiff_t left, ptrdiff_t n)
     return left < rows ? left : rows;
 }
 
-NX_INLINE void FN(statistics_abreast)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, int centred, double eps, double *mean,
-                                      double *rstd)
+NX_INLINE void FN(statistics_abreast)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, int centred, double eps,
+                                      double *mean, double *rstd)
 {
     C pivot[ABREAST];
     double sum[ABREAST], squares[ABREAST];
@@ -265,23 +265,22 @@ static void FN(add_runs)(const void *a_, ptrdiff_t a_stride, const void *b_, ptr
  * the strip's (two levels, as in moments_piece). The strip's coefficients and sums are arrays of C on the stack, padded to whole
  * vectors. Each loop is written for `rows` rows at once; with a constant there the compiler unrolls it. */
 
-#define STRIPS(j0, width)                                                                                              \
-    for (ptrdiff_t j0 = 0, width; j0 < cols && (width = cols - j0 < STRIP ? cols - j0 : STRIP, 1); j0 += STRIP)
+#define STRIPS(j0, width) for (ptrdiff_t j0 = 0, width; j0 < cols && (width = cols - j0 < STRIP ? cols - j0 : STRIP, 1); j0 += STRIP)
 
 /* f(first row, rows, numbers in a row), for GROUP rows at a time, then one by one, then for the rest. */
-#define ROW_GROUPS(folded, f)                                                                                          \
-    do {                                                                                                               \
-        ptrdiff_t i_ = 0;                                                                                              \
-        for (; i_ + GROUP <= (folded).rows; i_ += GROUP) f(i_, GROUP, (folded).lanes);                                 \
-        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);                                                     \
-        if ((folded).rest) f(i_, 1, (folded).rest);                                                                    \
+#define ROW_GROUPS(folded, f)                                                          \
+    do {                                                                               \
+        ptrdiff_t i_ = 0;                                                              \
+        for (; i_ + GROUP <= (folded).rows; i_ += GROUP) f(i_, GROUP, (folded).lanes); \
+        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);                     \
+        if ((folded).rest) f(i_, 1, (folded).rest);                                    \
     } while (0)
 
 /* The same row by row. What is written goes so: half as many streams through memory as GROUP rows of both would be. */
-#define EACH_ROW(folded, f)                                                                                            \
-    do {                                                                                                               \
-        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes);                                        \
-        if ((folded).rest) f((folded).rows, (folded).rest);                                                            \
+#define EACH_ROW(folded, f)                                                     \
+    do {                                                                        \
+        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes); \
+        if ((folded).rest) f((folded).rows, (folded).rest);                     \
     } while (0)
 
 /* A column's coefficients for all its lanes. */
@@ -331,9 +330,7 @@ NX_INLINE void FN(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, p
 
 /* Whether the squares of a block's column left the range of C. */
 NX_INLINE int FN(out_of_range)(C squares, C pivot, ptrdiff_t rows)
-{
-    return (!isfinite(squares)) | ((squares < T_TINY * (C)rows) & (pivot < 1) & (pivot > -1));
-}
+{ return (!isfinite(squares)) | ((squares < T_TINY * (C)rows) & (pivot < 1) & (pivot > -1)); }
 
 /* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
 NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *NX_RESTRICT pivot, const C *NX_RESTRICT factor,
@@ -356,8 +353,8 @@ NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *NX_RES
 
 /* The moments of a strip's block of rows, merged into mean and m2; see run_moments_scaled. Where a column is found out of range with
  * factor 1, all are done again, with a factor for each. */
-static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2,
-                                  C *factor, int again)
+static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean,
+                                  double *m2, C *factor, int again)
 {
     C pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
     double sum[STRIP], squares[STRIP];
@@ -450,7 +447,8 @@ static void FN(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
         FN(spread)(pivot, folded);
         for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
 #define DOTS_GROUP(i, n, width) FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, NULL, NULL, s, q)
-#define GATED_GROUP(i, n, width) FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, scale, rest, s, q)
+#define GATED_GROUP(i, n, width) \
+    FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, scale, rest, s, q)
         if (relu) {
             FN(gates)(relu, mean, j0, width, folded, scale, rest);
             ROW_GROUPS(folded, GATED_GROUP);
@@ -500,7 +498,7 @@ static void FN(row_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, pt
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         nx_fold folded = {1, width, rows, 0};
         for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
-#define DOTS_GROUP(i, n, width)                                                                                                     \
+#define DOTS_GROUP(i, n, width) \
     FN(row_dots_group)(x + i * x_stride, x_stride, dy + i * dy_stride, dy_stride, n, width, mean + i, scale + i, s, q)
         ROW_GROUPS(folded, DOTS_GROUP);
 #undef DOTS_GROUP
@@ -520,8 +518,7 @@ static void FN(transpose_rows)(const void *x_, ptrdiff_t x_stride, ptrdiff_t row
     T *y = y_;
     const ptrdiff_t side = OP(SIDE), whole_rows = rows / side * side, whole_cols = cols / side * side;
     for (ptrdiff_t j = 0; j < whole_cols; j += side)
-        for (ptrdiff_t i = 0; i < whole_rows; i += side)
-            OP(transpose)(x + i * x_stride + j, x_stride, y + j * y_stride + i, y_stride);
+        for (ptrdiff_t i = 0; i < whole_rows; i += side) OP(transpose)(x + i * x_stride + j, x_stride, y + j * y_stride + i, y_stride);
     for (ptrdiff_t i = 0; i < rows; i++)
         for (ptrdiff_t j = i < whole_rows ? whole_cols : 0; j < cols; j++) y[j * y_stride + i] = x[i * x_stride + j];
 }

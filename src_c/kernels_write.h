@@ -11,12 +11,12 @@ NX_INLINE void WR(put)(T *p, ptrdiff_t left, int whole, V v)
 }
 
 /* f(position, numbers, whether they are a whole vector) */
-#define EACH_VECTOR(y, n, f)                                                                                           \
-    do {                                                                                                               \
-        ptrdiff_t i_ = STREAM ? FN(unaligned)(y, n) : 0;                                                               \
-        if (i_) f(0, i_, 0);                                                                                           \
-        for (; i_ + W <= (n); i_ += W) f(i_, W, 1);                                                                    \
-        if (i_ < (n)) f(i_, (n) - i_, 0);                                                                              \
+#define EACH_VECTOR(y, n, f)                             \
+    do {                                                 \
+        ptrdiff_t i_ = STREAM ? FN(unaligned)(y, n) : 0; \
+        if (i_) f(0, i_, 0);                             \
+        for (; i_ + W <= (n); i_ += W) f(i_, W, 1);      \
+        if (i_ < (n)) f(i_, (n) - i_, 0);                \
     } while (0)
 
 NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V p, V a, V b, const C *gamma, const C *beta, int relu)
@@ -28,8 +28,9 @@ NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V 
     WR(put)(y, left, whole, relu ? OP(max)(ZERO, v) : v);
 }
 
-NX_INLINE void WR(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, const double *mean,
-                               const double *scale, const double *shift, ptrdiff_t step, const C *gamma, const C *beta, int relu)
+NX_INLINE void WR(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
+                               const double *mean, const double *scale, const double *shift, ptrdiff_t step, const C *gamma,
+                               const C *beta, int relu)
 {
     V p = ZERO, a = ZERO, b = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, y += y_stride, mean += step, scale += step, shift += step) {
@@ -38,7 +39,8 @@ NX_INLINE void WR(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y
             a = OP(set)((C)*scale);
             b = OP(set)(FN(rest)(*mean, *scale, *shift));
         }
-#define VECTOR(i, left, whole) WR(affine_vector)(x + i, y + i, left, whole, p, a, b, gamma ? gamma + i : NULL, beta ? beta + i : NULL, relu)
+#define VECTOR(i, left, whole) \
+    WR(affine_vector)(x + i, y + i, left, whole, p, a, b, gamma ? gamma + i : NULL, beta ? beta + i : NULL, relu)
         EACH_VECTOR(y, n, VECTOR);
 #undef VECTOR
     }
@@ -59,7 +61,7 @@ static void WR(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t
 }
 
 NX_INLINE void WR(combine_vector)(const T *x, const T *dy, T *dx, ptrdiff_t left, int whole, V x_pivot, V g_pivot, V a, V b, V rest,
-                                  const C *gamma, const FN(gate) *gate, const T *more)
+                                  const C *gamma, const FN(gate) * gate, const T *more)
 {
     V g = FN(some)(dy, left, whole, ZERO), d = OP(sub)(FN(some)(x, left, whole, ZERO), x_pivot);
     if (gamma) g = OP(mul)(g, FN(coefficients)(gamma, left, whole));
@@ -83,8 +85,8 @@ NX_INLINE void WR(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptr
             va = OP(set)((C)*a);
             rest = OP(set)((C)(c - *a * (g_mean - g_pivot) - b * (mean - x_pivot)));
         }
-#define VECTOR(i, left, whole)                                                                                                       \
-    WR(combine_vector)(x + i, dy + i, dx + i, left, whole, xp, gp, va, vb, rest, gamma ? gamma + i : NULL, relu ? &gate : NULL,      \
+#define VECTOR(i, left, whole)                                                                                                  \
+    WR(combine_vector)(x + i, dy + i, dx + i, left, whole, xp, gp, va, vb, rest, gamma ? gamma + i : NULL, relu ? &gate : NULL, \
                        more ? more + i : NULL)
         EACH_VECTOR(dx, n, VECTOR);
 #undef VECTOR
@@ -128,8 +130,8 @@ static void WR(normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdi
 }
 
 NX_INLINE void WR(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                      ptrdiff_t rows, ptrdiff_t n, int centred, const C *gamma, const double *mean,
-                                      const double *rstd, const T *more, ptrdiff_t more_stride)
+                                      ptrdiff_t rows, ptrdiff_t n, int centred, const C *gamma, const double *mean, const double *rstd,
+                                      const T *more, ptrdiff_t more_stride)
 {
     double sum[ABREAST], dot[ABREAST], each = 1 / (double)n;
     for (ptrdiff_t count, first = 0; first < rows; first += count) {
@@ -181,8 +183,8 @@ NX_INLINE void WR(groups_backward_loop)(const T *x, ptrdiff_t x_group, ptrdiff_t
         double slope = -rstd[g] * rstd[g] * (g_dot * each), constant = -rstd[g] * (g_sum * each);
         for (ptrdiff_t r = 0; r < runs; r++) {
             double a = gamma ? rstd[g] * (double)gamma[channel + r] : rstd[g];
-            WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[g], 0, &a, 0, slope, constant,
-                             NULL, NULL, NULL, 0);
+            WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[g], 0, &a, 0, slope,
+                             constant, NULL, NULL, NULL, 0);
         }
         channel += runs;
         if (channel == channels) channel = 0;
@@ -200,11 +202,11 @@ static void WR(groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_st
 
 NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale, const C *rest, int relu)
 {
-#define VECTOR(j, left, whole)                                                                                                       \
-    do {                                                                                                                             \
-        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(pivot + j));                                                      \
-        V v = OP(fma)(d, OP(load)(scale + j), OP(load)(rest + j));                                                                   \
-        WR(put)(y + j, left, whole, relu ? OP(max)(ZERO, v) : v);                                                                    \
+#define VECTOR(j, left, whole)                                                  \
+    do {                                                                        \
+        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(pivot + j)); \
+        V v = OP(fma)(d, OP(load)(scale + j), OP(load)(rest + j));              \
+        WR(put)(y + j, left, whole, relu ? OP(max)(ZERO, v) : v);               \
     } while (0)
     EACH_VECTOR(y, cols, VECTOR);
 #undef VECTOR
@@ -239,12 +241,12 @@ static void WR(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff
 NX_INLINE void WR(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const C *x_pivot, const C *dy_pivot, const C *a,
                                    const C *b, const C *rest, const C *gate_scale, const C *gate_rest)
 {
-#define VECTOR(j, left, whole)                                                                                                       \
-    do {                                                                                                                             \
-        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(x_pivot + j)), g = FN(some)(dy + j, left, whole, ZERO);           \
-        if (gate_scale) g = FN(through)(g, d, (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)});                        \
-        g = OP(sub)(g, OP(load)(dy_pivot + j));                                                                                      \
-        WR(put)(dx + j, left, whole, OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j))));                  \
+#define VECTOR(j, left, whole)                                                                                             \
+    do {                                                                                                                   \
+        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(x_pivot + j)), g = FN(some)(dy + j, left, whole, ZERO); \
+        if (gate_scale) g = FN(through)(g, d, (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)});              \
+        g = OP(sub)(g, OP(load)(dy_pivot + j));                                                                            \
+        WR(put)(dx + j, left, whole, OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j))));        \
     } while (0)
     EACH_VECTOR(dx, cols, VECTOR);
 #undef VECTOR
@@ -272,7 +274,7 @@ static void WR(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_,
         FN(spread)(ta, folded);
         FN(spread)(tb, folded);
         FN(spread)(rest, folded);
-#define COMBINE(i, n, scale, shift)                                                                                                \
+#define COMBINE(i, n, scale, shift) \
     WR(col_combine_row)(x + i * x_step, dy + i * dy_step, dx + i * dx_step, n, x_pivot, dy_pivot, ta, tb, rest, scale, shift)
 #define COMBINE_ROW(i, n) COMBINE(i, n, NULL, NULL)
 #define GATED_ROW(i, n) COMBINE(i, n, gate_scale, gate_rest)
@@ -289,29 +291,11 @@ static void WR(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_,
 }
 
 const nx_kernels TABLE = {
-    sizeof(T),
-    sizeof(C),
-    RUN_BLOCK,
-    COL_BLOCK,
-    COL_ROWS,
-    FN(run_moments),
-    FN(col_moments),
-    WR(run_affine),
-    WR(col_affine),
-    FN(run_dots),
-    FN(col_dots),
-    FN(row_dots),
-    WR(run_combine),
-    WR(col_combine),
-    FN(row_statistics),
-    WR(normalize_rows),
-    WR(rows_backward),
-    WR(groups_backward),
-    FN(add_runs),
+    sizeof(T),          sizeof(C),          RUN_BLOCK,         COL_BLOCK,           COL_ROWS,     FN(run_moments), FN(col_moments),
+    WR(run_affine),     WR(col_affine),     FN(run_dots),      FN(col_dots),        FN(row_dots), WR(run_combine), WR(col_combine),
+    FN(row_statistics), WR(normalize_rows), WR(rows_backward), WR(groups_backward), FN(add_runs),
 #ifdef T_INT
-    FN(transpose_rows),
-    FN(pool_row),
-    FN(adam),
+    FN(transpose_rows), FN(pool_row),       FN(adam),
 #else
     NULL,
     NULL,

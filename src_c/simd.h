@@ -41,16 +41,16 @@
 #include <immintrin.h>
 
 /* What the three x86 instruction sets spell alike. */
-#define NX_X86(E, T, V, P, S, LANES)                                                     \
-    typedef V E##_t;                                                                     \
-    enum { E##_W = LANES };                                                              \
-    NX_INLINE V E##_load(const T *p) { return P##_loadu_##S(p); }                        \
-    NX_INLINE void E##_store(T *p, V v) { P##_storeu_##S(p, v); }                        \
-    NX_INLINE void E##_stream(T *p, V v) { P##_stream_##S(p, v); }                       \
-    NX_INLINE V E##_set(T a) { return P##_set1_##S(a); }                                 \
-    NX_INLINE V E##_add(V a, V b) { return P##_add_##S(a, b); }                          \
-    NX_INLINE V E##_sub(V a, V b) { return P##_sub_##S(a, b); }                          \
-    NX_INLINE V E##_mul(V a, V b) { return P##_mul_##S(a, b); }                          \
+#define NX_X86(E, T, V, P, S, LANES)                               \
+    typedef V E##_t;                                               \
+    enum { E##_W = LANES };                                        \
+    NX_INLINE V E##_load(const T *p) { return P##_loadu_##S(p); }  \
+    NX_INLINE void E##_store(T *p, V v) { P##_storeu_##S(p, v); }  \
+    NX_INLINE void E##_stream(T *p, V v) { P##_stream_##S(p, v); } \
+    NX_INLINE V E##_set(T a) { return P##_set1_##S(a); }           \
+    NX_INLINE V E##_add(V a, V b) { return P##_add_##S(a, b); }    \
+    NX_INLINE V E##_sub(V a, V b) { return P##_sub_##S(a, b); }    \
+    NX_INLINE V E##_mul(V a, V b) { return P##_mul_##S(a, b); }    \
     NX_INLINE V E##_max(V a, V b) { return P##_max_##S(a, b); }
 
 NX_INLINE float nx_sum4(__m128 v)
@@ -79,10 +79,7 @@ NX_INLINE void f64_transpose(const double *p, ptrdiff_t p_stride, double *q, ptr
 
 #if defined(__AVX2__)
 NX_INLINE float nx_sum8(__m256 v) { return nx_sum4(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))); }
-NX_INLINE double nx_sum4d(__m256d v)
-{
-    return nx_sum2(_mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1)));
-}
+NX_INLINE double nx_sum4d(__m256d v) { return nx_sum2(_mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1))); }
 #endif
 
 #if defined(__AVX512F__)
@@ -90,24 +87,16 @@ NX_INLINE double nx_sum4d(__m256d v)
 NX_X86(f32, float, __m512, _mm512, ps, 16)
 NX_X86(f64, double, __m512d, _mm512, pd, 8)
 #define NX_MASK(n, W) ((n) >= (W) ? (1u << (W)) - 1u : (n) <= 0 ? 0u : (1u << (n)) - 1u)
-#define NX_AVX512(E, T, V, S, M)                                                                                 \
-    NX_INLINE V E##_fma(V a, V b, V c) { return _mm512_fmadd_##S(a, b, c); }                                     \
-    NX_INLINE V E##_keep_positive(V a, V b)                                                                      \
-    {                                                                                                            \
-        return _mm512_maskz_mov_##S(_mm512_cmp_##S##_mask(b, _mm512_setzero_##S(), _CMP_NLE_UQ), a);             \
-    }                                                                                                            \
-    NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill)                                                      \
-    {                                                                                                            \
-        return _mm512_mask_loadu_##S(fill, (M)NX_MASK(n, E##_W), p);                                             \
-    }                                                                                                            \
+#define NX_AVX512(E, T, V, S, M)                                                                                             \
+    NX_INLINE V E##_fma(V a, V b, V c) { return _mm512_fmadd_##S(a, b, c); }                                                 \
+    NX_INLINE V E##_keep_positive(V a, V b)                                                                                  \
+    { return _mm512_maskz_mov_##S(_mm512_cmp_##S##_mask(b, _mm512_setzero_##S(), _CMP_NLE_UQ), a); }                         \
+    NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill) { return _mm512_mask_loadu_##S(fill, (M)NX_MASK(n, E##_W), p); } \
     NX_INLINE void E##_store_n(T *p, ptrdiff_t n, V v) { _mm512_mask_storeu_##S(p, (M)NX_MASK(n, E##_W), v); }
 NX_AVX512(f32, float, __m512, ps, __mmask16)
 NX_AVX512(f64, double, __m512d, pd, __mmask8)
 NX_INLINE float f32_sum(__m512 v) { return nx_sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))); }
-NX_INLINE double f64_sum(__m512d v)
-{
-    return nx_sum4d(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)));
-}
+NX_INLINE double f64_sum(__m512d v) { return nx_sum4d(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))); }
 
 NX_INLINE __m512 nx_from_f16(__m256i h) { return _mm512_cvtph_ps(h); }
 NX_INLINE __m256i nx_to_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -131,9 +120,7 @@ NX_INLINE __m256i nx_to_bf16(__m512 v)
         return _mm512_mask_blend_ps(mask, fill, nx_from_##E(_mm256_maskz_loadu_epi16(mask, p)));                 \
     }                                                                                                            \
     NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, __m512 v)                                               \
-    {                                                                                                            \
-        _mm256_mask_storeu_epi16(p, (__mmask16)NX_MASK(n, f32_W), nx_to_##E(v));                                 \
-    }
+    { _mm256_mask_storeu_epi16(p, (__mmask16)NX_MASK(n, f32_W), nx_to_##E(v)); }
 NX_HALF(f16)
 NX_HALF(bf16)
 
@@ -144,22 +131,19 @@ NX_X86(f64, double, __m256d, _mm256, pd, 4)
 /* The 8 (or 4) words from position 8 - n (or 4 - n) on are a mask for the first n lanes. */
 static const int32_t nx_mask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 static const int64_t nx_mask64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
-#define NX_AVX2(E, T, V, S, MASKS)                                                                               \
-    NX_INLINE __m256i E##_mask(ptrdiff_t n)                                                                      \
-    {                                                                                                            \
-        n = n < 0 ? 0 : n > E##_W ? E##_W : n;                                                                   \
-        return _mm256_loadu_si256((const __m256i *)(MASKS + E##_W - n));                                         \
-    }                                                                                                            \
-    NX_INLINE V E##_fma(V a, V b, V c) { return _mm256_fmadd_##S(a, b, c); }                                     \
-    NX_INLINE V E##_keep_positive(V a, V b)                                                                      \
-    {                                                                                                            \
-        return _mm256_and_##S(a, _mm256_cmp_##S(b, _mm256_setzero_##S(), _CMP_NLE_UQ));                          \
-    }                                                                                                            \
-    NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill)                                                      \
-    {                                                                                                            \
-        __m256i mask = E##_mask(n);                                                                              \
-        return _mm256_blendv_##S(fill, _mm256_maskload_##S(p, mask), _mm256_castsi256_##S(mask));                \
-    }                                                                                                            \
+#define NX_AVX2(E, T, V, S, MASKS)                                                                                              \
+    NX_INLINE __m256i E##_mask(ptrdiff_t n)                                                                                     \
+    {                                                                                                                           \
+        n = n < 0 ? 0 : n > E##_W ? E##_W : n;                                                                                  \
+        return _mm256_loadu_si256((const __m256i *)(MASKS + E##_W - n));                                                        \
+    }                                                                                                                           \
+    NX_INLINE V E##_fma(V a, V b, V c) { return _mm256_fmadd_##S(a, b, c); }                                                    \
+    NX_INLINE V E##_keep_positive(V a, V b) { return _mm256_and_##S(a, _mm256_cmp_##S(b, _mm256_setzero_##S(), _CMP_NLE_UQ)); } \
+    NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill)                                                                     \
+    {                                                                                                                           \
+        __m256i mask = E##_mask(n);                                                                                             \
+        return _mm256_blendv_##S(fill, _mm256_maskload_##S(p, mask), _mm256_castsi256_##S(mask));                               \
+    }                                                                                                                           \
     NX_INLINE void E##_store_n(T *p, ptrdiff_t n, V v) { _mm256_maskstore_##S(p, E##_mask(n), v); }
 NX_AVX2(f32, float, __m256, ps, nx_mask32)
 NX_AVX2(f64, double, __m256d, pd, nx_mask64)
@@ -178,21 +162,21 @@ NX_INLINE __m128i nx_to_bf16(__m256 v)
     u = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q))), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 }
-#define NX_HALF(E)                                                                                               \
-    NX_INLINE __m256 E##_load(const uint16_t *p) { return nx_from_##E(_mm_loadu_si128((const __m128i *)p)); }    \
-    NX_INLINE void E##_store(uint16_t *p, __m256 v) { _mm_storeu_si128((__m128i *)p, nx_to_##E(v)); }            \
-    NX_INLINE void E##_stream(uint16_t *p, __m256 v) { _mm_stream_si128((__m128i *)p, nx_to_##E(v)); }           \
-    NX_INLINE __m256 E##_load_n(const uint16_t *p, ptrdiff_t n, __m256 fill)                                     \
-    {                                                                                                            \
-        uint16_t lanes[8] = {0};                                                                                 \
-        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i] = p[i];                                              \
-        return _mm256_blendv_ps(fill, E##_load(lanes), _mm256_castsi256_ps(f32_mask(n)));                        \
-    }                                                                                                            \
-    NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, __m256 v)                                               \
-    {                                                                                                            \
-        uint16_t lanes[8];                                                                                       \
-        E##_store(lanes, v);                                                                                     \
-        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i] = lanes[i];                                              \
+#define NX_HALF(E)                                                                                            \
+    NX_INLINE __m256 E##_load(const uint16_t *p) { return nx_from_##E(_mm_loadu_si128((const __m128i *)p)); } \
+    NX_INLINE void E##_store(uint16_t *p, __m256 v) { _mm_storeu_si128((__m128i *)p, nx_to_##E(v)); }         \
+    NX_INLINE void E##_stream(uint16_t *p, __m256 v) { _mm_stream_si128((__m128i *)p, nx_to_##E(v)); }        \
+    NX_INLINE __m256 E##_load_n(const uint16_t *p, ptrdiff_t n, __m256 fill)                                  \
+    {                                                                                                         \
+        uint16_t lanes[8] = {0};                                                                              \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i] = p[i];                                           \
+        return _mm256_blendv_ps(fill, E##_load(lanes), _mm256_castsi256_ps(f32_mask(n)));                     \
+    }                                                                                                         \
+    NX_INLINE void E##_store_n(uint16_t *p, ptrdiff_t n, __m256 v)                                            \
+    {                                                                                                         \
+        uint16_t lanes[8];                                                                                    \
+        E##_store(lanes, v);                                                                                  \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i] = lanes[i];                                           \
     }
 NX_HALF(f16)
 NX_HALF(bf16)
@@ -247,27 +231,27 @@ NX_INLINE double f64_sum(f64_t v) { return v; }
 #endif
 
 enum { f32_SIDE = 1, f64_SIDE = 1 };
-#define NX_TRANSPOSE1(E, T)                                                              \
+#define NX_TRANSPOSE1(E, T)                                                                \
     NX_INLINE void E##_transpose(const T *p, ptrdiff_t p_stride, T *q, ptrdiff_t q_stride) \
-    {                                                                                    \
-        (void)p_stride, (void)q_stride;                                                  \
-        *q = *p;                                                                         \
+    {                                                                                      \
+        (void)p_stride, (void)q_stride;                                                    \
+        *q = *p;                                                                           \
     }
 NX_TRANSPOSE1(f32, float)
 NX_TRANSPOSE1(f64, double)
 
-#define NX_GENERIC(E, T)                                                                 \
-    NX_INLINE E##_t E##_load(const T *p)                                                 \
-    {                                                                                    \
-        E##_t v;                                                                         \
-        memcpy(&v, p, sizeof v);                                                         \
-        return v;                                                                        \
-    }                                                                                    \
-    NX_INLINE void E##_store(T *p, E##_t v) { memcpy(p, &v, sizeof v); }                 \
-    NX_INLINE void E##_stream(T *p, E##_t v) { E##_store(p, v); }                        \
-    NX_INLINE E##_t E##_set(T a) { return a - (E##_t){0}; }                              \
-    NX_INLINE E##_t E##_add(E##_t a, E##_t b) { return a + b; }                          \
-    NX_INLINE E##_t E##_sub(E##_t a, E##_t b) { return a - b; }                          \
+#define NX_GENERIC(E, T)                                                 \
+    NX_INLINE E##_t E##_load(const T *p)                                 \
+    {                                                                    \
+        E##_t v;                                                         \
+        memcpy(&v, p, sizeof v);                                         \
+        return v;                                                        \
+    }                                                                    \
+    NX_INLINE void E##_store(T *p, E##_t v) { memcpy(p, &v, sizeof v); } \
+    NX_INLINE void E##_stream(T *p, E##_t v) { E##_store(p, v); }        \
+    NX_INLINE E##_t E##_set(T a) { return a - (E##_t){0}; }              \
+    NX_INLINE E##_t E##_add(E##_t a, E##_t b) { return a + b; }          \
+    NX_INLINE E##_t E##_sub(E##_t a, E##_t b) { return a - b; }          \
     NX_INLINE E##_t E##_mul(E##_t a, E##_t b) { return a * b; }
 NX_GENERIC(f32, float)
 NX_GENERIC(f64, double)
@@ -286,19 +270,19 @@ NX_INLINE f64_t f64_fma(f64_t a, f64_t b, f64_t c) { return a * b + c; }
 
 #ifdef NX_PARTIAL_BY_ELEMENT
 /* Too long to be inlined at the end of every loop. */
-#define NX_PARTIAL(E, T)                                                                 \
-    NX_OUTLINE E##_t E##_load_n(const T *p, ptrdiff_t n, E##_t fill)                     \
-    {                                                                                    \
-        T lanes[E##_W];                                                                  \
-        E##_store(lanes, fill);                                                          \
-        for (ptrdiff_t i = 0; i < n && i < E##_W; i++) lanes[i] = p[i];                  \
-        return E##_load(lanes);                                                          \
-    }                                                                                    \
-    NX_OUTLINE void E##_store_n(T *p, ptrdiff_t n, E##_t v)                              \
-    {                                                                                    \
-        T lanes[E##_W];                                                                  \
-        E##_store(lanes, v);                                                             \
-        for (ptrdiff_t i = 0; i < n && i < E##_W; i++) p[i] = lanes[i];                  \
+#define NX_PARTIAL(E, T)                                                \
+    NX_OUTLINE E##_t E##_load_n(const T *p, ptrdiff_t n, E##_t fill)    \
+    {                                                                   \
+        T lanes[E##_W];                                                 \
+        E##_store(lanes, fill);                                         \
+        for (ptrdiff_t i = 0; i < n && i < E##_W; i++) lanes[i] = p[i]; \
+        return E##_load(lanes);                                         \
+    }                                                                   \
+    NX_OUTLINE void E##_store_n(T *p, ptrdiff_t n, E##_t v)             \
+    {                                                                   \
+        T lanes[E##_W];                                                 \
+        E##_store(lanes, v);                                            \
+        for (ptrdiff_t i = 0; i < n && i < E##_W; i++) p[i] = lanes[i]; \
     }
 NX_PARTIAL(f32, float)
 NX_PARTIAL(f64, double)
@@ -340,22 +324,22 @@ NX_INLINE uint16_t nx_to_f16(float x)
     else u = (u - (112u << 23) + 0xfff + (u >> 13 & 1)) >> 13;
     return (uint16_t)(sign | u);
 }
-#define NX_HALF(E)                                                                       \
-    NX_OUTLINE f32_t E##_load_n(const uint16_t *p, ptrdiff_t n, f32_t fill)              \
-    {                                                                                    \
-        float lanes[f32_W];                                                              \
-        f32_store(lanes, fill);                                                          \
-        for (ptrdiff_t i = 0; i < n && i < f32_W; i++) lanes[i] = nx_from_##E(p[i]);     \
-        return f32_load(lanes);                                                          \
-    }                                                                                    \
-    NX_OUTLINE void E##_store_n(uint16_t *p, ptrdiff_t n, f32_t v)                       \
-    {                                                                                    \
-        float lanes[f32_W];                                                              \
-        f32_store(lanes, v);                                                             \
-        for (ptrdiff_t i = 0; i < n && i < f32_W; i++) p[i] = nx_to_##E(lanes[i]);       \
-    }                                                                                    \
+#define NX_HALF(E)                                                                           \
+    NX_OUTLINE f32_t E##_load_n(const uint16_t *p, ptrdiff_t n, f32_t fill)                  \
+    {                                                                                        \
+        float lanes[f32_W];                                                                  \
+        f32_store(lanes, fill);                                                              \
+        for (ptrdiff_t i = 0; i < n && i < f32_W; i++) lanes[i] = nx_from_##E(p[i]);         \
+        return f32_load(lanes);                                                              \
+    }                                                                                        \
+    NX_OUTLINE void E##_store_n(uint16_t *p, ptrdiff_t n, f32_t v)                           \
+    {                                                                                        \
+        float lanes[f32_W];                                                                  \
+        f32_store(lanes, v);                                                                 \
+        for (ptrdiff_t i = 0; i < n && i < f32_W; i++) p[i] = nx_to_##E(lanes[i]);           \
+    }                                                                                        \
     NX_INLINE f32_t E##_load(const uint16_t *p) { return E##_load_n(p, f32_W, f32_set(0)); } \
-    NX_INLINE void E##_store(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }         \
+    NX_INLINE void E##_store(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }             \
     NX_INLINE void E##_stream(uint16_t *p, f32_t v) { E##_store_n(p, f32_W, v); }
 NX_HALF(f16)
 NX_HALF(bf16)

@@ -105,7 +105,6 @@ cdef int normalize_channels(int type, Py_ssize_t outer, Py_ssize_t channels, Py_
 cdef int channels_backward(int type, Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner, const void *x, const void *dy, void *dx,
                            const void *gamma, int training, const double *mean, const double *rstd, double *dgamma,
                            double *dbeta) noexcept with gil:
-    cdef const nx_kernels *k
     cdef Py_ssize_t size = outer * channels * inner, j
     cdef double count = <double> outer * <double> inner
     if bad(type, outer, channels, inner) or (channels and NULL in (dgamma, dbeta)) or (size and NULL in (x, dy, dx, mean, rstd)):

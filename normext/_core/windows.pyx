@@ -64,8 +64,8 @@ cdef void gather_plane(const floating *image, Py_ssize_t H, Py_ssize_t W, Window
         column += g.ow
 
 
-cdef void scatter_plane(const nx_kernels *k, const floating *column, Py_ssize_t H, Py_ssize_t W, Windows g, Py_ssize_t ky, Py_ssize_t kx, Py_ssize_t first,
-                        Py_ssize_t last, floating *image) noexcept nogil:
+cdef void scatter_plane(const nx_kernels *k, const floating *column, Py_ssize_t H, Py_ssize_t W, Windows g, Py_ssize_t ky,
+                        Py_ssize_t kx, Py_ssize_t first, Py_ssize_t last, floating *image) noexcept nogil:
     """The adjoint of gather_plane: adds the column to where it came from."""
     cdef Py_ssize_t dx = kx * g.dw - g.pw, oy, ox, y
     cdef Py_ssize_t start = min(g.ow, first_inside(dx, g.sw, 0)), end = max(start, end_inside(dx, g.sw, W, g.ow))
