@@ -2,7 +2,8 @@
 
     python -m bench                   # norms, windows, whole training; on one thread and on all
     python -m bench norms --quick     # one part, a few shapes
-    python -m bench readme            # the figures of the last run into README.md
+    python -m bench models            # whole models in PyTorch, before and after normext.torch.accelerate
+    python -m bench readme            # the figures of the last run into README.md and docs/pytorch.md
 
 A ratio is the peer's time over ours. Results are written into --out: JSON, a table (Markdown), charts (PNG).
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import models, report
 from bench.timing import available_cores
 from bench.worker import PARTS, selected
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     if options.part == "readme":
         report.write_readme(Path("README.md"), options.out)
+        if (options.out / "models.json").exists():
+            report.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
         return 0
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
@@ -43,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{PACKAGES[peer]} is not installed, and left out")
         peers = list(filter(installed, peers))
         names = [case.name for case in selected(part, options.quick, options.dtype, options.filter)]
+        if name == "models" and not installed("pytorch"):
+            continue  # nothing is measured without it
         if not names:
             print(f"{name}: no case of these dtypes has {options.filter!r} in its name")
             continue
@@ -64,7 +69,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "readme"], help="default: all three of the measuring ones")
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "readme"], help="default: all that measure")
     parser.add_argument("--quick", action="store_true", help="few shapes, short turns: about two minutes")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name has the text in it")
     parser.add_argument("--peers", type=one_of(PACKAGES), metavar="A,B", help=f"of {', '.join(PACKAGES)}; default: all")

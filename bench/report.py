@@ -11,6 +11,7 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import normext
+from bench import models
 from bench.cases import BOTH
 from bench.timing import available_cores, private_cache
 from normext.studies.report_text import table
@@ -37,7 +38,7 @@ def write(folder: Path, part: str, records: list[Record], quick: bool, load: flo
     folder.mkdir(parents=True, exist_ok=True)
     results = {"format": 1, "part": part, "quick": quick, "machine": {**machine(), "load": load}, "records": records}
     (folder / f"{part}.json").write_text(json.dumps(results, indent=1) + "\n")
-    tables = norms_text(records) if part == "norms" else plain_text(records)
+    tables = {"norms": norms_text, "models": models.text}.get(part, plain_text)(records)
     (folder / f"{part}.md").write_text(f"# normext beside its peers: {part}\n\n{described(results)}\n\n{tables}\n")
     print("", *summary(records), f"written to {folder}/{part}.*", sep="\n")
     if part == "norms":
@@ -291,11 +292,16 @@ def write_readme(readme: Path, folder: Path) -> None:
     FileNotFoundError
         If there are no results of norms.
     """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} must have the lines {BEGIN} and {END} once, in this order")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    readme.write_text(f"{before}{BEGIN}\n{readme_figures(folder)}\n{after}", encoding="utf-8")
+    write_between(readme, BEGIN, END, readme_figures(folder))
+
+
+def write_between(page: Path, begin: str, end: str, figures: str) -> None:
+    """Put figures between two marks of a page, which must be there once, in this order."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page} must have the lines {begin} and {end} once, in this order")
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    page.write_text(f"{before}{begin}\n{figures}\n{after}", encoding="utf-8")
 
 
 def readme_figures(folder: Path) -> str:

@@ -17,7 +17,12 @@ from bench.timing import Entrant, quartiles, take_turns
 
 __all__ = ["PARTS", "selected"]
 
-PARTS = {"norms": "bench.peers", "windows": "bench.windows", "training": "bench.training"}
+PARTS = {
+    "norms": "bench.peers",
+    "windows": "bench.windows",
+    "training": "bench.training",
+    "models": "bench.models",
+}
 # Loose: they are to find a side that computes something else, not to judge how exact it is.
 TOLERANCES = {"float64": 1e-7, "float32": 5e-3, "float16": 5e-2, "bfloat16": 2e-1}
 COMPARED = 1_000_000  # elements of a large array, evenly spread

@@ -39,6 +39,19 @@ class Cache:
     @property
     def activation(self) -> Literal["relu"] | None: ...
 
+def new_cache(
+    norm: str,
+    x: _Floats,
+    gamma: _Floats | None,
+    beta: _Floats | None,
+    mean: NDArray[np.float64],
+    rstd: NDArray[np.float64],
+    axis: int,
+    eps: float,
+    training: bool,
+    in_place: bool,
+    activation: Literal["relu"] | None = None,
+) -> Cache: ...
 def checked_cache(cache: Cache, norm: str) -> Cache: ...
 def batch_norm(
     x: ArrayLike,

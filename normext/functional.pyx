@@ -97,8 +97,9 @@ cdef class Cache:
     cdef bint in_place
 
 
-cdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd, int axis,
-                     double eps, bint training, bint in_place, str activation=None):
+cpdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd, int axis,
+                      double eps, bint training, bint in_place, str activation=None):
+    """From its parts; `normext.torch` puts together again what autograd has kept apart."""
     cdef Cache cache = Cache.__new__(Cache)
     cache.norm = norm
     cache.x, cache.gamma, cache.beta, cache.mean, cache.rstd = x, gamma, beta, mean, rstd

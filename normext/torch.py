@@ -1,0 +1,943 @@
+"""PyTorch's norms with normext's loops: the functions of `torch.nn.functional`, and a switch for whole models.
+
+`batch_norm`, `layer_norm`, `group_norm`, `instance_norm` and `rms_norm` take PyTorch's arguments and mean by them what
+PyTorch means. `accelerate` puts them into the norm modules of a model, `restore` takes them out.
+
+Tensors and arrays share their memory, both ways. What the loops do not take (another device, a dtype or an argument
+that does not fit, a transform of `torch.func`, ...), and what is so small that PyTorch is done sooner, is left to
+PyTorch's own function, which also raises its own errors.
+
+There are two ways in. Eager calls go through `torch.autograd.Function`, or straight to the loops where no gradient is
+wanted: a custom operator of `torch.library` costs some 20 microseconds more. `torch.compile` sees the operators
+``normext::norm`` and ``normext::norm_backward``, and keeps them whole.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("normext.torch needs torch: pip install normext[torch]") from error
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import functional as F
+
+import normext
+from normext.functional import Cache, new_cache
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
+    "accelerate",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "restore",
+    "rms_norm",
+]
+
+_DTYPES = {torch.float32, torch.float64, torch.float16}
+try:
+    from ml_dtypes import bfloat16 as _bfloat16
+except ImportError:
+    pass
+else:
+    _DTYPES.add(torch.bfloat16)
+
+_TENSORS = (Tensor, nn.Parameter)  # no other subclass: it would be told of PyTorch's functions, not of these
+_NARROW = (torch.float16, torch.bfloat16)  # computed in float32
+
+# By the number of axes: the memory format with the channels last, its axes in the order of memory, and back.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_TO_LAST = {4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+_TO_FIRST = {4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
+
+
+# Tensors and arrays ---------------------------------------------------------------------------------------------------
+
+
+def _array(t: Tensor) -> np.ndarray:
+    """The memory of a tensor as an array; NumPy knows bfloat16 through ml_dtypes alone."""
+    t = t.detach()
+    return t.view(torch.int16).numpy().view(_bfloat16) if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def _tensor(a: np.ndarray) -> Tensor:
+    # Memory from NumPy, not from torch.empty: a large array of its is in huge pages where the system has them, and
+    # takes half the time to fill.
+    return torch.from_numpy(a) if a.dtype.kind == "f" else torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format | None:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = _CHANNELS_LAST.get(x.dim())
+    return last if last is not None and x.is_contiguous(memory_format=last) else None
+
+
+# The passes, compiled -------------------------------------------------------------------------------------------------
+
+# What a call does, apart from its tensors, is said in four words: the norm, by the name of its function in normext; its
+# size, the number of axes of a row (layer and RMS norm) or of groups (group norm); eps; and whether the statistics are
+# those of x, which only batch norm has otherwise.
+_How: TypeAlias = tuple[str, int, float, bool]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    momentum: float,
+    how: _How,
+) -> tuple[Tensor, Cache]:
+    """The tensors mean and var are batch norm's running statistics."""
+    if torch.get_num_threads() != normext.get_num_threads():
+        with normext.threads(torch.get_num_threads()):
+            return _forward(x, weight, bias, mean, var, momentum, how)
+    norm, size, eps, training = how
+    a = _array(x)
+    gamma, beta = None if weight is None else _array(weight), None if bias is None else _array(bias)
+    if norm == "layer_norm":
+        y, cache = normext.layer_norm(a, gamma, beta, axis=-size, eps=eps)
+        return _tensor(y), cache
+    if norm == "rms_norm":
+        y, cache = normext.rms_norm(a, gamma, axis=-size, eps=eps)
+        return _tensor(y), cache
+    last = not x.is_contiguous()
+    if last:
+        a = a.transpose(_TO_LAST[a.ndim])
+    axis = -1 if last else 1
+    if norm == "group_norm":
+        y, cache = normext.group_norm(a, size, gamma, beta, axis=axis, eps=eps)
+    else:
+        running_mean, running_var = None if mean is None else _array(mean), None if var is None else _array(var)
+        if training and var is not None:
+            # PyTorch's running variance is of unbiased ones, n / (n - 1) times those that come here.
+            unbiased = (n := x.numel() // x.shape[1]) / (n - 1)
+            running_var /= unbiased
+        y, cache = normext.batch_norm(
+            a,
+            gamma,
+            beta,
+            running_mean=running_mean,
+            running_var=running_var,
+            training=training,
+            momentum=1 - momentum if training else 1.0,
+            eps=eps,
+            axis=axis,
+        )
+        if training and var is not None:
+            running_var *= unbiased
+            increment_version((mean, var))
+    return _tensor(y.transpose(_TO_FIRST[y.ndim]) if last else y), cache
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gamma: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    how: _How,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, each in its dtype; gamma is the weight as the forward pass had it."""
+    if torch.get_num_threads() != normext.get_num_threads():
+        with normext.threads(torch.get_num_threads()):
+            return _backward(dy, x, weight, bias, gamma, mean, rstd, how)
+    norm, size, eps, training = how
+    axis = x.dim() - size if norm in ("layer_norm", "rms_norm") else 1
+    last = not x.is_contiguous()
+    if last:
+        axis, order = x.dim() - 1, _TO_LAST[x.dim()]
+        dy = dy.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+        a, d = _array(x).transpose(order), _array(dy).transpose(order)
+    else:
+        a, d = _array(x), _array(dy.contiguous())
+    # It is autograd that keeps x, so that what saves memory for it, such as checkpoints, works; a cache that is kept
+    # would keep x too. Of beta a backward pass wants to know only whether there is one.
+    cache = new_cache(norm, a, gamma, None if bias is None else mean, mean, rstd, axis, eps, training, False)
+    dx, *parameters = _BACKWARD[norm](d, cache)
+    dgamma = None if weight is None else torch.from_numpy(parameters[0])
+    dbeta = None if bias is None else torch.from_numpy(parameters[1])
+    if x.dtype in _NARROW and (weight if bias is None else bias) is not None:
+        dgamma, dbeta = (None if p is None else d.to(p.dtype) for p, d in ((weight, dgamma), (bias, dbeta)))
+    return _tensor(dx.transpose(_TO_FIRST[dx.ndim]) if last else dx), dgamma, dbeta
+
+
+_BACKWARD = {
+    "batch_norm": normext.batch_norm_backward,
+    "group_norm": normext.group_norm_backward,
+    "layer_norm": normext.layer_norm_backward,
+    "rms_norm": normext.rms_norm_backward,
+}
+
+
+# The second order -----------------------------------------------------------------------------------------------------
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    how: _How,
+) -> tuple[Tensor, ...]:
+    """What `_backward` computes, of the parameters that are there, in operations that PyTorch differentiates.
+
+    The formulas are in the docstrings of `normext.batch_norm_backward` and its like. Statistics are taken again, for
+    they depend on x; the mean that is known is taken off before, so that data far from zero lose nothing.
+    """
+    norm, size, eps, training = how
+    # As arrays in which the statistics are those of `stats`, and the parameters are shared along `shared`.
+    if norm == "group_norm":
+        groups, channels = (x.shape[0], size, 1, 1), (1, size, x.shape[1] // size, 1)
+        shape, stats, shared = (x.shape[0], size, x.shape[1] // size, -1), (2, 3), (0, 3)
+    elif norm == "batch_norm":
+        groups = channels = (1, x.shape[1], 1)
+        shape, stats, shared = (x.shape[0], x.shape[1], -1), (0, 2), (0, 2)
+    else:
+        groups, channels = (-1, 1), (1, -1)
+        shape, stats, shared = (x.shape[: x.dim() - size].numel(), -1), (1,), (0,)
+    wide = torch.float32 if x.dtype in _NARROW else x.dtype
+    x_, dy = x.to(wide).reshape(shape), dy.to(wide).reshape(shape)
+    g = dy if weight is None else dy * weight.to(wide).reshape(channels)
+    if training:
+        xhat = x_ - mean.to(wide).reshape(groups)
+        if norm != "rms_norm":
+            xhat = xhat - xhat.mean(stats, keepdim=True)
+        r = (xhat.square().mean(stats, keepdim=True) + eps).rsqrt()
+        xhat = xhat * r
+        dx = g - xhat * (g * xhat).mean(stats, keepdim=True)
+        if norm != "rms_norm":
+            dx = dx - g.mean(stats, keepdim=True)
+        dx = dx * r
+    else:
+        r = rstd.to(wide).reshape(groups)
+        xhat, dx = (x_ - mean.to(wide).reshape(groups)) * r, g * r
+    results = [dx.reshape(x.shape).to(x.dtype)]
+    if weight is not None:
+        results.append((dy * xhat).sum(shared).reshape(weight.shape).to(weight.dtype))
+    if bias is not None:
+        results.append(dy.sum(shared).reshape(bias.shape).to(bias.dtype))
+    return tuple(results)
+
+
+def _second_order(
+    grads: Sequence[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    how: _How,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of dy, x and weight, of those of dx, dweight and dbias."""
+    grads = tuple(grad for grad, of in zip(grads, (x, weight, bias)) if of is not None)
+    if weight is None:
+        _, vjp = torch.func.vjp(lambda dy, x: _gradients(dy, x, None, bias, mean, rstd, how), dy, x)
+        return (*vjp(grads), None)
+    _, vjp = torch.func.vjp(lambda dy, x, weight: _gradients(dy, x, weight, bias, mean, rstd, how), dy, x, weight)
+    return vjp(grads)
+
+
+# For eager calls ------------------------------------------------------------------------------------------------------
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, how):
+        y, cache = _forward(x, weight, bias, running_mean, running_var, momentum, how)
+        # Of bias nothing is needed but that it is there: it may change before the backward pass.
+        ctx.rest = bias, cache.gamma, cache.mean, cache.rstd, how
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        backward = _NormBackward.apply if torch.is_grad_enabled() else _backward
+        return *backward(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+class _NormBackward(Function):
+    @staticmethod
+    def forward(ctx, dy, x, weight, bias, gamma, mean, rstd, how):
+        ctx.rest = bias, torch.from_numpy(mean), torch.from_numpy(rstd), how
+        ctx.save_for_backward(dy, x, weight)
+        return _backward(dy, x, weight, bias, gamma, mean, rstd, how)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_second_order(grads, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+
+
+# For torch.compile ----------------------------------------------------------------------------------------------------
+
+# Operators return tensors alone: an empty one stands for none.
+
+
+def _statistics_shape(x: Tensor, norm: str, size: int) -> Sequence[int]:
+    if norm in ("layer_norm", "rms_norm"):
+        return x.shape[: x.dim() - size]
+    return x.shape[1:2] if norm == "batch_norm" else (x.shape[0], size)
+
+
+@torch.library.custom_op("normext::norm", mutates_args=(), device_types="cpu")
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm: str,
+    size: int,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, rstd and, for batch norm in training, the unbiased variance."""
+    var = x.new_empty(0, dtype=torch.float64)
+    if norm == "batch_norm" and training:
+        running_mean, var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+        running_var = var
+    y, cache = _forward(x, weight, bias, running_mean, running_var, 1.0, (norm, size, eps, training))
+    return y, *(torch.from_numpy(np.ascontiguousarray(a)) for a in (cache.mean, cache.rstd)), var
+
+
+@_norm.register_fake
+def _(x, weight, bias, running_mean, running_var, norm, size, eps, training):
+    statistics = _statistics_shape(x, norm, size)
+    mean, rstd = (x.new_empty(statistics, dtype=torch.float64) for _ in range(2))
+    var = x.new_empty(statistics if norm == "batch_norm" and training else 0, dtype=torch.float64)
+    return torch.empty_like(x), mean, rstd, var
+
+
+@torch.library.custom_op("normext::norm_backward", mutates_args=(), device_types="cpu")
+def _norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+    size: int,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = _statistics_shape(x, norm, size)
+    if not (_memory_format(x) and x.shape == dy.shape and mean.shape == rstd.shape == statistics):
+        raise ValueError(f"the shapes do not fit: {[tuple(t.shape) for t in (dy, x, mean, rstd)]}")
+    if weight is not None and weight.shape != (x.shape[-size:] if norm in ("layer_norm", "rms_norm") else x.shape[1:2]):
+        raise ValueError(f"weight has the shape {tuple(weight.shape)}, and x {tuple(x.shape)}")
+    wide = np.float64 if x.dtype == torch.float64 else np.float32
+    gamma = None if weight is None else np.ascontiguousarray(_array(weight), wide)
+    gradients = _backward(dy, x, weight, bias, gamma, _array(mean), _array(rstd), (norm, size, eps, training))
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@_norm_backward.register_fake
+def _(dy, x, weight, bias, mean, rstd, norm, size, eps, training):
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, weight, bias))
+
+
+def _save_norm(ctx, inputs, output):
+    x, weight, bias, _, _, *ctx.how = inputs
+    _, mean, rstd, _ = output
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _norm_autograd(ctx, dy, *_):
+    x, weight, bias, *statistics = ctx.saved_tensors
+    gradients = _norm_backward(dy, x, weight, bias, *statistics, *ctx.how)
+    wanted = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad)]
+    return *wanted, *[None] * 6
+
+
+def _save_norm_backward(ctx, inputs, output):
+    *tensors, norm, size, eps, training = inputs
+    ctx.how = norm, size, eps, training
+    ctx.save_for_backward(*tensors)
+
+
+def _norm_backward_autograd(ctx, *grads):
+    return *_second_order(grads, *ctx.saved_tensors, ctx.how), *[None] * 7
+
+
+_norm.register_autograd(_norm_autograd, setup_context=_save_norm)
+_norm_backward.register_autograd(_norm_backward_autograd, setup_context=_save_norm_backward)
+
+
+# The functions --------------------------------------------------------------------------------------------------------
+
+
+_EPS = {dtype: torch.finfo(torch.float32 if dtype in _NARROW else dtype).eps for dtype in _DTYPES}
+
+
+class _Smallest(NamedTuple):
+    """How many numbers x must have at least, without and with a backward pass."""
+
+    inference: int
+    training: int
+
+
+# Below, PyTorch's own functions are done sooner. A call costs here some 10 microseconds more than there and a backward
+# pass 15 more, all in Python; the loops have to win that back. Measured in float32 with PyTorch 2.13, on one and two
+# cores of a Xeon with AVX-512: the power of two from which on no size took longer. Beyond its caches PyTorch waits for
+# memory as these loops do, and layer norm, group norm and an evaluated batch norm gain only with arrays of 8 MiB and
+# more, which are in huge pages and written past the caches.
+_SMALLEST = {
+    "batch_norm": _Smallest(1 << 15, 1 << 17),
+    "batch_norm of small images": _Smallest(1 << 18, 1 << 18),
+    "batch_norm by columns": _Smallest(1 << 20, 1 << 20),
+    "batch_norm in evaluation": _Smallest(1 << 22, 1 << 22),
+    "layer_norm": _Smallest(1 << 22, 1 << 21),
+    "rms_norm": _Smallest(1 << 11, 1 << 11),
+    "group_norm": _Smallest(1 << 22, 1 << 20),
+    "instance_norm": _Smallest(1 << 12, 1 << 14),
+}
+# Pixels. With fewer, batch norm gains less, and group and instance norm are slower at any size.
+_SMALLEST_IMAGE = 64
+
+
+def _long_runs(x: Tensor) -> bool:
+    """Whether each channel of x (N, C, ...) has as many numbers in an example as are worth a run of their own."""
+    return x.numel() >= _SMALLEST_IMAGE * x.shape[0] * x.shape[1]
+
+
+def _takes(kind: str, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: Any) -> bool:
+    """Whether the loops take such a call; the parameters must have that shape."""
+    dtype = x.dtype
+    if not (
+        type(x) in _TENSORS
+        and x.numel() >= _SMALLEST[kind][torch.is_grad_enabled() and x.requires_grad]
+        and dtype in _DTYPES
+        and x.is_cpu
+        and x.layout is torch.strided
+        and type(eps) in (float, int)
+        and 0 <= eps < math.inf
+    ):
+        return False
+    parameter = dtype
+    for p in (weight, bias):
+        if p is not None:
+            parameter = p.dtype
+            if not (
+                (parameter is dtype or (parameter is torch.float32 and dtype in _NARROW))
+                and type(p) in _TENSORS
+                and p.shape == shape
+                and p.is_contiguous()
+                and p.is_cpu
+            ):
+                return False
+    if weight is not None and weight.dtype is not parameter and bias is not None:
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()  # what is exported should run without normext
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or x.is_neg()
+    )
+
+
+def _takes_rows(kind: str, x: Any, row: Any, weight: Any, bias: Any, eps: Any) -> bool:
+    """The same for layer and RMS norm."""
+    return (
+        isinstance(x, Tensor)
+        and not x.is_nested  # which has no shape to ask for
+        and isinstance(row, tuple | list)
+        and 0 < len(row) <= x.dim()
+        and _takes(kind, x, shape := x.shape[-len(row) :], weight, bias, eps)
+        and shape == tuple(row)
+    )
+
+
+def _batch_kind(x: Tensor, training: Any) -> str:
+    if not training:
+        return "batch_norm in evaluation"
+    if x.dim() == 2 or not x.is_contiguous():
+        return "batch_norm by columns"
+    return "batch_norm" if _long_runs(x) else "batch_norm of small images"
+
+
+def _takes_running(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: Any,
+    momentum: Any,
+    eps: float,
+) -> bool:
+    """Whether batch norm's other arguments fit, too."""
+    if training is True:
+        if x.numel() == shape[0] or eps == 0 or not (isinstance(momentum, float | int) and 0 <= momentum <= 1):
+            return False
+        if mean is None and var is None:
+            return True
+    elif training is not False:
+        return False
+    parameter = bias if weight is None else weight
+    dtypes = (x.dtype, torch.float32 if x.dtype in _NARROW else x.dtype) if parameter is None else (parameter.dtype,)
+    return all(
+        type(running) in _TENSORS
+        and running.shape == shape
+        and running.dtype in dtypes
+        and running.is_cpu
+        and running.layout is torch.strided
+        and running.is_contiguous()
+        and not running.requires_grad
+        for running in (mean, var)
+    )
+
+
+def _walkable(x: Tensor) -> Tensor:
+    """x (N, C, ...) where it lies in a memory format, else a contiguous copy."""
+    return x.contiguous() if _memory_format(x) is None else x
+
+
+def _normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    how: _How,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+) -> Tensor:
+    """A call that the loops take."""
+    if torch.compiler.is_compiling():
+        y, mean, _, var = _norm(x, weight, bias, running_mean, running_var, *how)
+        if how[3] and running_mean is not None:
+            with torch.no_grad():
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_(var.to(running_var.dtype), momentum)
+        return y
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Norm.apply(x, weight, bias, running_mean, running_var, momentum, how)
+    return _forward(x, weight, bias, running_mean, running_var, momentum, how)[0]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, computed by `normext.batch_norm`.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, ...)
+        float32, float64, float16, or bfloat16 where ml_dtypes is installed.
+    running_mean, running_var : Tensor of shape (C,), or None
+        In training they are updated in place where given, as PyTorch updates them: by the unbiased variance.
+    weight, bias : Tensor of shape (C,), optional
+        Scale and shift. Default: 1 and 0.
+    training : bool, default False
+        Whether to normalize with the batch's statistics or with the running ones.
+    momentum : float, default 0.1
+        The share of the batch's statistics in the updated running ones: one minus that of `normext.batch_norm`.
+    eps : float, default 1e-5
+        Added to the variance.
+
+    Returns
+    -------
+    Tensor
+        In the shape, dtype and memory format of input.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As PyTorch's own function, which is called where these arguments do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> mean, var = torch.zeros(2), torch.ones(2)
+    >>> normext.torch.batch_norm(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), mean, var, training=True, eps=1e-8)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    >>> mean
+    tensor([0.2000, 0.4000])
+    """
+    if not (
+        isinstance(input, Tensor)
+        and input.dim() >= 2
+        and not input.is_nested
+        and _takes(_batch_kind(input, training), input, shape := input.shape[1:2], weight, bias, eps)
+        and _takes_running(input, shape, weight, bias, running_mean, running_var, training, momentum, eps)
+    ):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    how, x, mean, var = ("batch_norm", 0, eps, training), _walkable(input), running_mean, running_var
+    narrow = mean is not None and mean.dtype in _NARROW
+    if narrow:
+        mean, var = mean.float(), var.float()
+    y = _normalized(x, weight, bias, how, mean, var, momentum)
+    if narrow and training:
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    return y
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm`, computed by `normext.layer_norm`.
+
+    Parameters
+    ----------
+    input : Tensor, shape (..., *normalized_shape)
+        As of `batch_norm`.
+    normalized_shape : sequence of int
+        The shape of a row: of the last axes, over which mean and variance are taken.
+    weight, bias : Tensor of shape normalized_shape, optional
+        Scale and shift. Default: 1 and 0.
+    eps : float, default 1e-5
+        Added to the variance.
+
+    Returns
+    -------
+    Tensor
+        In the shape and dtype of input, contiguous.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        As PyTorch's own function, which is called where these arguments do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> normext.torch.layer_norm(torch.tensor([[1.0, 3.0], [2.0, 6.0]]), [2], eps=0.0)
+    tensor([[-1.,  1.],
+            [-1.,  1.]])
+    """
+    if _takes_rows("layer_norm", input, normalized_shape, weight, bias, eps):
+        return _normalized(input.contiguous(), weight, bias, ("layer_norm", len(normalized_shape), eps, True))
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`torch.nn.functional.rms_norm`, computed by `normext.rms_norm`.
+
+    Parameters
+    ----------
+    input : Tensor, shape (..., *normalized_shape)
+        As of `batch_norm`.
+    normalized_shape : sequence of int
+        The shape of a row: of the last axes, over which the mean square is taken.
+    weight : Tensor of shape normalized_shape, optional
+        Scale. Default: 1.
+    eps : float, optional
+        Added to the mean square. Default: as PyTorch has it, that of the type in which input is computed: 1.2e-7, or
+        2.2e-16 for float64.
+
+    Returns
+    -------
+    Tensor
+        In the shape and dtype of input, contiguous.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        As PyTorch's own function, which is called where these arguments do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> normext.torch.rms_norm(torch.tensor([[3.0, 4.0, 0.0, 0.0]]), [4])
+    tensor([[1.2000, 1.6000, 0.0000, 0.0000]])
+    """
+    added = _EPS.get(getattr(input, "dtype", None)) if eps is None else eps
+    if _takes_rows("rms_norm", input, normalized_shape, weight, None, added):
+        return _normalized(input.contiguous(), weight, None, ("rms_norm", len(normalized_shape), added, True))
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`torch.nn.functional.group_norm`, computed by `normext.group_norm`.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, ...)
+        As of `batch_norm`.
+    num_groups : int
+        Divides C. Mean and variance are taken over a group of neighbouring channels of one example.
+    weight, bias : Tensor of shape (C,), optional
+        Scale and shift. Default: 1 and 0.
+    eps : float, default 1e-5
+        Added to the variance.
+
+    Returns
+    -------
+    Tensor
+        In the shape, dtype and memory format of input.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As PyTorch's own function, which is called where these arguments do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> normext.torch.group_norm(torch.tensor([[1.0, 3.0, 2.0, 6.0]]), 2, eps=0.0)
+    tensor([[-1.,  1., -1.,  1.]])
+    """
+    if (
+        isinstance(input, Tensor)
+        and input.dim() >= 2
+        and not input.is_nested
+        and isinstance(num_groups, int)
+        and num_groups > 0
+        and input.shape[1] % num_groups == 0
+        and _long_runs(input)
+        and input.numel() > num_groups  # one example of groups of one number: PyTorch refuses it
+        and _takes("group_norm", input, input.shape[1:2], weight, bias, eps)
+    ):
+        return _normalized(_walkable(input), weight, bias, ("group_norm", num_groups, eps, True))
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm`, computed by `normext.instance_norm`.
+
+    Parameters
+    ----------
+    input : Tensor, shape (N, C, ...)
+        As of `batch_norm`.
+    running_mean, running_var, use_input_stats, momentum
+        As PyTorch has them. With running statistics the call is left to PyTorch.
+    weight, bias : Tensor of shape (C,), optional
+        Scale and shift. Default: 1 and 0.
+    eps : float, default 1e-5
+        Added to the variance.
+
+    Returns
+    -------
+    Tensor
+        In the shape, dtype and memory format of input.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As PyTorch's own function, which is called where these arguments do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> normext.torch.instance_norm(torch.tensor([[[1.0, 3.0], [2.0, 6.0]]]), eps=0.0)
+    tensor([[[-1.,  1.],
+             [-1.,  1.]]])
+    """
+    if (
+        use_input_stats is True
+        and running_mean is None
+        and running_var is None
+        and isinstance(input, Tensor)
+        and input.dim() >= 3
+        and not input.is_nested
+        and _long_runs(input)
+        and input.numel() > input.shape[0] * input.shape[1]  # PyTorch refuses channels of one number
+        and _takes("instance_norm", input, input.shape[1:2], weight, bias, eps)
+    ):
+        return _normalized(_walkable(input), weight, bias, ("group_norm", input.shape[1], eps, True))
+    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+# The modules ----------------------------------------------------------------------------------------------------------
+
+
+class _BatchNorm:
+    """What `torch.nn.BatchNorm1d` and its like do, with `batch_norm` above."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        own = self.training or self.running_mean is None  # the batch's own statistics
+        running = (self.running_mean, self.running_var) if self.track_running_stats or not own else (None, None)
+        momentum = self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # the mean of all batches so far
+                momentum = 1 / float(self.num_batches_tracked)
+        return batch_norm(input, *running, self.weight, self.bias, own, 0.0 if momentum is None else momentum, self.eps)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` with `batch_norm`."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with `batch_norm`."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` with `batch_norm`."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` with `layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` with `rms_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm` with `group_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _InstanceNorm:
+    """What `torch.nn.InstanceNorm1d` and its like do, with `instance_norm` above: they call this with a batch."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        own = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return instance_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """`torch.nn.InstanceNorm1d` with `instance_norm`."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` with `instance_norm`."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` with `instance_norm`."""
+
+
+_OURS = {
+    getattr(nn, ours.__name__): ours
+    for ours in (
+        *(BatchNorm1d, BatchNorm2d, BatchNorm3d, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
+        *(GroupNorm, LayerNorm, RMSNorm),
+    )
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def _exchange(model: nn.Module, classes: dict[type, type]) -> int:
+    modules = [module for module in model.modules() if type(module) in classes]
+    for module in modules:
+        module.__class__ = classes[type(module)]
+    return len(modules)
+
+
+def accelerate(model: nn.Module) -> int:
+    """Have the norms of a model computed by normext.
+
+    Its modules `BatchNorm1d`, `2d` and `3d`, `InstanceNorm1d`, `2d` and `3d`, `GroupNorm`, `LayerNorm` and `RMSNorm` of
+    `torch.nn` become those of this module, in place: parameters, buffers, hooks, mode and the keys of the state stay.
+    Modules of other classes that are derived from these, such as `SyncBatchNorm`, are left as they are.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It may be a norm itself.
+
+    Returns
+    -------
+    int
+        How many modules were changed; one that occurs in several places counts once.
+
+    See Also
+    --------
+    restore : the way back.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+    >>> normext.torch.accelerate(model)
+    1
+    >>> normext.torch.restore(model)
+    1
+    """
+    return _exchange(model, _OURS)
+
+
+def restore(model: nn.Module) -> int:
+    """Undo `accelerate`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        One that may have been accelerated, in part or as a whole.
+
+    Returns
+    -------
+    int
+        How many modules were changed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import normext.torch
+    >>> normext.torch.restore(torch.nn.LayerNorm(4))
+    0
+    """
+    return _exchange(model, _THEIRS)
