@@ -3,6 +3,7 @@
     python -m bench                   # norms, windows, whole training; on one thread and on all
     python -m bench norms --quick     # one part, a few shapes
     python -m bench models            # whole models in PyTorch, before and after normext.torch.accelerate
+    python -m bench distributed       # batch norm and training on several ranks of MPI
     python -m bench readme            # the figures of the last run into README.md and docs/pytorch.md
 
 A ratio is the peer's time over ours. Results are written into --out: JSON, a table (Markdown), charts (PNG).
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import models, report
+from bench import distributed, models, report
 from bench.timing import available_cores
 from bench.worker import PARTS, selected
 
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_readme(Path("README.md"), options.out)
         if (options.out / "models.json").exists():
             report.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
+        return 0
+    if options.part == "distributed":
+        distributed.main(options.out, options.quick)
         return 0
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5:
@@ -69,7 +73,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "readme"], help="default: all that measure")
+    parser.add_argument(
+        "part", nargs="?", choices=[*PARTS, "distributed", "readme"], help=f"default: {', '.join(PARTS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes, short turns: about two minutes")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name has the text in it")
     parser.add_argument("--peers", type=one_of(PACKAGES), metavar="A,B", help=f"of {', '.join(PACKAGES)}; default: all")

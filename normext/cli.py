@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,6 +98,12 @@ def _add_studies(commands: argparse._SubParsersAction) -> None:
     options.add_argument("--seed", type=_seed, default=231, metavar="N", help="seed of the trainings (default: 231)")
     options.add_argument("--quick", action="store_true", help="fewer trainings and epochs: enough to see the effects")
     options.add_argument("--fresh", action="store_true", help="run again what is finished")
+    options.add_argument(
+        "--mpi",
+        action="store_true",
+        help="train on all processes that mpiexec has started, each with its part of every batch: mpiexec -n 4 normext "
+        "study deep --mpi (needs normext[mpi])",
+    )
     epilog = (
         "Histories (JSON, CSV), plots (PNG) and report.md go to a folder of the study's name. An interrupted study "
         "goes on from its last finished training when it is started again with the same options; with others it "
@@ -153,5 +160,14 @@ def _study(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise _UserError(error) from error
     studies = [study for study in arguments.studies if study.name.endswith(arguments.norm)]
-    run_studies(studies, data, arguments.out, seed=arguments.seed, quick=arguments.quick, fresh=arguments.fresh)
+    run = partial(
+        run_studies, studies, data, arguments.out, seed=arguments.seed, quick=arguments.quick, fresh=arguments.fresh
+    )
+    if not arguments.mpi:
+        run()
+        return 0
+    from normext.distributed import MPI, abort_on_error
+
+    with abort_on_error():
+        run(comm=MPI.COMM_WORLD)
     return 0

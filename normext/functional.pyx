@@ -30,7 +30,7 @@ from normext._core.kernels cimport (
     nx_any_outside,
     nx_inverse_stds,
     nx_kernels,
-    read_statistic,
+    read_moments,
     update_statistic,
 )
 from normext._core.runs cimport (
@@ -276,7 +276,7 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError("out must be writable, but it is read-only")
     for i in range(cnp.PyArray_NDIM(array)):
-        if cnp.PyArray_STRIDE(array, i) == 0 and cnp.PyArray_DIM(array, i) > 1:
+        if cnp.PyArray_STRIDE(array, i) == 0 and cnp.PyArray_DIM(array, i) > 1 and cnp.PyArray_SIZE(array) > 0:
             raise ValueError(f"out must have its own memory for every element, got strides {(<object> array).strides}")
     if not same_memory(array, over) and overlaps(array, over):
         raise ValueError(f"out must be {over_name} itself or share no memory with it, but it overlaps {over_name}")
@@ -477,9 +477,7 @@ cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cn
                                  data(beta), training, eps, relu, mean, rstd, var, running)
     if not training:
         if running != NULL:
-            read_statistic(running.mean, 0, layout.channels, mean)
-            read_statistic(running.var, 0, layout.channels, rstd)
-            nx_inverse_stds(rstd, layout.channels, eps)
+            read_moments(running, 0, layout.channels, eps, mean, rstd)
         return affine_runs(kernels, Runs(layout.outer, layout.channels, layout.inner, 0),
                            Operand(x_.data, x_.run_stride, x_.group_stride), Operand(y_.data, y_.run_stride, y_.group_stride),
                            data(gamma), data(beta), relu, mean, rstd)
@@ -506,7 +504,7 @@ cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, c
 
 cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
                                  double eps, bint relu, cnp.ndarray mean, cnp.ndarray rstd, const Running *running) except -1:
-    """batch_forward for arrays that have no layout, or no elements."""
+    """batch_forward for arrays that have no layout."""
     cdef BatchLayout layout
     cdef cnp.ndarray x_block, y_block, block_mean, block_rstd, block_var
     cdef Py_ssize_t all_channels = mean.shape[0]
@@ -528,10 +526,9 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         rstd[:] = m2 / (x.size // x.shape[axis])
         update_statistic(running.mean, 0, all_channels, running.momentum, doubles(mean))
         update_statistic(running.var, 0, all_channels, running.momentum, doubles(rstd))
+        nx_inverse_stds(doubles(rstd), all_channels, eps)
     else:
-        read_statistic(running.mean, 0, all_channels, doubles(mean))
-        read_statistic(running.var, 0, all_channels, doubles(rstd))
-    nx_inverse_stds(doubles(rstd), all_channels, eps)
+        read_moments(running, 0, all_channels, eps, doubles(mean), doubles(rstd))
     for index in blocks((<object> x).shape, range(x.ndim)):
         x_block = block_copy(x, index)
         y_block = empty_like(x_block)
@@ -545,16 +542,16 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
 
 cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta,
                                   bint training, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray sums,
-                                  cnp.ndarray dots, bint wide) except -1:
-    """batch_backward for arrays that have no layout, or in float64: all sums first, then dx."""
+                                  cnp.ndarray dots, bint wide, tuple passes, double count) except -1:
+    """batch_backward for arrays that have no layout, or in float64: all sums first, then dx; or one of both."""
     cdef BatchLayout layout
     cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots
-    cdef double count = x.size // x.shape[axis]
     cdef bint given
     if wide:
         gamma, beta = float64(gamma), float64(beta)
-    sums[:] = dots[:] = 0
-    for given in (False, True):
+    if not passes[0]:
+        sums[:] = dots[:] = 0
+    for given in passes:
         for index in blocks((<object> x).shape, range(x.ndim)):
             x_block, dy_block = block_copy(x, index, wide), block_copy(dy, index, wide)
             dx_block = empty_like(x_block)
@@ -693,7 +690,9 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     mean, rstd = empty(1, &channels, cnp.NPY_DOUBLE), empty(1, &channels, cnp.NPY_DOUBLE)
     running.momentum = momentum_
     plain_mean, plain_var = plain_statistic(running_mean_, &running.mean), plain_statistic(running_var_, &running.var)
-    if cnp.PyArray_SIZE(x_) != 0 and batch_layout((x_, y), axis_, &layout):
+    if cnp.PyArray_SIZE(x_) == 0:  # in evaluation
+        read_moments(&running, 0, channels, eps_, doubles(mean), doubles(rstd))
+    elif batch_layout((x_, y), axis_, &layout):
         if training_ and running_var_ is not None and not layout.columns:
             var = empty(1, &channels, cnp.NPY_DOUBLE)
         batch_forward(&layout, x_, gamma_, beta_, training_, eps_, relu, doubles(mean), doubles(rstd), doubles(var), &running)
@@ -798,12 +797,69 @@ def batch_norm_backward(dy, cache, *, out=None):
                        <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean), doubles(c.rstd), doubles(sums), dots)
     else:
         batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd,
-                                 sums[0], sums[1], wide)
+                                 sums[0], sums[1], wide, (False, True), <double> (cnp.PyArray_SIZE(x) // channels))
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, x),
         None if c.beta is None else parameter_gradient(doubles(sums), NULL, 1, &channels, x),
     )
+
+
+# Batch norm in parts ---------------------------------------------------------------------------------------------------------
+
+# What `normext.distributed` puts messages between: `batch_norm` in evaluation is the part that is missing here.
+
+
+def batch_moments(x, axis):
+    """Mean and biased variance of each channel, (C,) in float64: the first pass of `batch_norm` alone."""
+    cdef BatchLayout layout
+    cdef cnp.ndarray x_ = floating_array(x, "x"), mean, rstd, var
+    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
+    mean, rstd, var = np.zeros(channels), np.empty(channels), np.zeros(channels)
+    if cnp.PyArray_SIZE(x_) == 0:
+        return mean, var
+    if not batch_layout((x_,), axis_, &layout):
+        x_ = block_copy(x_, ())
+        batch_layout((x_,), axis_, &layout)
+    layout.operands[1].data = NULL
+    batch_forward(&layout, x_, None, None, True, 0.0, False, doubles(mean), doubles(rstd), doubles(var), NULL)
+    return mean, var
+
+
+def batch_backward_sums(dy, cache):
+    """(2, C) in float64: sum(dy) and sum(dy * (x - mean)), with the cache of `batch_norm`: its backward pass's first half."""
+    cdef Cache c = checked_cache(cache, "batch_norm")
+    cdef BatchLayout layout
+    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), sums = np.zeros((2, x.shape[c.axis]))
+    cdef bint wide = out_of_range(x, c.rstd)
+    if cnp.PyArray_SIZE(x) == 0:
+        return sums
+    if not wide and batch_layout((x, dy_, x), c.axis, &layout):
+        layout.operands[2].data = NULL
+        batch_backward(&layout, x, c.gamma, c.beta, True, c.activation is not None, False, 1.0, doubles(c.mean), doubles(c.rstd),
+                       doubles(sums), doubles(sums) + x.shape[c.axis])
+    else:
+        batch_backward_by_blocks(x, dy_, dy_, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, sums[0], sums[1],
+                                 wide, (False,), 1.0)
+    return sums
+
+
+def batch_backward_apply(dy, cache, sums, count, *, out=None):
+    """dx, from what `batch_backward_sums` gave for `count` numbers of a channel: its second half."""
+    cdef Cache c = checked_cache(cache, "batch_norm")
+    cdef BatchLayout layout
+    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dx = gradient_array(out, c, dy_), sums_ = np.ascontiguousarray(sums)
+    cdef bint wide = out_of_range(x, c.rstd)
+    if cnp.PyArray_SIZE(x) == 0:
+        return dx
+    if not wide and batch_layout((x, dy_, dx), c.axis, &layout):
+        batch_backward(&layout, x, c.gamma, c.beta, True, c.activation is not None, True, count, doubles(c.mean), doubles(c.rstd),
+                       doubles(sums_), doubles(sums_) + x.shape[c.axis])
+    else:
+        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, sums_[0], sums_[1],
+                                 wide, (True,), count)
+    return dx
 
 
 # Layer and RMS norm ----------------------------------------------------------------------------------------------------------

@@ -559,6 +559,21 @@ def test_empty_batch_in_evaluation():
     np.testing.assert_array_equal([dgamma, dbeta], np.zeros((2, 3)))
 
 
+@pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((3, 0), 0), ((2, 3, 0), 1), ((0, 3, 2, 2), 1), ((2, 0, 3), -1)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_empty_arrays_of_every_layout(shape, axis, order):
+    x = np.empty(shape, order=order)
+    running_mean, running_var = np.ones(3), np.full(3, 4.0)
+    out = np.empty(shape)
+    y, cache = normext.batch_norm(
+        x, running_mean=running_mean, running_var=running_var, training=False, eps=0, axis=axis, out=out
+    )
+    assert y is out
+    np.testing.assert_array_equal([cache.mean, cache.rstd], [[1] * 3, [0.5] * 3])
+    dx, _, _ = normext.batch_norm_backward(x, cache)
+    assert dx.shape == shape
+
+
 def test_layer_norm_of_no_rows():
     y, cache = normext.layer_norm(np.empty((0, 3)), np.ones(3))
     dx, dgamma, dbeta = normext.layer_norm_backward(y, cache)

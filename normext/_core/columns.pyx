@@ -23,7 +23,7 @@ from normext._core.kernels cimport (
     nx_merge,
     nx_moments,
     nx_relu,
-    read_statistic,
+    read_moments,
     update_statistic,
 )
 from normext._core.runtime cimport threads_for
@@ -87,13 +87,6 @@ cdef inline void finish_moments(double rows, Py_ssize_t col, Py_ssize_t cols, do
     nx_inverse_stds(m2_to_rstd + col, cols, eps)
 
 
-cdef inline void read_moments(Py_ssize_t col, Py_ssize_t cols, double eps, double *mean, double *rstd,
-                              const Running *running) noexcept nogil:
-    read_statistic(running.mean, col, cols, mean + col)
-    read_statistic(running.var, col, cols, rstd + col)
-    nx_inverse_stds(rstd + col, cols, eps)
-
-
 cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
                       const double *mean, const double *rstd) noexcept nogil:
     cdef double scale[STRIP]
@@ -115,7 +108,7 @@ cdef void normalize_tile(const nx_kernels *k, Tile t, Operand x, Operand y, cons
         tile_moments(k, t, x, mean + t.col, rstd + t.col)
         finish_moments(<double> t.rows, t.col, t.cols, eps, mean, rstd, var, running)
     elif running != NULL:
-        read_moments(t.col, t.cols, eps, mean, rstd, running)
+        read_moments(running, t.col, t.cols, eps, mean + t.col, rstd + t.col)
     if y.data != NULL:
         tile_affine(k, t, x, y, gamma, beta, relu, mean, rstd)
 
@@ -154,7 +147,7 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
             mean[j], rstd[j] = m.mean, m.m2
         finish_moments(<double> rows, 0, cols, eps, mean, rstd, var, running)
     elif running != NULL:
-        read_moments(0, cols, eps, mean, rstd, running)
+        read_moments(running, 0, cols, eps, mean, rstd)
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):

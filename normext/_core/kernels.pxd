@@ -156,5 +156,12 @@ cdef inline void update_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, d
             double_[i] = momentum * double_[i] + (1 - momentum) * batch[i]
 
 
+cdef inline void read_moments(const Running *running, Py_ssize_t first, Py_ssize_t n, double eps, double *mean,
+                              double *rstd) noexcept nogil:
+    read_statistic(running.mean, first, n, mean)
+    read_statistic(running.var, first, n, rstd)
+    nx_inverse_stds(rstd, n, eps)
+
+
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b

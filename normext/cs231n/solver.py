@@ -85,6 +85,8 @@ class Solver:
     (40, True)
     """
 
+    _random: Any = np.random  # what batches and samples are drawn from
+
     def __init__(
         self,
         model: Any,
@@ -180,23 +182,30 @@ class Solver:
         X, y = _examples({"X": X, "y": y}, "X", "y")
         sample = None
         if num_samples is not None and len(X) > num_samples:
-            sample = np.random.choice(len(X), num_samples)
+            sample = self._random.choice(len(X), num_samples)
         total = len(X) if sample is None else num_samples
-        hits = 0
-        for start in range(0, total, _count(batch_size, "batch_size")):
-            batch = slice(start, start + batch_size)
-            rows = batch if sample is None else sample[batch]
-            hits += np.count_nonzero(self.model.loss(X[rows]).argmax(axis=1) == y[rows])
-        return float(hits / total)
+        return float(self._hits(X, y, sample, range(total), _count(batch_size, "batch_size")) / total)
 
     def _step(self):
         """One iteration: a batch, its gradients, an update of every parameter."""
-        batch = np.random.choice(len(self.X_train), self.batch_size)
-        loss, grads = self.model.loss(self.X_train[batch], self.y_train[batch])
+        loss, grads = self._loss(self._random.choice(len(self.X_train), self.batch_size))
         self.loss_history.append(loss)
         for name, w in self.model.params.items():
             update = self.update_rule(w, grads[name], self.optim_configs[name])
             self.model.params[name], self.optim_configs[name] = update
+
+    def _loss(self, batch):
+        """The loss of these training examples, and its gradients."""
+        return self.model.loss(self.X_train[batch], self.y_train[batch])
+
+    def _hits(self, X, y, sample, rows, batch_size):
+        """How many examples get the highest score for their label, of some consecutive rows of X or of the sample."""
+        hits = 0
+        for start in range(rows.start, rows.stop, batch_size):
+            batch = slice(start, min(start + batch_size, rows.stop))
+            chosen = batch if sample is None else sample[batch]
+            hits += np.count_nonzero(self.model.loss(X[chosen]).argmax(axis=1) == y[chosen])
+        return hits
 
     def _check(self):
         """Measure both accuracies, and keep the parameters if they are the best so far."""
@@ -226,6 +235,9 @@ class Solver:
         try:
             with open(f"{path}.tmp", "wb") as file:
                 np.savez(file, **arrays)
+                # Without this, a power cut could find the new name on the disk and not yet what is in the file.
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)
         finally:  # after a failure: after success it is gone already
             with contextlib.suppress(OSError):

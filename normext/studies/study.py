@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import normext
 from normext.studies.data import Data
@@ -59,19 +59,26 @@ class Study(ABC):
         """Where the results go."""
         return out / self.name
 
-    def run(self, data: Data, out: Path, *, seed: int, quick: bool, fresh: bool) -> None:
-        """Run the trainings that are not finished yet, then write histories, plots and report."""
+    def run(self, data: Data, out: Path, *, seed: int, quick: bool, fresh: bool, comm: Any = None) -> None:
+        """Run the trainings that are not finished yet, then write histories, plots and report.
+
+        Of the ranks of an MPI communicator all train together, and the first does the rest.
+        """
+        if comm is not None and comm.rank > 0:
+            for training in comm.bcast(None):
+                training.run(data, comm)
+            return
         trainings = self.trainings(data.name, seed, quick)
         records = {training: self.folder(out) / "trainings" / f"{training.name}.json" for training in trainings}
         if fresh:
             # All at once, so that a fresh run that is interrupted goes on as a fresh one.
             for record in records.values():
                 record.unlink(missing_ok=True)
-        histories = self._histories(records, data)
+        histories = self._histories(records, data, comm)
         self._write([Result(training, histories[training]) for training in trainings], data, self.folder(out))
         print(f"{self.name}: report in {self.folder(out) / 'report.md'}")
 
-    def _histories(self, records: dict[Training, Path], data: Data) -> dict[Training, History]:
+    def _histories(self, records: dict[Training, Path], data: Data, comm: Any) -> dict[Training, History]:
         """The histories on record, and those of the trainings that are not there yet and run now."""
         from tqdm import tqdm
 
@@ -80,11 +87,14 @@ class Study(ABC):
         if histories:
             progress = f"{len(histories)} of {len(records)} trainings are finished already"
             print(f"{self.name}: {progress} (--fresh runs them again)")
+        missing = [training for training in records if training not in histories]
+        if comm is not None:
+            comm.bcast(missing)
         width = max(len(training.name) for training in records)
         # Without a terminal (disable=None) no bar is drawn, and the lines stand alone.
         with tqdm(total=len(records), initial=len(histories), desc=self.name, leave=False, disable=None) as bar:
-            for training in [training for training in records if training not in histories]:
-                histories[training] = training.run(data)
+            for training in missing:
+                histories[training] = training.run(data, comm)
                 save_history(records[training], training, histories[training])
                 bar.write(f"{self.name}: {training.name:<{width}}  {_outcome(histories[training])}")
                 bar.update()
@@ -124,7 +134,14 @@ class Study(ABC):
 
 
 def run_studies(
-    studies: Iterable[Study], data: Data, out: Path, *, seed: int = 231, quick: bool = False, fresh: bool = False
+    studies: Iterable[Study],
+    data: Data,
+    out: Path,
+    *,
+    seed: int = 231,
+    quick: bool = False,
+    fresh: bool = False,
+    comm: Any = None,
 ) -> None:
     """Run the studies one after another; what is finished in `out` is not run again.
 
@@ -142,6 +159,9 @@ def run_studies(
         Fewer trainings and epochs: enough to see the effects.
     fresh : bool, default False
         Run finished trainings again.
+    comm : MPI.Intracomm, optional
+        Train on all its ranks, by `normext.distributed.DataParallelSolver`; each rank makes this call. Only the first
+        reads and writes `out`. Default: train in this process.
 
     Raises
     ------
@@ -156,11 +176,12 @@ def run_studies(
         except ImportError:
             raise ImportError(f"the studies need {package.split('.')[0]}: pip install normext[study]") from None
     studies = list(studies)
+    if comm is None or comm.rank == 0:
+        for study in studies:
+            make_folder(study.folder(out))
+            make_folder(study.folder(out) / "trainings")
     for study in studies:
-        make_folder(study.folder(out))
-        make_folder(study.folder(out) / "trainings")
-    for study in studies:
-        study.run(data, out, seed=seed, quick=quick, fresh=fresh)
+        study.run(data, out, seed=seed, quick=quick, fresh=fresh, comm=comm)
 
 
 def _outcome(history: History) -> str:

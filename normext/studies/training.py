@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,18 @@ class Training:
             weight_scale=self.weight_scale,
         )
 
-    def run(self, data: Data) -> History:
-        """Train, from the seed to the last epoch."""
-        from normext.cs231n.solver import Solver
+    def run(self, data: Data, comm: Any = None) -> History:
+        """Train, from the seed to the last epoch; on all ranks of an MPI communicator where one is given."""
+        solver_type: Any
+        if comm is None:
+            from normext.cs231n.solver import Solver as solver_type
+        else:
+            from normext.distributed import DataParallelSolver
 
+            solver_type = partial(DataParallelSolver, comm=comm)
         start = time.perf_counter()
         np.random.seed(self.seed)
-        solver = Solver(
+        solver = solver_type(
             self.model(data),
             data.arrays,
             update_rule="adam",

@@ -4,6 +4,7 @@ As in the course, ``from normext.cs231n.classifiers.cnn import *`` gives the lay
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,12 @@ from normext.cs231n.fast_layers import (
     max_pool_forward_fast,
 )
 from normext.cs231n.layer_utils import *
-from normext.cs231n.layer_utils import affine_relu_backward, affine_relu_forward
+from normext.cs231n.layer_utils import (
+    SCALE_AND_SHIFT,
+    Normalization,
+    affine_relu_backward,
+    affine_relu_forward,
+)
 from normext.cs231n.layers import *
 from normext.cs231n.layers import (
     affine_backward,
@@ -86,6 +92,10 @@ class ThreeLayerConvNet:
         W1 (num_filters, C, filter_size, filter_size), b1, W2, b2, W3, b3 and, with a normalization, gamma1 and beta1.
     bn_params : list of dict
         One where there is a normalization; batch normalization keeps its running statistics here.
+    norm : Normalization or None
+        The functions of the normalization. Training on several ranks puts others here, which span the ranks.
+    share : float
+        As `normext.cs231n.classifiers.fc_net.FullyConnectedNet` has it.
 
     Raises
     ------
@@ -143,6 +153,8 @@ class ThreeLayerConvNet:
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise ValueError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
         self.normalization = normalization
+        self.norm = None if normalization is None else _norm(normalization, num_filters)
+        self.share = 1.0
         self.reg = reg
         self.dtype = dtype
         self.conv_param = {"stride": 1, "pad": filter_size // 2}
@@ -195,8 +207,8 @@ class ThreeLayerConvNet:
 
         p = self.params
         out, conv_cache = conv_forward_fast(X, p["W1"], p["b1"], self.conv_param)
-        if self.normalization is not None:
-            out, norm_cache = self._norm_forward(out)
+        if self.norm is not None:
+            out, norm_cache = self.norm.forward(out, p["gamma1"], p["beta1"], self.bn_params[0])
         out, relu_cache = relu_forward(out)
         out, pool_cache = max_pool_forward_fast(out, POOL_PARAM)
         out, hidden_cache = affine_relu_forward(out, p["W2"], p["b2"])
@@ -204,27 +216,30 @@ class ThreeLayerConvNet:
         if y is None:
             return scores
 
-        loss, dout = softmax_loss(scores, y)
+        loss, dout = softmax_loss(scores, y) if self.share else (0.0, scores)
+        if self.share != 1:
+            loss, dout = loss * self.share, dout * self.share
+        reg = self.reg * self.share
         grads: dict[str, np.ndarray] = {}
         dout, grads["W3"], grads["b3"] = affine_backward(dout, scores_cache)
         dout, grads["W2"], grads["b2"] = affine_relu_backward(dout, hidden_cache)
         dout = relu_backward(max_pool_backward_fast(dout, pool_cache), relu_cache)
-        if self.normalization is not None:
-            dout, grads["gamma1"], grads["beta1"] = self._norm_backward(dout, norm_cache)
+        if self.norm is not None:
+            dout, grads["gamma1"], grads["beta1"] = self.norm.backward(dout, norm_cache)
         _, grads["W1"], grads["b1"] = conv_backward_fast(dout, conv_cache, input_gradient=False)
-        if self.reg:
+        if reg:
             for name in ("W1", "W2", "W3"):
-                loss += 0.5 * self.reg * float(np.vdot(p[name], p[name]))
-                grads[name] += self.reg * p[name]
+                loss += 0.5 * reg * float(np.vdot(p[name], p[name]))
+                grads[name] += reg * p[name]
         return loss, grads
 
-    def _norm_forward(self, out):
-        gamma, beta = self.params["gamma1"], self.params["beta1"]
-        if self.normalization == "batchnorm":
-            return spatial_batchnorm_forward(out, gamma, beta, self.bn_params[0])
-        num_groups = NUM_GROUPS[self.normalization](out.shape[1])
-        return spatial_groupnorm_forward(out, gamma, beta, num_groups, self.bn_params[0])
 
-    def _norm_backward(self, dout, cache):
-        backward = spatial_batchnorm_backward if self.normalization == "batchnorm" else spatial_groupnorm_backward
-        return backward(dout, cache)
+def _norm(normalization, num_filters):
+    if normalization == "batchnorm":
+        return Normalization(spatial_batchnorm_forward, spatial_batchnorm_backward, SCALE_AND_SHIFT)
+    forward = partial(_groupnorm_forward, num_groups=NUM_GROUPS[normalization](num_filters))
+    return Normalization(forward, spatial_groupnorm_backward, SCALE_AND_SHIFT)
+
+
+def _groupnorm_forward(x, gamma, beta, gn_param, num_groups):
+    return spatial_groupnorm_forward(x, gamma, beta, num_groups, gn_param)

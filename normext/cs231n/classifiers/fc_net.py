@@ -66,6 +66,11 @@ class FullyConnectedNet:
         statistics here.
     dropout_param : dict
         Settings of the dropout layers; empty without dropout.
+    norm : Normalization or None
+        The functions of the normalization. Training on several ranks puts others here, which span the ranks.
+    share : float
+        Which part of a batch X is, 1.0 at first: loss and gradients are multiplied by it, so that those of all parts
+        add up to those of the batch. With a share of 0, X may have no rows.
 
     Raises
     ------
@@ -112,6 +117,8 @@ class FullyConnectedNet:
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise ValueError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
         self.normalization = normalization
+        self.norm = None if normalization is None else NORMALIZATIONS[normalization]
+        self.share = 1.0
         self.use_dropout = dropout_keep_ratio != 1
         self.reg = reg
         self.num_layers = len(sizes) - 1
@@ -121,8 +128,8 @@ class FullyConnectedNet:
         for layer, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
             self.params[f"W{layer}"] = np.random.normal(0, weight_scale, (fan_in, fan_out)).astype(dtype)
             self.params[f"b{layer}"] = np.zeros(fan_out, dtype)
-            if normalization is not None and layer < self.num_layers:
-                for name, initial in NORMALIZATIONS[normalization].parameters.items():
+            if self.norm is not None and layer < self.num_layers:
+                for name, initial in self.norm.parameters.items():
                     self.params[f"{name}{layer}"] = np.full(fan_out, initial, dtype)
 
         normalized = hidden_dims if normalization is not None else ()
@@ -169,17 +176,20 @@ class FullyConnectedNet:
         if y is None:
             return scores
 
-        loss, dout = softmax_loss(scores, y)
+        loss, dout = softmax_loss(scores, y) if self.share else (0.0, scores)
+        if self.share != 1:
+            loss, dout = loss * self.share, dout * self.share
+        reg = self.reg * self.share
         grads: dict[str, np.ndarray] = {}
         for layer in range(last, 0, -1):
             if layer < last:
                 dout, affine_cache = self._hidden_backward(layer, dout, caches.pop(), grads)
             # Nothing lies before the first layer that would ask for the gradient by X.
             dout, dw, db = affine_backward(dout, affine_cache, input_gradient=layer > 1)
-            if self.reg:
+            if reg:
                 w = self.params[f"W{layer}"]
-                loss += 0.5 * self.reg * float(np.vdot(w, w))
-                dw += self.reg * w
+                loss += 0.5 * reg * float(np.vdot(w, w))
+                dw += reg * w
             grads[f"W{layer}"], grads[f"b{layer}"] = dw, db
         return loss, grads
 
@@ -187,10 +197,9 @@ class FullyConnectedNet:
         """affine - [norm] - relu - [dropout]; a cache for each."""
         norm_cache = dropout_cache = None
         out, affine_cache = affine_forward(out, self.params[f"W{layer}"], self.params[f"b{layer}"])
-        if self.normalization is not None:
-            norm = NORMALIZATIONS[self.normalization]
-            parameters = (self.params[f"{name}{layer}"] for name in norm.parameters)
-            out, norm_cache = norm.forward(out, *parameters, self.bn_params[layer - 1])
+        if self.norm is not None:
+            parameters = (self.params[f"{name}{layer}"] for name in self.norm.parameters)
+            out, norm_cache = self.norm.forward(out, *parameters, self.bn_params[layer - 1])
         out, relu_cache = relu_forward(out)
         if self.use_dropout:
             out, dropout_cache = dropout_forward(out, self.dropout_param)
@@ -202,10 +211,9 @@ class FullyConnectedNet:
         if self.use_dropout:
             dout = dropout_backward(dout, dropout_cache)
         dout = relu_backward(dout, relu_cache)
-        if self.normalization is not None:
-            norm = NORMALIZATIONS[self.normalization]
-            dout, *gradients = norm.backward(dout, norm_cache)
-            for name, gradient in zip(norm.parameters, gradients, strict=True):
+        if self.norm is not None:
+            dout, *gradients = self.norm.backward(dout, norm_cache)
+            for name, gradient in zip(self.norm.parameters, gradients, strict=True):
                 grads[f"{name}{layer}"] = gradient
         return dout, affine_cache
 
