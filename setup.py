@@ -1,7 +1,8 @@
 """The build: the C kernels once per instruction set, then the Cython modules.
 
 Everything that is not code to run at build time is in pyproject.toml. NORMEXT_OPENMP=0 in the environment builds for
-one thread.
+one thread. NORMEXT_JAX=1 builds normext._jax too or fails; 0 leaves it out; by default it is built where jax can be
+imported, which with pip is the case with --no-build-isolation alone.
 """
 
 import os
@@ -106,6 +107,22 @@ def extension(name, *sources):
     )
 
 
+def jax_extension():
+    """The way from JAX to the loops without Python, compiled against the headers in jaxlib; a list of one or none."""
+    wanted = os.environ.get("NORMEXT_JAX", "")
+    if wanted == "0":
+        return []
+    try:
+        import jax.ffi
+    except ImportError:
+        if wanted:
+            raise
+        return []
+    ext = extension("_jax")
+    ext.include_dirs.append(jax.ffi.include_dir())
+    return [ext]
+
+
 setup(
     ext_modules=cythonize(
         [
@@ -116,6 +133,7 @@ setup(
             extension("_core.windows"),
             extension("_core.api"),
             extension("functional"),
+            *jax_extension(),
         ],
         compiler_directives={"language_level": 3},
     ),

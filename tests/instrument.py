@@ -195,7 +195,7 @@ def copy(folder: Path) -> None:
     """Copy the source tree to a folder, without what was built in it but with Cython's C code."""
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder)
-    for name in ("src_c", "normext", "tests", "bench", "notebooks"):
+    for name in ("src_c", "normext", "tests", "bench", "docs", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
 
 

@@ -72,7 +72,8 @@ def test_packages(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
     compiled = {path for path in held if path.suffix in (".so", ".pyd")}
-    assert len(compiled) == len(list(ROOT.glob("normext/**/*.pyx")))
+    modules = {path.stem for path in ROOT.glob("normext/**/*.pyx")} - {"_jax"}  # which a build without jax leaves out
+    assert {path.name.split(".")[0] for path in compiled} == modules
     for_callers = {ROOT / "normext/__init__.pxd", ROOT / "normext/include/normext.h"}
     run = {path for path in sources if path.suffix in (".py", ".pyi", ".typed")}
     assert held - compiled == {path.relative_to(ROOT) for path in run | for_callers}
