@@ -77,8 +77,7 @@ def _sample(array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     if array.size > COMPARED:
         # A step that is odd meets every channel, whatever their number.
-        step = array.size // COMPARED | 1
-        array = array.reshape(-1)[::step] if array.flags.c_contiguous else array[:1]
+        array = array.reshape(-1)[:: array.size // COMPARED | 1]
     return array.astype(np.float64)
 
 

@@ -399,11 +399,11 @@ class _Smallest(NamedTuple):
     training: int
 
 
-# Below, PyTorch's own functions are done sooner. A call costs here some 10 microseconds more than there and a backward
-# pass 15 more, all in Python; the loops have to win that back. Measured in float32 with PyTorch 2.13, on one and two
-# cores of a Xeon with AVX-512: the power of two from which on no size took longer. Beyond its caches PyTorch waits for
-# memory as these loops do, and layer norm, group norm and an evaluated batch norm gain only with arrays of 8 MiB and
-# more, which are in huge pages and written past the caches.
+# Below, PyTorch's own functions are done sooner. A call costs here some 10 microseconds more than there, and with its
+# backward pass some 50, all in Python; the loops have to win that back. Measured in float32 with PyTorch 2.13, on one
+# and two cores of a Xeon with AVX-512: the power of two from which on no size took longer. Beyond its caches PyTorch
+# waits for memory as these loops do, and layer norm, group norm and an evaluated batch norm gain only with arrays of
+# 8 MiB and more, which are in huge pages and written past the caches.
 _SMALLEST = {
     "batch_norm": _Smallest(1 << 15, 1 << 17),
     "batch_norm of small images": _Smallest(1 << 18, 1 << 18),
