@@ -31,7 +31,7 @@ from normext.functional import (
     batch_norm,
     batch_norm_backward,
 )
-from normext.layers import BatchNorm, _integer, _number, _Population, _populations
+from normext.layers import BatchNorm, _integer, _number
 
 try:
     from mpi4py import MPI
@@ -487,22 +487,10 @@ class SyncBatchNorm(BatchNorm):
             _intracomm(comm)
         self.comm = comm
 
-    def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any, float]:
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        normalize = partial(sync_batch_norm, x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis)
-        populations = _populations.get()
-        if populations is not None:
-            mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's, in float64
-            y, cache = normalize(running_mean=mean, running_var=var, momentum=0.0)
-            populations.setdefault(self, _Population()).add(cache.count, mean, var)
-            return y, cache
-        normalize = partial(normalize, running_mean=self.running_mean, running_var=self.running_var)
-        if not self.training:
-            return normalize(training=False)
-        momentum = 1 - 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
-        result = normalize(momentum=momentum)
-        self.num_batches_tracked += 1
-        return result
+        y, cache = sync_batch_norm(x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis, **options)
+        return y, cache, cache.count
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -345,22 +344,27 @@ class BatchNorm(_Norm):
         self.num_batches_tracked = np.zeros((), np.int64)
 
     def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
-        _check_channels(x, self.axis, self.num_features)
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        normalize = partial(batch_norm, x, gamma, beta, eps=self.eps, axis=self.axis)
         populations = _populations.get()
         if populations is not None:
             mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's, in float64
-            result = normalize(running_mean=mean, running_var=var, momentum=0.0)
-            populations.setdefault(self, _Population()).add(x.size // self.num_features, mean, var)
-            return result
-        normalize = partial(normalize, running_mean=self.running_mean, running_var=self.running_var)
+            y, cache, count = self._normalize(x, running_mean=mean, running_var=var, momentum=0.0)
+            populations.setdefault(self, _Population()).add(count, mean, var)
+            return y, cache
+        running = {"running_mean": self.running_mean, "running_var": self.running_var}
         if not self.training:
-            return normalize(training=False)
+            y, cache, _ = self._normalize(x, **running, training=False)
+            return y, cache
         momentum = 1 - 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
-        result = normalize(momentum=momentum)
+        y, cache, _ = self._normalize(x, **running, momentum=momentum)
         self.num_batches_tracked += 1
-        return result
+        return y, cache
+
+    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any, float]:
+        """y and cache, and how many numbers of a channel the batch has."""
+        _check_channels(x, self.axis, self.num_features)
+        gamma, beta = self.params.get("gamma"), self.params.get("beta")
+        y, cache = batch_norm(x, gamma, beta, eps=self.eps, axis=self.axis, **options)
+        return y, cache, x.size // self.num_features
 
     def _state(self) -> dict[str, np.ndarray]:
         names = ("running_mean", "running_var", "num_batches_tracked")
@@ -598,12 +602,12 @@ class InstanceNorm(_Norm):
 class _Population:
     """Mean and sum of squared deviations, in float64, of all the numbers of each channel so far."""
 
-    count: int = 0
+    count: float = 0
     mean: Any = 0.0
     m2: Any = 0.0
     batches: int = 0
 
-    def add(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:
+    def add(self, count: float, mean: np.ndarray, var: np.ndarray) -> None:
         """Merge a batch in (Chan, Golub and LeVeque, "Updating Formulae", 1979)."""
         total = self.count + count
         delta = mean - self.mean
