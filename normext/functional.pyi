@@ -67,6 +67,7 @@ def batch_norm(
     running_var: _Floats | None = None,
     training: bool = True,
     momentum: float = 0.9,
+    unbiased: bool = False,
     eps: float = 1e-5,
     axis: int = 1,
     activation: Literal["relu"] | None = None,

@@ -31,7 +31,7 @@ from normext._core.kernels cimport (
     nx_inverse_stds,
     nx_kernels,
     read_moments,
-    update_statistic,
+    update_moments,
 )
 from normext._core.runs cimport (
     ABOUT_ZERO,
@@ -484,8 +484,7 @@ cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cn
     normalize_runs(kernels, Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1], data(gamma),
                    data(beta), PER_GROUP, CENTRED, eps, relu, mean, rstd, var)
     if running != NULL:
-        update_statistic(running.mean, 0, layout.channels, running.momentum, mean)
-        update_statistic(running.var, 0, layout.channels, running.momentum, var)
+        update_moments(running, 0, layout.channels, mean, var)
     return 0
 
 
@@ -524,8 +523,7 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
             mean[channels] += delta * (n / total)
             count[channels] = total
         rstd[:] = m2 / (x.size // x.shape[axis])
-        update_statistic(running.mean, 0, all_channels, running.momentum, doubles(mean))
-        update_statistic(running.var, 0, all_channels, running.momentum, doubles(rstd))
+        update_moments(running, 0, all_channels, doubles(mean), doubles(rstd))
         nx_inverse_stds(doubles(rstd), all_channels, eps)
     else:
         read_moments(running, 0, all_channels, eps, doubles(mean), doubles(rstd))
@@ -583,8 +581,8 @@ cdef cnp.ndarray plain_statistic(cnp.ndarray running, Statistic *s):
     return plain
 
 
-def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None, training=True, momentum=0.9, eps=1e-5, axis=1,
-               activation=None, out=None):
+def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None, training=True, momentum=0.9, unbiased=False, eps=1e-5,
+               axis=1, activation=None, out=None):
     """Normalize each channel of x over the batch: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
 
     Algorithm 1 of [1]_. In training, mean and (biased) variance are those of the batch, taken for each channel over all other axes;
@@ -600,11 +598,14 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
         Default: 1 and 0.
     running_mean, running_var : ndarray of floats, shape (C,), optional
         Running statistics. In training they are updated in place where given,
-        ``running = momentum * running + (1 - momentum) * batch``, with the biased variance; in evaluation both are needed.
+        ``running = momentum * running + (1 - momentum) * batch``; in evaluation both are needed.
     training : bool, default True
         Whether to normalize with the batch's statistics or with the running ones.
     momentum : float, default 0.9
         The share of the old running statistics that an update keeps, from 0 to 1. PyTorch's momentum is one minus this.
+    unbiased : bool, default False
+        Whether `running_var` is that of an unbiased estimate, as PyTorch keeps it: of the batch's sum of squares divided by one less
+        than the count. The batch itself is normalized with the biased variance in either case.
     eps : float, default 1e-5
         Added to the variance. Not negative.
     axis : int, default 1
@@ -628,11 +629,12 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     Raises
     ------
     TypeError
-        If a dtype is not one of the above, or training is not a bool.
+        If a dtype is not one of the above, or training or unbiased is not a bool.
     ValueError
-        If a shape does not fit, in training there is nothing to take a mean of, in evaluation a running statistic is missing, a
-        running statistic that is to be updated or `out` is read-only, `out` overlaps an argument other than as said, momentum or eps
-        is out of range, or the activation is unknown. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+        If a shape does not fit, in training there is nothing to take a mean of or, with unbiased, one number a channel, in evaluation a
+        running statistic is missing, a running statistic that is to be updated or `out` is read-only, `out` overlaps an argument
+        other than as said, momentum or eps is out of range, or the activation is unknown. `numpy.exceptions.AxisError`, which is
+        one, if axis is out of range.
 
     See Also
     --------
@@ -663,6 +665,9 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     >>> y, cache = normext.batch_norm(x, running_mean=running_mean, running_var=running_var)
     >>> running_mean
     array([0.2, 0.4])
+    >>> y, cache = normext.batch_norm(x, running_var=running_var, momentum=0.0, unbiased=True)
+    >>> running_var
+    array([2., 8.])
     """
     cdef BatchLayout layout
     cdef Running running
@@ -670,7 +675,7 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
     cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
-    cdef bint training_ = checked_bool(training, "training")
+    cdef bint training_ = checked_bool(training, "training"), unbiased_ = checked_bool(unbiased, "unbiased")
     cdef double momentum_ = checked_number(momentum, "momentum", 0, 1), eps_ = checked_number(eps, "eps", 0, 1e300)
     cdef cnp.ndarray running_mean_ = running_statistic(running_mean, "running_mean", channels, training_)
     cdef cnp.ndarray running_var_ = running_statistic(running_var, "running_var", channels, training_)
@@ -680,6 +685,8 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     if training_:
         if cnp.PyArray_SIZE(x_) == 0:
             raise ValueError(f"x has no rows to take a mean of in training: shape {np.shape(x_)}")
+        if unbiased_ and cnp.PyArray_SIZE(x_) == channels:
+            raise ValueError(f"an unbiased variance is of more than one number a channel, got x of shape {np.shape(x_)}, axis {axis_}")
         if running_mean is not None and running_mean is running_var:
             raise ValueError("running_mean and running_var must be two arrays, got one for both")
     elif running_mean is None or running_var is None:
@@ -688,7 +695,9 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_), ("running_mean", running_mean_),
                                                                ("running_var", running_var_)))
     mean, rstd = empty(1, &channels, cnp.NPY_DOUBLE), empty(1, &channels, cnp.NPY_DOUBLE)
-    running.momentum = momentum_
+    running.momentum, running.correction = momentum_, 1
+    if training_ and unbiased_:
+        running.correction = (<double> cnp.PyArray_SIZE(x_)) / (cnp.PyArray_SIZE(x_) - channels)
     plain_mean, plain_var = plain_statistic(running_mean_, &running.mean), plain_statistic(running_var_, &running.var)
     if cnp.PyArray_SIZE(x_) == 0:  # in evaluation
         read_moments(&running, 0, channels, eps_, doubles(mean), doubles(rstd))

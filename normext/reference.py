@@ -57,6 +57,7 @@ def batch_norm(
     running_var: np.ndarray | None = None,
     training: bool = True,
     momentum: float = 0.9,
+    unbiased: bool = False,
     eps: float = 1e-5,
     axis: int = 1,
     activation: str | None = None,
@@ -74,7 +75,8 @@ def batch_norm(
     axis, channels, others = _batch_axes(x, axis)
     if training:
         mean, var = x.mean(others), x.var(others)
-        for running, batch in ((running_mean, mean), (running_var, var)):
+        kept = x.var(others, ddof=1) if unbiased else var
+        for running, batch in ((running_mean, mean), (running_var, kept)):
             if running is not None:
                 running[...] = momentum * running + (1 - momentum) * batch
     else:

@@ -126,10 +126,6 @@ def _forward(
         y, cache = normext.group_norm(a, size, gamma, beta, axis=axis, eps=eps)
     else:
         running_mean, running_var = None if mean is None else _array(mean), None if var is None else _array(var)
-        if training and var is not None:
-            # PyTorch's running variance is of unbiased ones, n / (n - 1) times those that come here.
-            unbiased = (n := x.numel() // x.shape[1]) / (n - 1)
-            running_var /= unbiased
         y, cache = normext.batch_norm(
             a,
             gamma,
@@ -138,11 +134,11 @@ def _forward(
             running_var=running_var,
             training=training,
             momentum=1 - momentum if training else 1.0,
+            unbiased=True,
             eps=eps,
             axis=axis,
         )
         if training and var is not None:
-            running_var *= unbiased
             increment_version((mean, var))
     return _tensor(y.transpose(_TO_FIRST[y.ndim]) if last else y), cache
 
@@ -603,8 +599,7 @@ def batch_norm(
         mean, var = mean.float(), var.float()
     y = _normalized(x, weight, bias, how, mean, var, momentum)
     if narrow and training:
-        running_mean.copy_(mean)
-        running_var.copy_(var)
+        torch._foreach_copy_([running_mean, running_var], [mean, var])  # one call, that no interrupt parts
     return y
 
 

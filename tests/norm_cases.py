@@ -36,6 +36,7 @@ class Case(NamedTuple):
     beta: bool = True
     eps: float = 1e-5
     running: bool = False  # running statistics are given
+    unbiased: bool = False  # where a channel has two numbers
     training: bool = True
     relu: bool = False
     residual: bool = False
@@ -102,6 +103,7 @@ class Case(NamedTuple):
             given["num_groups"] = self.groups
         if self.norm == "batch_norm":
             given |= {"training": self.training, "activation": "relu" if self.relu else None}
+            given["unbiased"] = self.unbiased and math.prod(self.shape) > self.shape[self.axis]
             if self.running or not self.training:
                 given |= {name: arrays[name] for name in ("running_mean", "running_var")}
         if self.fused:

@@ -511,6 +511,35 @@ def test_running_statistics_are_updated_in_place(rng, dtype):
     np.testing.assert_allclose(running_var, 0.75 + 0.25 * x.var(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape, axis", [((50, 4), 1), ((50, 4, 3), 1), ((30_000, 4), 1), ((20, 4, 60, 60), 1)])
+@pytest.mark.parametrize("kind", ["contiguous", "every second number"])
+def test_the_running_variance_of_an_unbiased_estimate(rng, shape, axis, kind):
+    x = rng.normal(3, 2, shape) if kind == "contiguous" else rng.normal(3, 2, (*shape, 2))[..., 0]
+    results = {}
+    for unbiased in (False, True):
+        running_mean, running_var = np.zeros(4), np.ones(4)
+        running = dict(running_mean=running_mean, running_var=running_var)
+        y, _ = normext.batch_norm(x, **running, momentum=0.75, unbiased=unbiased, axis=axis)
+        var = np.moveaxis(x, axis, -1).reshape(-1, 4).var(0, ddof=int(unbiased))
+        np.testing.assert_allclose(running_var, 0.75 + 0.25 * var, rtol=1e-13)
+        results[unbiased] = y, running_mean
+    np.testing.assert_array_equal(results[True][0], results[False][0])  # normalized with the biased one
+    np.testing.assert_array_equal(results[True][1], results[False][1])
+
+
+def test_one_number_has_no_unbiased_estimate():
+    running_var = np.ones(3)
+    for shape in ((1, 3), (1, 3, 1, 1)):
+        with pytest.raises(ValueError, match=r"more than one number a channel.*\(1, 3"):
+            normext.batch_norm(np.zeros(shape), running_var=running_var, unbiased=True)
+    np.testing.assert_array_equal(running_var, 1)
+    normext.batch_norm(
+        np.zeros((1, 3)), running_mean=np.zeros(3), running_var=running_var, training=False, unbiased=True
+    )
+    with pytest.raises(TypeError, match="unbiased"):
+        normext.batch_norm(np.zeros((2, 3)), running_var=running_var, unbiased="yes")
+
+
 def test_evaluation_leaves_running_statistics(rng):
     running = dict(running_mean=rng.normal(size=4), running_var=rng.uniform(1, 2, 4))
     before = {name: r.copy() for name, r in running.items()}

@@ -77,6 +77,7 @@ def cases(draw, shapes=SMALL_SHAPES, norms=NORMS, dtypes=tuple(DTYPES), max_grou
         "beta": draw(st.booleans()),
         "eps": draw(st.sampled_from([1e-5, 1e-3, 1.0])),
         "running": draw(st.booleans()),
+        "unbiased": draw(st.booleans()),
         "training": draw(st.sampled_from([True, True, False])),
         "relu": draw(st.booleans()),
         "residual": draw(st.booleans()),

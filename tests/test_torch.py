@@ -274,6 +274,49 @@ def test_running_statistics_are_pytorchs(layout, dtype):
     torch.testing.assert_close(evaluated, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def test_a_momentum_of_0_leaves_every_bit():
+    running = torch.randn(1000), torch.rand(1000)
+    before = [r.clone() for r in running]
+    x = torch.randn(7, 1000)
+    for _ in range(20):
+        ours.batch_norm(x, *running, training=True, momentum=0.0)
+    assert all(map(torch.equal, running, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
+def test_an_interrupt_leaves_running_statistics_before_or_after_an_update(dtype):
+    x, start = torch.randn(5, 4, dtype=dtype), (torch.randn(4).to(dtype), torch.rand(4).to(dtype))
+    end = [r.clone() for r in start]
+    ours.batch_norm(x, *end, training=True)
+    steps, seen = 0, set()
+    while True:
+        running, left = [r.clone() for r in start], steps
+
+        def interrupt(frame, event, _):  # before one bytecode after the other of this module
+            nonlocal left
+            if frame.f_code.co_filename != ours.__file__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            ours.batch_norm(x, *running, training=True)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        seen.add(tuple(map(torch.equal, running, end)))
+        assert all(map(torch.equal, running, start)) or all(map(torch.equal, running, end))
+        steps += 1
+    assert seen == {(False, False), (True, True)}
+
+
 def test_an_update_of_running_statistics_is_seen_by_autograd():
     running = torch.zeros(4), torch.ones(4)
     factor = torch.ones(4, requires_grad=True)

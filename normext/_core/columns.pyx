@@ -24,7 +24,7 @@ from normext._core.kernels cimport (
     nx_moments,
     nx_relu,
     read_moments,
-    update_statistic,
+    update_moments,
 )
 from normext._core.runtime cimport threads_for
 
@@ -82,8 +82,7 @@ cdef inline void finish_moments(double rows, Py_ssize_t col, Py_ssize_t cols, do
     if var != NULL:
         memcpy(var + col, m2_to_rstd + col, cols * sizeof(double))
     if running != NULL:
-        update_statistic(running.mean, col, cols, running.momentum, mean + col)
-        update_statistic(running.var, col, cols, running.momentum, m2_to_rstd + col)
+        update_moments(running, col, cols, mean + col, m2_to_rstd + col)
     nx_inverse_stds(m2_to_rstd + col, cols, eps)
 
 

@@ -131,6 +131,7 @@ cdef struct Statistic:
 cdef struct Running:
     Statistic mean, var
     double momentum
+    double correction  # what the batch's biased variance is multiplied by: n / (n - 1) makes an unbiased estimate of it, 1 leaves it
 
 
 cdef inline void read_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double *result) noexcept nogil:
@@ -142,7 +143,9 @@ cdef inline void read_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, dou
         memcpy(result, <const double *> s.data + first, n * sizeof(double))
 
 
-cdef inline void update_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double momentum, const double *batch) noexcept nogil:
+cdef inline void update_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double momentum, double share,
+                                  const double *batch) noexcept nogil:
+    """``momentum * s + share * batch``; nothing where there is no s."""
     cdef Py_ssize_t i
     cdef float *single = <float *> s.data + first
     cdef double *double_ = <double *> s.data + first
@@ -150,10 +153,18 @@ cdef inline void update_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, d
         return
     if s.single:
         for i in range(n):
-            single[i] = <float> (momentum * single[i] + (1 - momentum) * batch[i])
+            single[i] = <float> (momentum * single[i] + share * batch[i])
     else:
         for i in range(n):
-            double_[i] = momentum * double_[i] + (1 - momentum) * batch[i]
+            double_[i] = momentum * double_[i] + share * batch[i]
+
+
+cdef inline void update_moments(const Running *running, Py_ssize_t first, Py_ssize_t n, const double *mean,
+                                const double *var) noexcept nogil:
+    """From the batch's mean and biased variance, of which the first are those of the channel `first`."""
+    cdef double share = 1 - running.momentum
+    update_statistic(running.mean, first, n, running.momentum, share, mean)
+    update_statistic(running.var, first, n, running.momentum, share * running.correction, var)
 
 
 cdef inline void read_moments(const Running *running, Py_ssize_t first, Py_ssize_t n, double eps, double *mean,
