@@ -9,6 +9,11 @@ return the sum ``x + r`` too and take its own gradient as `dsum`.
 """
 
 cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.string cimport memcmp, memcpy
+
+import os
+import zlib
 
 import numpy as np
 
@@ -69,6 +74,9 @@ __all__ = [
 cdef enum:
     COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
 
+# Whether backward passes look for a change of what their caches refer to. That reads it once more in each pass.
+cdef bint debugging = os.environ.get("NORMEXT_DEBUG", "0") not in ("", "0")
+
 
 cdef class Cache:
     """What a backward pass needs of its forward pass: references and statistics, no copy of x.
@@ -95,16 +103,51 @@ cdef class Cache:
     cdef readonly str activation
     cdef str norm
     cdef bint in_place
+    # What x was in the forward pass. Its caller can give it another shape, other strides or another dtype in place.
+    cdef char *x_data
+    cdef object x_dtype
+    cdef int x_ndim
+    cdef cnp.npy_intp *x_layout  # its shape, then its strides
+    cdef dict checksums  # of the arrays that a backward pass reads, by name, with NORMEXT_DEBUG
+
+    def __dealloc__(self):
+        PyMem_Free(self.x_layout)
 
 
 cpdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd, int axis,
                       double eps, bint training, bint in_place, str activation=None):
     """From its parts; `normext.torch` puts together again what autograd has kept apart."""
     cdef Cache cache = Cache.__new__(Cache)
+    cdef int ndim = cnp.PyArray_NDIM(x)
     cache.norm = norm
     cache.x, cache.gamma, cache.beta, cache.mean, cache.rstd = x, gamma, beta, mean, rstd
     cache.axis, cache.eps, cache.training, cache.in_place, cache.activation = axis, eps, training, in_place, activation
+    cache.x_data, cache.x_dtype, cache.x_ndim = data(x), x.descr, ndim
+    cache.x_layout = <cnp.npy_intp *> PyMem_Malloc(2 * ndim * sizeof(cnp.npy_intp))
+    if cache.x_layout == NULL:
+        raise MemoryError("no memory for what a backward pass needs")
+    memcpy(cache.x_layout, cnp.PyArray_DIMS(x), ndim * sizeof(cnp.npy_intp))
+    memcpy(cache.x_layout + ndim, cnp.PyArray_STRIDES(x), ndim * sizeof(cnp.npy_intp))
     return cache
+
+
+cdef bint x_lies_as_it_did(Cache c) noexcept:
+    cdef size_t bytes = c.x_ndim * sizeof(cnp.npy_intp)
+    return (cnp.PyArray_NDIM(c.x) == c.x_ndim and data(c.x) == c.x_data and c.x.descr is c.x_dtype
+            and memcmp(cnp.PyArray_DIMS(c.x), c.x_layout, bytes) == 0
+            and memcmp(cnp.PyArray_STRIDES(c.x), c.x_layout + c.x_ndim, bytes) == 0)
+
+
+cdef dict checksums_of(Cache c):
+    arrays = {"x": c.x, "gamma": c.gamma, "beta": c.beta}
+    return {name: zlib.crc32(np.ascontiguousarray(a).view(np.uint8).data) for name, a in arrays.items() if a is not None and a.size}
+
+
+cdef Cache finished(Cache c):
+    """The cache when all that it refers to has been written."""
+    if debugging and not c.in_place:
+        c.checksums = checksums_of(c)
+    return c
 
 
 # Arguments -------------------------------------------------------------------------------------------------------------------
@@ -113,13 +156,17 @@ cpdef Cache new_cache(str norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray be
 cdef int bfloat16 = -1  # its type number, once ml_dtypes has given it one and an array of it came by
 
 
+cdef cnp.ndarray as_array(object a, str name):
+    """NumPy would drop a mask without a word."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array, as its mask would be lost: fill it first (filled) or leave out what it hides")
+    return np.asarray(a)
+
+
 cdef cnp.ndarray floating_array(object a, str name):
     """a as an array of floats, of any strides and byte order: itself if it is one, integers as float64."""
     global bfloat16
-    cdef cnp.ndarray array
-    if not cnp.PyArray_CheckExact(a):
-        a = np.asarray(a)
-    array = a
+    cdef cnp.ndarray array = a if cnp.PyArray_CheckExact(a) else as_array(a, name)
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(array) == cnp.NPY_DOUBLE:
         return array
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16:
@@ -206,7 +253,7 @@ cdef cnp.ndarray parameter(object p, str name, cnp.ndarray x, int ndim, const cn
         return None
     if not (cnp.PyArray_CheckExact(p) and cnp.PyArray_TYPE(<cnp.ndarray> p) == computing_type(x)
             and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> p)):
-        array = np.asarray(p)
+        array = as_array(p, name)
         if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
         if same_dims(array, ndim, dims):
@@ -225,7 +272,7 @@ cdef cnp.ndarray running_statistic(object r, str name, cnp.npy_intp channels, bi
         return None
     if not isinstance(r, np.ndarray) or (<object> r).dtype.kind != "f":
         raise TypeError(f"{name} must be an ndarray of floats, got {getattr(r, 'dtype', type(r).__name__)}")
-    array = r
+    array = as_array(r, name)
     if not same_dims(array, 1, &channels):
         raise ValueError(f"{name} must have shape ({channels},), got {np.shape(array)}")
     if updated and not cnp.PyArray_ISWRITEABLE(array):
@@ -244,11 +291,18 @@ cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
     return cnp.PyArray_ISNOTSWAPPED(a) == cnp.PyArray_ISNOTSWAPPED(b)
 
 
+cdef inline bint in_one_piece(cnp.ndarray a, cnp.ndarray b) noexcept:
+    return cnp.PyArray_ISONESEGMENT(a) and cnp.PyArray_ISONESEGMENT(b)
+
+
+cdef inline bint in_reach(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether two arrays that are each in one piece share memory."""
+    return data(a) < data(b) + cnp.PyArray_NBYTES(b) and data(b) < data(a) + cnp.PyArray_NBYTES(a)
+
+
 cdef bint overlaps(cnp.ndarray a, cnp.ndarray b) except -1:
-    cdef char *a_data = <char *> cnp.PyArray_DATA(a)
-    cdef char *b_data = <char *> cnp.PyArray_DATA(b)
-    if cnp.PyArray_ISONESEGMENT(a) and cnp.PyArray_ISONESEGMENT(b):
-        return a_data < b_data + cnp.PyArray_NBYTES(b) and b_data < a_data + cnp.PyArray_NBYTES(a)
+    if in_one_piece(a, b):
+        return in_reach(a, b)
     try:
         return np.shares_memory(a, b, max_work=100_000)
     except np.exceptions.TooHardError:
@@ -268,6 +322,7 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
         return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+    as_array(out, "out")  # what is returned is out itself
     array = out
     if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
         raise TypeError(f"out must have dtype {x.dtype.newbyteorder('=')}, got {array.dtype}")
@@ -501,29 +556,37 @@ cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, c
                          relu, given, count, mean, rstd, sums, dots)
 
 
+cdef int moments_by_blocks(cnp.ndarray x, int axis, cnp.ndarray mean, cnp.ndarray var) except -1:
+    """Each channel's mean and variance, of an array that has no layout."""
+    cdef BatchLayout layout
+    cdef cnp.ndarray x_block, block_mean, block_rstd, block_var
+    count, mean[:], m2 = np.zeros(mean.shape[0]), 0, np.zeros(mean.shape[0])
+    for index in blocks((<object> x).shape, range(x.ndim)):
+        x_block = block_copy(x, index)
+        block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
+        batch_layout((x_block,), axis, &layout)
+        layout.operands[1].data = NULL
+        batch_forward(&layout, x_block, None, None, True, 0, False, doubles(block_mean), doubles(block_rstd), doubles(block_var), NULL)
+        # The merge of kernels.h, for all channels of the block at once.
+        channels, n = index[axis], x_block.size // x_block.shape[axis]
+        total, delta = count[channels] + n, block_mean - mean[channels]
+        m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
+        mean[channels] += delta * (n / total)
+        count[channels] = total
+    var[:] = m2 / (x.size // x.shape[axis])
+    return 0
+
+
 cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
                                  double eps, bint relu, cnp.ndarray mean, cnp.ndarray rstd, const Running *running) except -1:
     """batch_forward for arrays that have no layout."""
     cdef BatchLayout layout
-    cdef cnp.ndarray x_block, y_block, block_mean, block_rstd, block_var
+    cdef cnp.ndarray x_block, y_block, var = None
     cdef Py_ssize_t all_channels = mean.shape[0]
     if training:
-        count, mean[:], m2 = np.zeros(mean.shape[0]), 0, np.zeros(mean.shape[0])
-        for index in blocks((<object> x).shape, range(x.ndim)):
-            x_block = block_copy(x, index)
-            block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
-            batch_layout((x_block,), axis, &layout)
-            layout.operands[1].data = NULL
-            batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd),
-                          doubles(block_var), NULL)
-            # The merge of kernels.h, for all channels of the block at once.
-            channels, n = index[axis], x_block.size // x_block.shape[axis]
-            total, delta = count[channels] + n, block_mean - mean[channels]
-            m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
-            mean[channels] += delta * (n / total)
-            count[channels] = total
-        rstd[:] = m2 / (x.size // x.shape[axis])
-        update_moments(running, 0, all_channels, doubles(mean), doubles(rstd))
+        var = np.empty(all_channels)
+        moments_by_blocks(x, axis, mean, var)
+        rstd[:] = var
         nx_inverse_stds(doubles(rstd), all_channels, eps)
     else:
         read_moments(running, 0, all_channels, eps, doubles(mean), doubles(rstd))
@@ -535,6 +598,8 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
                       eps, relu, doubles(mean[channels]), doubles(rstd[channels]), NULL, NULL)
         y[index] = y_block
+    if training:
+        update_moments(running, 0, all_channels, doubles(mean), doubles(var))
     return 0
 
 
@@ -569,16 +634,44 @@ cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
     return 0
 
 
-cdef cnp.ndarray plain_statistic(cnp.ndarray running, Statistic *s):
-    """The array itself, or a copy of what the loops do not take; and how they see it."""
-    cdef cnp.ndarray plain = running
-    s.data = NULL
-    if running is None:
-        return None
-    if not (cnp.PyArray_ISCARRAY_RO(running) and cnp.PyArray_TYPE(running) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)):
-        plain = running.astype(np.float64)
-    s.data, s.single = data(plain), cnp.PyArray_TYPE(plain) == cnp.NPY_FLOAT
-    return plain
+cdef bint is_plain_statistic(cnp.ndarray s) noexcept:
+    """Whether the loops take it as it lies; None too."""
+    return s is None or is_plain(s) and cnp.PyArray_TYPE(s) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)
+
+
+cdef Statistic statistic(cnp.ndarray s) noexcept:
+    return Statistic(data(s), s is not None and cnp.PyArray_TYPE(s) == cnp.NPY_FLOAT)
+
+
+cdef void copy_numbers(cnp.ndarray source, cnp.ndarray to) noexcept:
+    """From a contiguous array to one of the same dtype and any stride, with nothing that could fail."""
+    cdef Py_ssize_t i, size = cnp.PyArray_ITEMSIZE(to)
+    for i in range(cnp.PyArray_DIM(to, 0)):
+        memcpy(data(to) + i * cnp.PyArray_STRIDE(to, 0), data(source) + i * size, size)
+
+
+cdef bint surely_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    return a is None or b is None or in_one_piece(a, b) and not in_reach(a, b)
+
+
+cdef int check_updated(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta) except -1:
+    """Running statistics that are updated in place share no memory with each other or with what is read."""
+    cdef cnp.ndarray running
+    if (surely_apart(mean, var) and surely_apart(mean, x) and surely_apart(mean, gamma) and surely_apart(mean, beta)
+            and surely_apart(var, x) and surely_apart(var, gamma) and surely_apart(var, beta)):
+        return 0
+    if mean is not None and var is not None and overlaps(mean, var):
+        raise ValueError("running_mean and running_var must be two arrays that share no memory, but they overlap")
+    for name, array in (("running_mean", mean), ("running_var", var)):
+        if array is None:
+            continue
+        running = array
+        if cnp.PyArray_DIM(running, 0) > 1 and abs(cnp.PyArray_STRIDE(running, 0)) < cnp.PyArray_ITEMSIZE(running):
+            raise ValueError(f"{name} must have its own memory for every channel, got strides {(<object> running).strides}")
+        for read, other in (("x", x), ("gamma", gamma), ("beta", beta)):
+            if other is not None and overlaps(running, other):
+                raise ValueError(f"{name} is updated in place and must share no memory with {read}, but they overlap")
+    return 0
 
 
 def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None, training=True, momentum=0.9, unbiased=False, eps=1e-5,
@@ -598,7 +691,8 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
         Default: 1 and 0.
     running_mean, running_var : ndarray of floats, shape (C,), optional
         Running statistics. In training they are updated in place where given,
-        ``running = momentum * running + (1 - momentum) * batch``; in evaluation both are needed.
+        ``running = momentum * running + (1 - momentum) * batch``; in evaluation both are needed. They are given by name: second and
+        third come gamma and beta, not these, as in PyTorch.
     training : bool, default True
         Whether to normalize with the batch's statistics or with the running ones.
     momentum : float, default 0.9
@@ -631,10 +725,10 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     TypeError
         If a dtype is not one of the above, or training or unbiased is not a bool.
     ValueError
-        If a shape does not fit, in training there is nothing to take a mean of or, with unbiased, one number a channel, in evaluation a
-        running statistic is missing, a running statistic that is to be updated or `out` is read-only, `out` overlaps an argument
-        other than as said, momentum or eps is out of range, or the activation is unknown. `numpy.exceptions.AxisError`, which is
-        one, if axis is out of range.
+        If a shape does not fit; in training, if there is nothing to take a mean of, or running statistics are to be updated (or
+        `unbiased` is set) and a channel has one number alone; in evaluation, if a running statistic is missing; if a running statistic
+        that is to be updated or `out` is read-only or overlaps an argument other than as said; if momentum or eps is out of range, or
+        the activation is unknown. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
 
     See Also
     --------
@@ -671,6 +765,7 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     """
     cdef BatchLayout layout
     cdef Running running
+    cdef Cache cache
     cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd, plain_mean, plain_var, var = None
     cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
@@ -685,10 +780,10 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     if training_:
         if cnp.PyArray_SIZE(x_) == 0:
             raise ValueError(f"x has no rows to take a mean of in training: shape {np.shape(x_)}")
-        if unbiased_ and cnp.PyArray_SIZE(x_) == channels:
-            raise ValueError(f"an unbiased variance is of more than one number a channel, got x of shape {np.shape(x_)}, axis {axis_}")
-        if running_mean is not None and running_mean is running_var:
-            raise ValueError("running_mean and running_var must be two arrays, got one for both")
+        if cnp.PyArray_SIZE(x_) == channels and (unbiased_ or momentum_ < 1 and not (running_mean is None and running_var is None)):
+            raise ValueError("x must have more than one number a channel where running statistics are updated, as the variance of one is "
+                             f"no estimate: got shape {np.shape(x_)}, axis {axis_}; training=False uses running statistics as they are")
+        check_updated(running_mean_, running_var_, x_, gamma_, beta_)
     elif running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} is needed with training=False, got None")
@@ -698,7 +793,14 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     running.momentum, running.correction = momentum_, 1
     if training_ and unbiased_:
         running.correction = (<double> cnp.PyArray_SIZE(x_)) / (cnp.PyArray_SIZE(x_) - channels)
-    plain_mean, plain_var = plain_statistic(running_mean_, &running.mean), plain_statistic(running_var_, &running.var)
+    plain_mean, plain_var = running_mean_, running_var_
+    if not (is_plain_statistic(running_mean_) and is_plain_statistic(running_var_)):
+        plain_mean, plain_var = float64(running_mean_), float64(running_var_)
+    running.mean, running.var = statistic(plain_mean), statistic(plain_var)
+    # All memory is had before the loops update running statistics: they are updated both or, with a MemoryError, neither.
+    cache = new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_),
+                      activation)
+    result = (y, cache)
     if cnp.PyArray_SIZE(x_) == 0:  # in evaluation
         read_moments(&running, 0, channels, eps_, doubles(mean), doubles(rstd))
     elif batch_layout((x_, y), axis_, &layout):
@@ -707,22 +809,31 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
         batch_forward(&layout, x_, gamma_, beta_, training_, eps_, relu, doubles(mean), doubles(rstd), doubles(var), &running)
     else:
         batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, relu, mean, rstd, &running)
-    if training_ and plain_mean is not running_mean_:
-        running_mean_[:] = plain_mean
-    if training_ and plain_var is not running_var_:
-        running_var_[:] = plain_var
-    return y, new_cache("batch_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, training_, out is not None and same_memory(y, x_),
-                        activation)
+    if training_ and not (plain_mean is running_mean_ and plain_var is running_var_):
+        pairs = ((running_mean_, plain_mean), (running_var_, plain_var))
+        for numbers, array in [(plain.astype(array.dtype), array) for array, plain in pairs if array is not None]:
+            copy_numbers(numbers, array)
+    finished(cache)
+    return result
 
 
 cpdef Cache checked_cache(object cache, str norm):
     """The cache, if it is of that norm and still has its x."""
+    cdef Cache c
     if not isinstance(cache, Cache) or (<Cache> cache).norm != norm:
         what = f"that of {(<Cache> cache).norm}" if isinstance(cache, Cache) else type(cache).__name__
         raise TypeError(f"cache must be what {norm} returned, got {what}")
-    if (<Cache> cache).in_place:
+    c = cache
+    if c.in_place:
         raise ValueError(f"cache is of a call {norm}(x, ..., out=x), which wrote over the x that its gradients need")
-    return cache
+    if not x_lies_as_it_did(c):
+        raise ValueError(f"x must be as {norm} had it, of shape {shape_of(c.x_ndim, c.x_layout)} and dtype {c.x_dtype}, but its shape, "
+                         f"strides or dtype were changed in place; it has shape {np.shape(c.x)} and dtype {c.x.dtype}")
+    if c.checksums is not None:
+        for name, checksum in checksums_of(c).items():
+            if checksum != c.checksums[name]:
+                raise ValueError(f"{name} must be as {norm} had it, but its numbers were changed before the backward pass")
+    return c
 
 
 cdef cnp.ndarray gradient_array(object out, Cache c, cnp.ndarray dy, cnp.ndarray dsum=None):
@@ -828,11 +939,11 @@ def batch_moments(x, axis):
     mean, rstd, var = np.zeros(channels), np.empty(channels), np.zeros(channels)
     if cnp.PyArray_SIZE(x_) == 0:
         return mean, var
-    if not batch_layout((x_,), axis_, &layout):
-        x_ = block_copy(x_, ())
-        batch_layout((x_,), axis_, &layout)
-    layout.operands[1].data = NULL
-    batch_forward(&layout, x_, None, None, True, 0.0, False, doubles(mean), doubles(rstd), doubles(var), NULL)
+    if batch_layout((x_,), axis_, &layout):
+        layout.operands[1].data = NULL
+        batch_forward(&layout, x_, None, None, True, 0.0, False, doubles(mean), doubles(rstd), doubles(var), NULL)
+    else:
+        moments_by_blocks(x_, axis_, mean, var)
     return mean, var
 
 
@@ -944,7 +1055,7 @@ cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object 
                            data(beta_), ALONG_RUN, statistics, eps_, False, doubles(mean), doubles(rstd), NULL)
         else:
             layer_forward_by_blocks(total, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
-    cache = new_cache(norm, total, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, total))
+    cache = finished(new_cache(norm, total, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, total)))
     return (y, cache) if residual_ is None else (y, total, cache)
 
 
@@ -1346,6 +1457,47 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
     return 0
 
 
+cdef tuple normalize_groups(str norm, object x, object num_groups, object gamma, object beta, object axis, object eps, object out):
+    """Group norm and instance norm: arguments, result and cache."""
+    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
+    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
+    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
+    cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
+    cdef Py_ssize_t groups
+    try:
+        groups = num_groups
+    except (TypeError, OverflowError):
+        raise TypeError(f"num_groups must be an integer, got {num_groups!r}") from None
+    if axis_ == 0:
+        raise ValueError("axis must not be 0, where the examples are")
+    if groups < 1 or channels % groups:
+        raise ValueError(f"num_groups must divide the {channels} channels, got {groups}")
+    if cnp.PyArray_SIZE(x_) == 0 and cnp.PyArray_DIM(x_, 0) != 0:
+        raise ValueError(f"x has groups without numbers: shape {np.shape(x_)}, axis {axis_}")
+    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
+    if cnp.PyArray_SIZE(x_) == 0:
+        mean, rstd = np.empty((x_.shape[0], groups)), np.empty((x_.shape[0], groups))
+    else:
+        mean, rstd = group_forward(x_, y, axis_, groups, gamma_, beta_, eps_)
+    return y, finished(new_cache(norm, x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_)))
+
+
+cdef tuple gradients_of_groups(str norm, object dy, object cache, object out):
+    """dx, dgamma and dbeta of group norm and instance norm."""
+    cdef Cache c = checked_cache(cache, norm)
+    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dx = gradient_array(out, c, dy_)
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
+    cdef cnp.ndarray dgamma = np.zeros(channels), dbeta = np.zeros(channels)
+    if cnp.PyArray_SIZE(x) != 0:
+        group_backward(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, dgamma, dbeta)
+    return (
+        dx,
+        None if c.gamma is None else parameter_gradient(doubles(dgamma), NULL, 1, &channels, x),
+        None if c.beta is None else parameter_gradient(doubles(dbeta), NULL, 1, &channels, x),
+    )
+
+
 def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
     """Normalize each group of channels of each example: ``y = gamma * (x - mean) / sqrt(var + eps) + beta``.
 
@@ -1397,28 +1549,7 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
     >>> y
     array([[-1.,  1., -1.,  1.]])
     """
-    cdef cnp.ndarray x_ = floating_array(x, "x"), y, mean, rstd
-    cdef int axis_ = checked_axis(axis, cnp.PyArray_NDIM(x_))
-    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, axis_)
-    cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, 1, &channels), beta_ = parameter(beta, "beta", x_, 1, &channels)
-    cdef double eps_ = checked_number(eps, "eps", 0, 1e300)
-    cdef Py_ssize_t groups
-    try:
-        groups = num_groups
-    except (TypeError, OverflowError):
-        raise TypeError(f"num_groups must be an integer, got {num_groups!r}") from None
-    if axis_ == 0:
-        raise ValueError("axis must not be 0, where the examples are")
-    if groups < 1 or channels % groups:
-        raise ValueError(f"num_groups must divide the {channels} channels, got {groups}")
-    if cnp.PyArray_SIZE(x_) == 0 and cnp.PyArray_DIM(x_, 0) != 0:
-        raise ValueError(f"x has groups without numbers: shape {np.shape(x_)}, axis {axis_}")
-    y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
-    if cnp.PyArray_SIZE(x_) == 0:
-        mean, rstd = np.empty((x_.shape[0], groups)), np.empty((x_.shape[0], groups))
-    else:
-        mean, rstd = group_forward(x_, y, axis_, groups, gamma_, beta_, eps_)
-    return y, new_cache("group_norm", x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_))
+    return normalize_groups("group_norm", x, num_groups, gamma, beta, axis, eps, out)
 
 
 def group_norm_backward(dy, cache, *, out=None):
@@ -1459,17 +1590,7 @@ def group_norm_backward(dy, cache, *, out=None):
     >>> bool(abs(dx).max() < 1e-15)  # y does not change when all x of a group move together
     True
     """
-    cdef Cache c = checked_cache(cache, "group_norm")
-    cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dx = gradient_array(out, c, dy_)
-    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
-    cdef cnp.ndarray dgamma = np.zeros(channels), dbeta = np.zeros(channels)
-    if cnp.PyArray_SIZE(x) != 0:
-        group_backward(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, dgamma, dbeta)
-    return (
-        dx,
-        None if c.gamma is None else parameter_gradient(doubles(dgamma), NULL, 1, &channels, x),
-        None if c.beta is None else parameter_gradient(doubles(dbeta), NULL, 1, &channels, x),
-    )
+    return gradients_of_groups("group_norm", dy, cache, out)
 
 
 # Instance norm ---------------------------------------------------------------------------------------------------------------
@@ -1521,7 +1642,8 @@ def instance_norm(x, gamma=None, beta=None, *, axis=1, eps=1e-5, out=None):
             [-1.,  1.]]])
     """
     cdef cnp.ndarray x_ = floating_array(x, "x")
-    return group_norm(x_, cnp.PyArray_DIM(x_, checked_axis(axis, cnp.PyArray_NDIM(x_))), gamma, beta, axis=axis, eps=eps, out=out)
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(x_, checked_axis(axis, cnp.PyArray_NDIM(x_)))
+    return normalize_groups("instance_norm", x_, channels, gamma, beta, axis, eps, out)
 
 
 def instance_norm_backward(dy, cache, *, out=None):
@@ -1557,4 +1679,4 @@ def instance_norm_backward(dy, cache, *, out=None):
     >>> dbeta
     array([2., 2.])
     """
-    return group_norm_backward(dy, cache, out=out)
+    return gradients_of_groups("instance_norm", dy, cache, out)

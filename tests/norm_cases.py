@@ -103,8 +103,9 @@ class Case(NamedTuple):
             given["num_groups"] = self.groups
         if self.norm == "batch_norm":
             given |= {"training": self.training, "activation": "relu" if self.relu else None}
-            given["unbiased"] = self.unbiased and math.prod(self.shape) > self.shape[self.axis]
-            if self.running or not self.training:
+            several = math.prod(self.shape) > self.shape[self.axis]  # one number has no variance to learn from
+            given["unbiased"] = self.unbiased and several
+            if self.running and several or not self.training:
                 given |= {name: arrays[name] for name in ("running_mean", "running_var")}
         if self.fused:
             given["residual"] = arrays["residual"]

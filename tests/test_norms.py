@@ -2,6 +2,9 @@
 
 import doctest
 import itertools
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -103,6 +106,8 @@ def test_batch_norm_equals_twin(rng, shape, axis, dtype):
         gamma = rng.normal(size=channels).astype(dtype) if with_gamma else None
         beta = rng.normal(size=channels).astype(dtype) if with_beta else None
         ours = dict(running_mean=rng.normal(size=channels), running_var=rng.uniform(0.5, 2, channels))
+        if training and x.size == channels:  # one number has no variance to learn from
+            ours = {}
         twins = {name: r.copy() for name, r in ours.items()}
         options = dict(training=training, momentum=0.8, eps=1e-3, axis=axis)
         y, cache = normext.batch_norm(x, gamma, beta, **ours, **options)
@@ -779,3 +784,143 @@ def test_examples_of_compiled_modules(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# What the caller does to his arrays ----------------------------------------------------------------------------------
+
+
+# Each norm's forward pass, with its own arguments but x and parameters, and its backward pass.
+NORMS = {
+    "batch_norm": (normext.batch_norm, normext.batch_norm_backward),
+    "layer_norm": (normext.layer_norm, normext.layer_norm_backward),
+    "rms_norm": (normext.rms_norm, normext.rms_norm_backward),
+    "group_norm": (lambda x: normext.group_norm(x, 2), normext.group_norm_backward),
+    "instance_norm": (normext.instance_norm, normext.instance_norm_backward),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: setattr(x, "shape", (-1,)),
+        lambda x: setattr(x, "shape", (5, 4, 6)),
+        lambda x: setattr(x, "shape", (6, 4, 5, 1)),
+        lambda x: setattr(x, "dtype", np.int64),
+        lambda x: setattr(x, "dtype", x.dtype.newbyteorder()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting the:DeprecationWarning")
+def test_x_that_was_reshaped_in_place_is_refused_by_the_backward_pass(norm, change, rng):
+    forward, backward = NORMS[norm]
+    x = rng.normal(size=(6, 4, 5))
+    _, cache = forward(x)
+    change(x)
+    with pytest.raises(ValueError, match=rf"^x must be as {norm} had it, of shape \(6, 4, 5\) and dtype float64"):
+        backward(np.ones((6, 4, 5)), cache)
+    x.dtype = np.float64
+    x.shape = (6, 4, 5)
+    backward(np.ones((6, 4, 5)), cache)
+
+
+@pytest.mark.parametrize("name", ["x", "gamma", "beta", "running_mean", "running_var", "residual", "out", "dy", "dsum"])
+def test_masked_arrays_are_refused(name):
+    x = np.ones((4, 3))
+    masked = np.ma.masked_equal(np.ones(3) if name in ("gamma", "beta", "running_mean", "running_var") else x, 1)
+    calls = {
+        "x": lambda: [forward(masked) for forward, _ in NORMS.values()],
+        "dy": lambda: normext.batch_norm_backward(masked, normext.batch_norm(x)[1]),
+        "dsum": lambda: normext.layer_norm_backward(x, normext.layer_norm(x, residual=x)[2], dsum=masked),
+        "residual": lambda: normext.layer_norm(x, residual=masked),
+    }
+    with pytest.raises(TypeError, match=f"^{name} must not be a masked array"):
+        calls.get(name, lambda: normext.batch_norm(x, **{name: masked}))()
+
+
+@pytest.mark.parametrize("norm", ["group_norm", "instance_norm"])
+def test_a_cache_of_the_norm_beside_is_refused_by_its_name(norm):
+    other = {"group_norm": "instance_norm", "instance_norm": "group_norm"}[norm]
+    _, cache = NORMS[other][0](np.ones((2, 4, 3)))
+    with pytest.raises(TypeError, match=f"cache must be what {norm} returned, got that of {other}"):
+        NORMS[norm][1](np.ones((2, 4, 3)), cache)
+
+
+@pytest.mark.parametrize(
+    "name, other, arguments",
+    [
+        ("running_mean", "running_var", lambda m: dict(running_mean=m[:4], running_var=m[2:6])),
+        ("running_mean", "running_var", lambda m: dict(running_mean=m[:8:2], running_var=m[6:10])),
+        ("running_var", "gamma", lambda m: dict(running_var=m[:4], gamma=m[:4])),
+        ("running_mean", "beta", lambda m: dict(running_mean=m[1:5], beta=m[:4])),
+        ("running_mean", "x", lambda m: dict(running_mean=m[:4], x=m.reshape(3, 4))),
+        ("running_var", "x", lambda m: dict(running_var=m[:4], x=m.reshape(4, 3).T)),
+    ],
+)
+def test_running_statistics_that_share_memory_are_refused(name, other, arguments):
+    memory = np.arange(12.0)
+    with pytest.raises(ValueError, match=f"{name}.*{other}.* overlap"):
+        normext.batch_norm(**{"x": np.ones((5, 4))} | arguments(memory))
+    np.testing.assert_array_equal(memory, np.arange(12.0))
+
+
+def test_a_running_statistic_of_one_number_for_all_channels_is_refused():
+    one = np.lib.stride_tricks.as_strided(np.ones(1), (4,), (0,))
+    with pytest.raises(ValueError, match="running_var must have its own memory for every channel"):
+        normext.batch_norm(np.ones((5, 4)), running_var=one)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1)])
+def test_running_statistics_learn_nothing_from_one_number(shape, rng):
+    x, beta = rng.normal(size=shape), rng.normal(size=3)
+    running = dict(running_mean=np.zeros(3), running_var=np.ones(3))
+    for some in (running, {"running_mean": running["running_mean"]}, {"running_var": running["running_var"]}):
+        with pytest.raises(ValueError, match="x must have more than one number a channel where running statistics"):
+            normext.batch_norm(x, **some)
+    assert not running["running_mean"].any() and (running["running_var"] == 1).all()
+    y, cache = normext.batch_norm(x, beta=beta)
+    np.testing.assert_array_equal(y.ravel(), beta)
+    assert not normext.batch_norm_backward(x, cache)[0].any()
+    normext.batch_norm(x, **running, momentum=1.0)  # nothing is learned
+    normext.batch_norm(x, **running, training=False)
+
+
+DEBUGGED = """
+import numpy as np, normext
+x, dy, gamma = np.random.default_rng(0).normal(size=(3, 6, 4, 5)), np.ones((6, 4, 5)), np.ones(4)
+x = x[:, :, :, ::2][0] if {strided} else x[0].copy()
+dy = np.ones(x.shape)
+for norm, first in [("batch_norm", ()), ("group_norm", (2,)), ("instance_norm", ())]:
+    _, cache = getattr(normext, norm)(x, *first, gamma=gamma)
+    backward = getattr(normext, norm + "_backward")
+    backward(dy, cache)
+    for array in (x, gamma):
+        kept = array.copy()
+        array[..., 0] += 1
+        try:
+            backward(dy, cache)
+        except ValueError as error:
+            print(error)
+        array[...] = kept
+        backward(dy, cache)
+_, total, cache = normext.layer_norm(x, residual=x)
+total[0] = 0
+try:
+    normext.layer_norm_backward(dy, cache)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("debug, lines", [("1", 7), ("0", 0), ("", 0)])
+def test_arrays_that_are_changed_between_the_passes_are_seen_where_that_is_asked_for(strided, debug, lines):
+    environment = dict(os.environ, NORMEXT_DEBUG=debug)
+    program = [sys.executable, "-c", DEBUGGED.format(strided=strided)]
+    run = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    printed = run.stdout.splitlines()
+    assert len(printed) == lines
+    if lines:
+        assert printed[:2] == [
+            f"{name} must be as batch_norm had it, but its numbers were changed before the backward pass"
+            for name in ("x", "gamma")
+        ]
