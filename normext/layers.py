@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from normext.functional import (
+    batch_moments,
     batch_norm,
     batch_norm_backward,
     group_norm,
@@ -38,11 +39,35 @@ _INITIAL = {"gamma": np.ones, "beta": np.zeros}
 _PYTORCH_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
+def _array(holder: str, name: str) -> property:
+    """An array that a layer keeps in a dict of the name `holder`, as an attribute; None where it is not there.
+
+    What is assigned is copied into it: whoever holds the array, an optimizer say, sees it too.
+    """
+
+    def get(layer: "_Norm") -> np.ndarray | None:
+        return getattr(layer, holder).get(name)
+
+    def copy_into(layer: "_Norm", value: ArrayLike) -> None:
+        array = get(layer)
+        if array is None:
+            raise AttributeError(f"{layer!r} has no {name} to assign to")
+        array[...] = _entry(name, value, array)
+
+    return property(get, copy_into, doc=f"The array {name}, or None. What is assigned is copied into it.")
+
+
 class _Norm(ABC):
     """What all norms share: parameters and gradients, the mode, the cache between two passes, the state.
 
     A subclass gives `_forward`, the `_backward` that belongs to it, and an attribute for each argument.
     """
+
+    # So that a misspelt attribute is an AttributeError. A class that is derived elsewhere may have more of its own.
+    __slots__ = ("__weakref__", "_cache", "affine", "dtype", "eps", "grads", "params", "training")
+
+    gamma, beta = _array("params", "gamma"), _array("params", "beta")
+    weight, bias = gamma, beta  # as PyTorch calls them
 
     _backward: ClassVar[Callable[..., tuple[Any, ...]]]
 
@@ -168,10 +193,10 @@ class _Norm(ABC):
         return {_PYTORCH_NAMES[name]: p for name, p in self.params.items()}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Copies of the parameters and running statistics, under PyTorch's names.
+        """Copies of the parameters and running statistics, under PyTorch's names and in the layer's dtype.
 
-        Numbers are copied as they are; `BatchNorm` says which of them PyTorch understands in another way. For PyTorch
-        wrap each in ``torch.from_numpy``.
+        `BatchNorm` says which of the numbers PyTorch understands in another way. For PyTorch wrap each in
+        ``torch.from_numpy``.
 
         Returns
         -------
@@ -186,7 +211,10 @@ class _Norm(ABC):
         >>> list(BatchNorm(2).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        return {name: array.copy() for name, array in self._state().items()}
+        return {
+            name: array.astype(self.dtype if array.dtype.kind == "f" else array.dtype)
+            for name, array in self._state().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy a state into the layer's arrays, in place. If anything is wrong with it, nothing is loaded.
@@ -225,13 +253,15 @@ class _Norm(ABC):
         if wrong:
             raise ValueError(f"state must have the keys of {self!r}: {', '.join(wrong)}")
         # All are converted before the first is written.
-        new = {name: _state_entry(name, state[name], array) for name, array in own.items()}
+        new = {name: _entry(f"state[{name!r}]", state[name], array) for name, array in own.items()}
         for name, array in own.items():
             array[...] = new[name]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """For pickle and copy: without the cache, which refers to the last x."""
-        return {**self.__dict__, "_cache": None}
+        names = {name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ())} - {"__weakref__"}
+        slots = {name: getattr(self, name) for name in names} | {"_cache": None}
+        return getattr(self, "__dict__", None), slots
 
     def __repr__(self) -> str:
         """As the layer was made; of the options only momentum, eps and what is not the default."""
@@ -268,15 +298,18 @@ class BatchNorm(_Norm):
     axis : int, default 1
         The channel axis.
     dtype : float32 or float64, default float32
-        Of parameters, gradients and running statistics; x may have another.
+        Of parameters, gradients and `state_dict`; x may have another.
 
     Attributes
     ----------
     params, grads : dict of str to ndarray
         gamma and beta, shape (C,), and their gradients after `backward`. The layer writes into these arrays and never
         replaces them, so an optimizer may hold them; empty with ``affine=False``.
-    running_mean, running_var : ndarray, shape (C,)
-        Start at 0 and 1; updated in place.
+    gamma, beta : ndarray or None
+        Those of `params`; also under PyTorch's names, weight and bias. What is assigned is copied into the array.
+    running_mean, running_var : ndarray of float64, shape (C,)
+        Start at 0 and 1; updated in place. Of float32 they would lose, in evaluation, what training keeps of data far
+        from zero; `state_dict` has them in the layer's dtype, as PyTorch wants them.
     num_batches_tracked : ndarray of int64, shape ()
         The batches seen in training.
     training : bool
@@ -285,7 +318,8 @@ class BatchNorm(_Norm):
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of the above.
+        If an argument is not of the above; called in training, ValueError if a channel has one number alone: it has no
+        variance to learn from.
 
     See Also
     --------
@@ -319,9 +353,14 @@ class BatchNorm(_Norm):
     >>> layer.grads["beta"]
     array([2., 0.], dtype=float32)
     >>> layer.running_mean
-    array([0.2, 0.4], dtype=float32)
+    array([0.2, 0.4])
     >>> y = layer.eval()([[1.0, 2.0]])  # with the running statistics
     """
+
+    __slots__ = ("_statistics", "axis", "momentum", "num_features")
+
+    running_mean, running_var = _array("_statistics", "running_mean"), _array("_statistics", "running_var")
+    num_batches_tracked = _array("_statistics", "num_batches_tracked")
 
     _backward = staticmethod(batch_norm_backward)
 
@@ -339,15 +378,16 @@ class BatchNorm(_Norm):
         self.momentum = None if momentum is None else _number(momentum, "momentum", 0, 1)
         self.axis = _integer(axis, "axis")
         super().__init__((self.num_features,), eps, affine, dtype, ("gamma", "beta"))
-        self.running_mean = np.zeros(self.num_features, self.dtype)
-        self.running_var = np.ones(self.num_features, self.dtype)
-        self.num_batches_tracked = np.zeros((), np.int64)
+        self._statistics = {
+            "running_mean": np.zeros(self.num_features),
+            "running_var": np.ones(self.num_features),
+            "num_batches_tracked": np.zeros((), np.int64),
+        }
 
     def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
         populations = _populations.get()
         if populations is not None:
-            mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's, in float64
-            y, cache, count = self._normalize(x, running_mean=mean, running_var=var, momentum=0.0)
+            y, cache, count, mean, var = self._normalize_with_moments(x)
             populations.setdefault(self, _Population()).add(count, mean, var)
             return y, cache
         running = {"running_mean": self.running_mean, "running_var": self.running_var}
@@ -366,9 +406,14 @@ class BatchNorm(_Norm):
         y, cache = batch_norm(x, gamma, beta, eps=self.eps, axis=self.axis, **options)
         return y, cache, x.size // self.num_features
 
+    def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
+        """As in training, with the batch's own mean and variance, which are returned too."""
+        _check_channels(x, self.axis, self.num_features)
+        mean, var = batch_moments(x, self.axis)
+        return *self._normalize(x, running_mean=mean, running_var=var, training=False), mean, var
+
     def _state(self) -> dict[str, np.ndarray]:
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        return super()._state() | {name: getattr(self, name) for name in names}
+        return super()._state() | self._statistics
 
 
 class LayerNorm(_Norm):
@@ -405,6 +450,8 @@ class LayerNorm(_Norm):
     array([[[-1.,  1.],
             [ 1., -1.]]])
     """
+
+    __slots__ = ("normalized_shape",)
 
     _backward = staticmethod(layer_norm_backward)
 
@@ -457,6 +504,8 @@ class RMSNorm(_Norm):
     >>> layer([[3.0, 4.0, 0.0, 0.0]])
     array([[1.2, 1.6, 0. , 0. ]])
     """
+
+    __slots__ = ("normalized_shape",)
 
     _backward = staticmethod(rms_norm_backward)
 
@@ -513,6 +562,8 @@ class GroupNorm(_Norm):
     >>> layer([[1.0, 3.0, 2.0, 6.0]])
     array([[-1.,  1., -1.,  1.]])
     """
+
+    __slots__ = ("axis", "num_channels", "num_groups")
 
     _backward = staticmethod(group_norm_backward)
 
@@ -574,6 +625,8 @@ class InstanceNorm(_Norm):
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+
+    __slots__ = ("axis", "num_features")
 
     _backward = staticmethod(instance_norm_backward)
 
@@ -670,7 +723,7 @@ def population_stats(layer_or_model: Callable[[Any], Any], batches: Iterable[Any
     >>> layer = BatchNorm(1)
     >>> population_stats(layer, [np.array([[1.0], [2.0]]), np.array([[6.0]])])
     >>> layer.running_mean, layer.running_var.round(3)
-    (array([3.], dtype=float32), array([4.667], dtype=float32))
+    (array([3.]), array([4.667]))
 
     A model is any function that calls its layers:
 
@@ -708,7 +761,9 @@ def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
     return tqdm(batches, desc="population statistics", unit="batch", delay=2, leave=False, disable=None)
 
 
-def fold_batch_norm(w: ArrayLike, b: ArrayLike | None, layer: BatchNorm) -> tuple[np.ndarray, np.ndarray]:
+def fold_batch_norm(
+    w: ArrayLike, b: ArrayLike | None, layer: BatchNorm, *, output_axis: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Fold a batch norm in evaluation mode into the affine layer or convolution before it.
 
     There batch norm is ``y = scale * (x - mean) + beta`` with ``scale = gamma / sqrt(var + eps)`` for each channel, so
@@ -717,13 +772,14 @@ def fold_batch_norm(w: ArrayLike, b: ArrayLike | None, layer: BatchNorm) -> tupl
     Parameters
     ----------
     w : array_like
-        The weights, with M = ``layer.num_features`` outputs. **Which axis the outputs are on follows from the rank**:
-        with two axes the last, as in ``x @ w + b`` with w (D, M) (so give PyTorch's (M, D) transposed); with three to
-        five the first, as in a convolution's (F, C, HH, WW).
+        The weights, with M = ``layer.num_features`` outputs along `output_axis`.
     b : array_like, shape (M,), or None
         The bias. None for a layer without one.
     layer : BatchNorm
         In evaluation mode, as in training its result is not a fixed function.
+    output_axis : int
+        1 for ``x @ w + b`` with w (D, M); 0 for a convolution's (F, C, HH, WW) and for PyTorch's ``Linear``, whose
+        weights are (M, D). It has no default: of a square w nobody could tell.
 
     Returns
     -------
@@ -733,9 +789,10 @@ def fold_batch_norm(w: ArrayLike, b: ArrayLike | None, layer: BatchNorm) -> tupl
     Raises
     ------
     TypeError
-        If layer is not a `BatchNorm`, or w or b does not hold real numbers.
+        If layer is not a `BatchNorm`, w or b does not hold real numbers, or output_axis is not an integer.
     ValueError
-        If w has a rank other than 2 to 5, shapes do not fit, or the layer is in training mode.
+        If w has fewer than two axes, shapes do not fit, or the layer is in training mode. `numpy.exceptions.AxisError`,
+        which is one, if output_axis is out of range.
 
     See Also
     --------
@@ -746,7 +803,7 @@ def fold_batch_norm(w: ArrayLike, b: ArrayLike | None, layer: BatchNorm) -> tupl
     >>> layer = BatchNorm(2, dtype=np.float64).eval()
     >>> layer.running_mean[...], layer.running_var[...] = [1.0, 2.0], [4.0, 9.0]
     >>> x, w = np.array([[1.0, 2.0, 3.0]]), np.arange(6.0).reshape(3, 2)
-    >>> folded_w, folded_b = fold_batch_norm(w, None, layer)
+    >>> folded_w, folded_b = fold_batch_norm(w, None, layer, output_axis=1)
     >>> np.allclose(x @ folded_w + folded_b, layer(x @ w))
     True
     """
@@ -757,9 +814,11 @@ def fold_batch_norm(w: ArrayLike, b: ArrayLike | None, layer: BatchNorm) -> tupl
     w = _real_array(w, "w")
     channels = layer.num_features
     b = np.zeros(channels) if b is None else _real_array(b, "b")
-    if not 2 <= w.ndim <= 5:
-        raise ValueError(f"w must be (D, M) or have three to five axes, outputs first, got shape {w.shape}")
-    output_axis = 1 if w.ndim == 2 else 0
+    output_axis = _integer(output_axis, "output_axis")
+    if w.ndim < 2:
+        raise ValueError(f"w must have an axis of inputs and one of outputs at least, got shape {w.shape}")
+    if not -w.ndim <= output_axis < w.ndim:
+        raise np.exceptions.AxisError(output_axis, w.ndim, "output_axis")
     if w.shape[output_axis] != channels:
         raise ValueError(f"w must have {channels} outputs, as layer has, on axis {output_axis}, got shape {w.shape}")
     if b.shape != (channels,):
@@ -769,7 +828,7 @@ def fold_batch_norm(w: ArrayLike, b: ArrayLike | None, layer: BatchNorm) -> tupl
     _, cache = batch_norm(nothing, running_mean=mean, running_var=var, training=False, eps=layer.eps)
     scale = cache.rstd * layer.params.get("gamma", 1.0)
     folded_b = scale * (b - cache.mean) + layer.params.get("beta", 0.0)
-    folded_w = w * (scale if w.ndim == 2 else scale.reshape(-1, *(1,) * (w.ndim - 1)))
+    folded_w = np.moveaxis(np.moveaxis(w, output_axis, -1) * scale, -1, output_axis)
     return folded_w.astype(w.dtype), folded_b.astype(w.dtype)
 
 
@@ -826,13 +885,13 @@ def _check_rows(x: np.ndarray, row_shape: tuple[int, ...]) -> None:
         raise ValueError(f"x must have a shape that ends in {row_shape}, got {x.shape}")
 
 
-def _state_entry(name: str, value: Any, own: np.ndarray) -> np.ndarray:
-    """A new array in the dtype of the layer's own."""
+def _entry(name: str, value: Any, own: np.ndarray) -> np.ndarray:
+    """A new array in the shape and dtype of the layer's own."""
     value = np.asarray(value)
     if not np.can_cast(value.dtype, own.dtype, "same_kind"):
-        raise TypeError(f"state[{name!r}] must be convertible to {own.dtype}, got dtype {value.dtype}")
+        raise TypeError(f"{name} must be convertible to {own.dtype}, got dtype {value.dtype}")
     if value.shape != own.shape:
-        raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {value.shape}")
+        raise ValueError(f"{name} must have shape {own.shape}, got {value.shape}")
     return value.astype(own.dtype)
 
 

@@ -70,8 +70,9 @@ def trained(layer, rng):
     for p in layer.params.values():
         p[...] = rng.normal(1, 0.5, p.shape)
     if isinstance(layer, BatchNorm):
-        layer.running_mean[...] = rng.normal(2, 1, layer.num_features)
-        layer.running_var[...] = rng.uniform(0.5, 4, layer.num_features)
+        # Such as float32 holds: a state of a float32 layer has no more.
+        layer.running_mean[...] = rng.normal(2, 1, layer.num_features).astype(np.float32)
+        layer.running_var[...] = rng.uniform(0.5, 4, layer.num_features).astype(np.float32)
         layer.num_batches_tracked[...] = 7
     return layer
 
@@ -216,6 +217,77 @@ def test_a_refused_batch_leaves_the_running_statistics(rng):
             layer(x)
     assert layer.num_batches_tracked == 0
     assert not layer.running_mean.any() and (layer.running_var == 1).all()
+
+
+@pytest.mark.parametrize("offset", [0, 1e2, 1e4, 1e6])
+def test_evaluation_of_float32_data_far_from_zero_is_as_exact_as_training(offset, rng):
+    x = (offset + rng.standard_normal((20000, 4))).astype(np.float32)
+    layer = BatchNorm(4, momentum=0.0)
+    layer(x)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + layer.eps)
+    np.testing.assert_allclose(layer.eval()(x), expected, atol=2e-6)
+    assert {name: a.dtype for name, a in layer.state_dict().items() if a.ndim} == dict.fromkeys(
+        ("weight", "bias", "running_mean", "running_var"), np.dtype(np.float32)
+    )
+
+
+def test_training_with_one_number_a_channel_is_refused_and_poisons_nothing(rng):
+    layer = BatchNorm(3)
+    for shape in ((1, 3), (1, 3, 1, 1)):
+        with pytest.raises(ValueError, match="one number a channel"):
+            layer(rng.normal(size=shape))
+    assert layer.num_batches_tracked == 0
+    assert not layer.running_mean.any() and (layer.running_var == 1).all()
+    assert layer.eval()(np.ones((1, 3))).shape == (1, 3)
+
+
+# Attributes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, pytorchs", [("gamma", "weight"), ("beta", "bias")])
+def test_parameters_are_attributes_that_are_assigned_in_place(case, name, pytorchs, rng):
+    make, shape, _, _ = case
+    layer, same = make(**F64), make(**F64)
+    if name not in layer.params:
+        assert layer.beta is None and layer.bias is None
+        with pytest.raises(AttributeError, match="has no beta to assign to"):
+            layer.bias = np.zeros(5)
+        return
+    array = layer.params[name]
+    setattr(layer, pytorchs, rng.normal(size=array.shape).tolist())
+    same.params[name][...] = array
+    assert getattr(layer, name) is getattr(layer, pytorchs) is layer.params[name] is array
+    x = rng.normal(size=shape)
+    np.testing.assert_array_equal(layer(x), same(x))
+    before = array.copy()
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        setattr(layer, name, np.ones(17))
+    with pytest.raises(TypeError, match=f"{name} must be convertible to float64, got dtype complex128"):
+        setattr(layer, name, np.ones(array.shape, complex))
+    np.testing.assert_array_equal(array, before)
+    assert getattr(make(affine=False), name) is None
+
+
+def test_running_statistics_are_assigned_in_place():
+    layer = BatchNorm(2)
+    held = layer.running_var
+    layer.running_var, layer.num_batches_tracked = [4, 9], 3
+    assert held is layer.running_var and held.tolist() == [4, 9] and layer.num_batches_tracked == 3
+    with pytest.raises(ValueError, match=r"running_var must have shape \(2,\), got \(1,\)"):
+        layer.running_var = [1.0]
+
+
+def test_an_unknown_attribute_is_refused_but_a_subclass_may_have_its_own(case):
+    layer = case[0]()
+    with pytest.raises(AttributeError, match="running_vra"):
+        layer.running_vra = 1
+
+    class Counted(type(layer)):
+        def __init__(self):
+            self.calls = 0
+
+    assert Counted().calls == 0
 
 
 # State, copies, repr -------------------------------------------------------------------------------------------------
@@ -492,7 +564,7 @@ def test_a_folded_batch_norm_gives_what_the_two_layers_give(shape, bias, affine,
         def apply(x, w):
             return np.tensordot(x, w, axes=(range(1, w.ndim), range(1, w.ndim)))
 
-    folded_w, folded_b = fold_batch_norm(w, b, layer)
+    folded_w, folded_b = fold_batch_norm(w, b, layer, output_axis=1 if w.ndim == 2 else 0)
     expected = layer(apply(x, w) + (0 if b is None else b))
     np.testing.assert_allclose(apply(x, folded_w) + folded_b, expected, rtol=1e-12, atol=1e-12)
     assert folded_w.shape == shape and folded_b.shape == (4,)
@@ -506,39 +578,52 @@ def test_a_folded_batch_norm_in_the_convolution_of_the_assignment(rng):
     x, w, b = rng.normal(size=(2, 3, 6, 5)), rng.normal(size=(4, 3, 3, 3)), rng.normal(size=4)
     options = {"stride": 1, "pad": 1}
     expected = layer(conv_forward_naive(x, w, b, options)[0])
-    folded = conv_forward_naive(x, *fold_batch_norm(w, b, layer), options)[0]
+    folded = conv_forward_naive(x, *fold_batch_norm(w, b, layer, output_axis=0), options)[0]
     np.testing.assert_allclose(folded, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_folded_weights_keep_their_dtype(rng):
     layer = trained(BatchNorm(4), rng).eval()
     for dtype, result in ((np.float32, np.float32), (np.float64, np.float64), (int, np.float64)):
-        w, b = fold_batch_norm(np.ones((3, 4), dtype), np.ones(4), layer)
+        w, b = fold_batch_norm(np.ones((3, 4), dtype), np.ones(4), layer, output_axis=1)
         assert w.dtype == b.dtype == result
 
 
 @pytest.mark.parametrize(
-    "w, b, words",
+    "w, b, output_axis, words",
     [
-        (np.ones((4, 3)), None, "w must have 4 outputs.* on axis 1, got shape"),
-        (np.ones((3, 4, 2, 2)), None, "w must have 4 outputs.* on axis 0, got shape"),
-        (np.ones(4), None, r"w must be \(D, M\)"),
-        (np.ones((3, 4)), np.ones(3), r"b must have shape \(4,\), got \(3,\)"),
-        (np.ones((3, 4)), np.ones((1, 4)), "b must have shape"),
+        (np.ones((4, 3)), None, 1, "w must have 4 outputs.* on axis 1, got shape"),
+        (np.ones((3, 4, 2, 2)), None, 0, "w must have 4 outputs.* on axis 0, got shape"),
+        (np.ones(4), None, 0, "w must have an axis of inputs and one of outputs"),
+        (np.ones((3, 4)), None, 2, "output_axis: axis 2 is out of bounds for array of dimension 2"),
+        (np.ones((3, 4)), np.ones(3), 1, r"b must have shape \(4,\), got \(3,\)"),
+        (np.ones((3, 4)), np.ones((1, 4)), 1, "b must have shape"),
     ],
 )
-def test_weights_that_do_not_fit_the_batch_norm_are_refused(w, b, words):
+def test_weights_that_do_not_fit_the_batch_norm_are_refused(w, b, output_axis, words):
     with pytest.raises(ValueError, match=words):
-        fold_batch_norm(w, b, BatchNorm(4).eval())
+        fold_batch_norm(w, b, BatchNorm(4).eval(), output_axis=output_axis)
+
+
+def test_which_axis_of_square_weights_is_the_output_must_be_said(rng):
+    layer = trained(BatchNorm(4, **F64), rng).eval()
+    x, w = rng.normal(size=(7, 4)), rng.normal(size=(4, 4))
+    with pytest.raises(TypeError, match="output_axis"):
+        fold_batch_norm(w, None, layer)
+    folded, b = fold_batch_norm(w, None, layer, output_axis=1)
+    np.testing.assert_allclose(x @ folded + b, layer(x @ w), rtol=1e-12, atol=1e-12)
+    for axis in (0, -2):
+        folded, b = fold_batch_norm(w.T, None, layer, output_axis=axis)  # as PyTorch keeps it
+        np.testing.assert_allclose(x @ folded.T + b, layer(x @ w), rtol=1e-12, atol=1e-12)
 
 
 def test_only_a_batch_norm_in_evaluation_mode_can_be_folded():
     with pytest.raises(ValueError, match="layer must be in evaluation mode"):
-        fold_batch_norm(np.ones((3, 4)), None, BatchNorm(4))
+        fold_batch_norm(np.ones((3, 4)), None, BatchNorm(4), output_axis=1)
     with pytest.raises(TypeError, match="layer must be a BatchNorm"):
-        fold_batch_norm(np.ones((3, 4)), None, LayerNorm(4))
+        fold_batch_norm(np.ones((3, 4)), None, LayerNorm(4), output_axis=1)
     with pytest.raises(TypeError, match="w must be an array of real numbers"):
-        fold_batch_norm(np.ones((3, 4), complex), None, BatchNorm(4).eval())
+        fold_batch_norm(np.ones((3, 4), complex), None, BatchNorm(4).eval(), output_axis=1)
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------
