@@ -24,6 +24,7 @@ from typing import Any
 from bench import distributed, models, report
 from bench.timing import available_cores
 from bench.worker import PARTS, selected
+from normext._version import how_to_install
 
 PACKAGES = {"limit": None, "numpy": None, "cython": "Cython", "pytorch": "torch", "jax": "jax", "numba": "numba"}
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -112,7 +113,7 @@ def run(part: str, names: list[str], peers: list[str], options: argparse.Namespa
     try:
         from tqdm import tqdm
     except ImportError:
-        raise ImportError("the benchmark needs tqdm: pip install normext[bench]") from None
+        raise ImportError(f"the benchmark needs tqdm: {how_to_install('bench')}") from None
     with tqdm(total=len(names) * len(options.threads), unit="case", desc=part) as bar:
         for threads in options.threads:
             settings = {

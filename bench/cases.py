@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.timing import private_cache
+from normext._version import how_to_install
 
 __all__ = ["BOTH", "Case", "Data", "Traffic", "cases", "data_of", "traffic"]
 
@@ -175,7 +176,7 @@ def _dtype(name: str) -> np.dtype:
         try:
             import ml_dtypes
         except ImportError:
-            raise ImportError("bfloat16 needs ml_dtypes: pip install normext[test]") from None
+            raise ImportError(f"bfloat16 needs ml_dtypes: {how_to_install('bench')}") from None
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
 

@@ -224,7 +224,7 @@ def main(out: Path, quick: bool) -> None:
     beside = shutil.which("mpiexec", path=str(Path(sys.prefix) / "bin"))
     launcher = beside or shutil.which("mpiexec")
     if launcher is None:
-        raise FileNotFoundError("the benchmark needs mpiexec: pip install normext[mpi] mpich")
+        raise FileNotFoundError("the benchmark needs mpiexec: pip install mpi4py mpich")
     environment = {
         **os.environ,
         **{f"{library}_NUM_THREADS": "1" for library in ("NORMEXT", "OMP", "OPENBLAS")},

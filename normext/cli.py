@@ -102,7 +102,7 @@ def _add_studies(commands: argparse._SubParsersAction) -> None:
         "--mpi",
         action="store_true",
         help="train on all processes that mpiexec has started, each with its part of every batch: mpiexec -n 4 normext "
-        "study deep --mpi (needs normext[mpi])",
+        "study deep --mpi (needs mpi4py)",
     )
     epilog = (
         "Histories (JSON, CSV), plots (PNG) and report.md go to a folder of the study's name. An interrupted study "

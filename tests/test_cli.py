@@ -11,6 +11,7 @@ import pytest
 
 import normext
 from normext import accuracy, gradcheck
+from normext._version import how_to_install
 from normext.cli import main
 
 
@@ -169,7 +170,7 @@ def test_results_that_cannot_be_written_are_found_before_any_training(capsys, tm
 def test_a_missing_package_is_one_line_before_any_training(capsys, tmp_path, monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)  # So Python marks a module that cannot be imported.
     line = error_line(capsys, "study", "deep", "--out", tmp_path / "out")
-    assert package in line and "pip install normext[study]" in line
+    assert package in line and how_to_install("study") in line
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from normext._version import how_to_install
+
 PROGRAMS = Path(__file__).with_name("mpi_programs.py")
 # Not imported: that would need mpi4py, and start MPI in this process.
 CHECKS = re.findall(r"^@check\ndef (\w+)", PROGRAMS.read_text(), re.M)
@@ -35,7 +37,7 @@ def launcher():
 
 needs_mpi = pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None or launcher() is None,
-    reason="needs mpi4py and mpiexec: pip install normext[mpi] mpich",
+    reason="needs mpi4py and mpiexec: pip install mpi4py mpich",
 )
 
 
@@ -106,7 +108,7 @@ def without_mpi4py(*statements):
 
 def test_without_mpi4py_the_import_says_what_to_install():
     error = without_mpi4py("import normext.distributed").stderr
-    assert "ImportError: normext.distributed needs mpi4py: pip install normext[mpi]" in error
+    assert f"ImportError: normext.distributed needs mpi4py: {how_to_install('mpi')}" in error
 
 
 def test_without_mpi4py_a_study_says_what_to_install(tmp_path):
@@ -114,4 +116,4 @@ def test_without_mpi4py_a_study_says_what_to_install(tmp_path):
     arguments = ["study", "deep", "--mpi", "--out", str(tmp_path)]
     job = without_mpi4py("from normext.cli import main", f"sys.exit(main({arguments!r}))")
     assert job.returncode == 2
-    assert job.stderr.startswith("normext: error: normext.distributed needs mpi4py: pip install normext[mpi]")
+    assert job.stderr.startswith(f"normext: error: normext.distributed needs mpi4py: {how_to_install('mpi')}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import normext
+from normext._version import how_to_install
 
 # What is compiled here runs once: less time for its compilation. Set before JAX is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -366,4 +367,4 @@ for _ in range(3):
 def test_without_jax_the_import_says_what_is_needed():
     program = "import sys; sys.modules['jax'] = None; import normext.jax"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "ImportError: normext.jax needs jax: pip install normext[jax]" in result.stderr
+    assert f"ImportError: normext.jax needs jax: {how_to_install('jax')}" in result.stderr

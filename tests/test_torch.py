@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import normext
+from normext._version import how_to_install
 
 torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
@@ -1009,7 +1010,7 @@ def test_without_torch_the_import_says_what_to_install():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, env=environment)
     assert done.returncode != 0
-    assert "ImportError: normext.torch needs torch: pip install normext[torch]" in done.stderr
+    assert f"ImportError: normext.torch needs torch: {how_to_install('torch')}" in done.stderr
 
 
 def test_without_ml_dtypes_bfloat16_is_left_to_pytorch():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from normext._version import how_to_install
+
 __all__ = ["Data", "load_data"]
 
 TRAIN_IMAGES = 1000
@@ -94,7 +96,7 @@ def _digits() -> dict[str, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("the digits need scikit-learn: pip install normext[study]") from None
+        raise ImportError(f"the digits need scikit-learn: {how_to_install('study')}") from None
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order].reshape(-1, 1, 8, 8) * (255 / 16), labels[order]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import normext
+from normext._version import how_to_install
 from normext.studies.data import Data
 from normext.studies.storage import make_folder, write_file
 from normext.studies.training import History, Training, load_history, save_history
@@ -174,7 +175,7 @@ def run_studies(
         try:
             import_module(package)
         except ImportError:
-            raise ImportError(f"the studies need {package.split('.')[0]}: pip install normext[study]") from None
+            raise ImportError(f"the studies need {package.split('.')[0]}: {how_to_install('study')}") from None
     studies = list(studies)
     if comm is None or comm.rank == 0:
         for study in studies:
