@@ -1,8 +1,12 @@
-"""The build: the C kernels once per instruction set, then the Cython modules.
+"""The build: the C kernels once per instruction set, then the Cython modules, side by side.
 
-Everything that is not code to run at build time is in pyproject.toml. NORMEXT_OPENMP=0 in the environment builds for
-one thread. NORMEXT_JAX=1 builds normext._jax too or fails; 0 leaves it out; by default it is built where jax can be
-imported, which with pip is the case with --no-build-isolation alone.
+Everything that is not code to run at build time is in pyproject.toml, but for the license: as a word it is known there
+to setuptools 77 and later only. What was built before and is not older than what it was made of, nor made with other
+settings, stays as it is; all of it is in the folder build, or where build_ext is told to.
+
+In the environment NORMEXT_OPENMP=0 builds for one thread. NORMEXT_JAX=1 builds normext._jax too or fails; 0 leaves it
+out; by default it is built where jax can be imported, which with pip is the case with --no-build-isolation alone.
+CFLAGS=-g keeps debug symbols, which take more room than all else.
 """
 
 import os
@@ -20,23 +24,23 @@ from setuptools.errors import CompileError, LinkError
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in os.environ.get("ARCHFLAGS", "")
 
-C_FILES = sorted(str(path) for path in Path("src_c").iterdir())
-
-# Instruction set -> what the compiler must be told: GCC and clang, MSVC.
-VARIANTS = {"baseline": ([], [])}
+# Instruction set -> the features that it takes for granted, by the names of GCC's and clang's -m flags; dispatch.c asks
+# the processor for each. They are those of the levels x86-64-v3 and -v4, which MSVC knows under names of its own.
+VARIANTS = {"baseline": []}
 if X86_64:
-    VARIANTS["avx2"] = (["-mavx2", "-mfma", "-mf16c"], ["/arch:AVX2"])
-    VARIANTS["avx512"] = (
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-        ["/arch:AVX512"],
-    )
+    VARIANTS["avx2"] = ["avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"]
+    VARIANTS["avx512"] = [*VARIANTS["avx2"], "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
+MSVC_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 
 # No contraction: where a * b + c is rounded once, the source says so, and AVX2 and AVX-512 give the same bits.
 # Nobody looks at errno or at floating-point traps after a square root or a division: without them these become vectors.
+# The modules export what Python looks for, and nothing else.
 OPTIMIZE = (
-    ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"],
     ["/O2", "/std:c11", "/fp:precise"],
 )
+if "-g" not in os.environ.get("CFLAGS", ""):
+    OPTIMIZE[0].append("-g0")  # Python's own flags have -g
 
 OPENMP_PROGRAM = """
 #include <omp.h>
@@ -53,28 +57,57 @@ int main(void)
 class BuildExt(build_ext):
     """Compiles src_c/kernels.c once per instruction set, and everything with OpenMP where the compiler has it."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # for which setuptools names folders that it removes afterwards
+            build = type(self.get_finalized_command("build"))(self.distribution)
+            build.ensure_finalized()
+            self.build_temp, self.build_lib = build.build_temp, build.build_platlib
+
     def build_extensions(self):
         self.msvc = self.compiler.compiler_type == "msvc"
-        compile_args, link_args = self.openmp_args()
-        for ext in self.extensions:
-            ext.extra_compile_args = OPTIMIZE[self.msvc] + compile_args
-            ext.extra_link_args = link_args
-            if ext.name == "normext._core.runtime":
-                ext.extra_objects = self.kernel_objects()
-        super().build_extensions()
+        openmp_compile_args, openmp_link_args = self.openmp_args()
+        compile_args = OPTIMIZE[self.msvc] + openmp_compile_args
+        settings = self.settings_file(compile_args, openmp_link_args)
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            kernels = [pool.submit(self.compile_kernels, isa, settings) for isa in VARIANTS]  # what takes longest
+            cython = os.path.join(self.build_temp, "cython")
+            made = cythonize(self.extensions, build_dir=cython, compiler_directives={"language_level": 3})
+            jobs = []
+            for ext, in_c in zip(self.extensions, made):
+                ext.sources, ext.depends = in_c.sources, [*in_c.depends, settings]
+                ext.extra_compile_args = compile_args
+                ext.extra_link_args = openmp_link_args
+                if ext.name == RUNTIME:
+                    ext.extra_objects = [path for job in kernels for path in job.result()]
+                    ext.depends += ext.extra_objects
+                jobs.append(pool.submit(self.build_extension, ext))
+            for job in jobs:
+                job.result()
 
-    def kernel_objects(self):
-        def compiled(isa):
-            return self.compiler.compile(
+    def compile_kernels(self, isa, settings):
+        flags = MSVC_FLAGS[isa] if self.msvc else [f"-m{feature}" for feature in VARIANTS[isa]]
+        folder = os.path.join(self.build_temp, isa)
+        objects = self.compiler.object_filenames(["src_c/kernels.c"], output_dir=folder)
+        sources = [settings, *(path for path in Path("src_c").iterdir() if path.name != "dispatch.c")]
+        if self.force or any(is_older(path, source) for path in objects for source in sources):
+            self.compiler.compile(
                 ["src_c/kernels.c"],
-                output_dir=os.path.join(self.build_temp, isa),
+                output_dir=folder,
                 macros=[("NX_ISA", isa)],
-                extra_postargs=OPTIMIZE[self.msvc] + VARIANTS[isa][self.msvc],
-                depends=C_FILES,
+                extra_postargs=OPTIMIZE[self.msvc] + flags,
             )
+        return objects
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [path for paths in pool.map(compiled, VARIANTS) for path in paths]
+    def settings_file(self, *arguments):
+        """A file that is written when anything has changed that is not in the files that are compiled."""
+        environment = [os.environ.get(name) for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "ARCHFLAGS")]
+        settings = repr((arguments, VARIANTS, environment, sys.version, numpy.__version__))
+        path = Path(self.build_temp, "settings")
+        if not path.exists() or path.read_text() != settings:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(settings)
+        return str(path)
 
     def openmp_args(self):
         """Compile and link arguments for OpenMP, or none where a trial program does not build with them."""
@@ -97,13 +130,16 @@ class BuildExt(build_ext):
         return [], []
 
 
-def extension(name, *sources):
-    return Extension(
+def is_older(path, source):
+    return not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(source)
+
+
+def extension(name, *sources, macros=()):
+    return Extension(  # Cython finds the headers that it depends on
         f"normext.{name}",
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")] + [("NX_X86_VARIANTS", "1")] * X86_64,
-        depends=C_FILES,
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
     )
 
 
@@ -123,19 +159,22 @@ def jax_extension():
     return [ext]
 
 
+RUNTIME = "normext._core.runtime"
+NEEDS = [
+    (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features)) for isa, features in VARIANTS.items()
+]
+
 setup(
-    ext_modules=cythonize(
-        [
-            extension("_core.runtime", "src_c/dispatch.c"),
-            extension("_core.runs"),
-            extension("_core.columns"),
-            extension("_core.updates"),
-            extension("_core.windows"),
-            extension("_core.api"),
-            extension("functional"),
-            *jax_extension(),
-        ],
-        compiler_directives={"language_level": 3},
-    ),
+    license="BSD-3-Clause",
+    ext_modules=[
+        extension("_core.runs"),
+        extension("_core.columns"),
+        extension("_core.updates"),
+        extension("_core.windows"),
+        extension("_core.api"),
+        extension("functional"),
+        *jax_extension(),
+        extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
+    ],
     cmdclass={"build_ext": BuildExt},
 )

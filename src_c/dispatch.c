@@ -17,48 +17,67 @@ static int always(void) { return 1; }
 
 NX_DECLARE(baseline)
 
-#ifdef NX_X86_VARIANTS
+#ifdef NX_AVX2
 
 NX_DECLARE(avx2)
 NX_DECLARE(avx512)
 
+/* GCC's and clang's __builtin_cpu_supports does not know every feature in every version, so cpuid itself is asked. */
 #if defined(_MSC_VER) && !defined(__clang__)
-
 #include <immintrin.h>
 #include <intrin.h>
-
-/* Leaf 7 of cpuid tells what the processor has, xgetbv which registers the operating system saves. */
-static int has(int ebx_bits, int ecx1_bits, unsigned long long saved)
-{
-    int leaf1[4], leaf7[4];
-    __cpuid(leaf1, 1);
-    if (!(leaf1[2] & (1 << 27)) || (_xgetbv(0) & saved) != saved) return 0;
-    __cpuidex(leaf7, 7, 0);
-    return (leaf7[1] & ebx_bits) == ebx_bits && (leaf1[2] & ecx1_bits) == ecx1_bits;
-}
-static int avx2(void) { return has(1 << 5, 1 << 12, 0x6); }
-static int avx512(void) { return avx2() && has((int)(1u << 16 | 1u << 17 | 1u << 30 | 1u << 31), 0, 0xe6); }
-
+static void cpuid(unsigned leaf, unsigned registers[4]) { __cpuidex((int *)registers, (int)leaf, 0); }
+static unsigned saved(void) { return (unsigned)_xgetbv(0); }
 #else
-
-/* GCC's and clang's built-ins ask cpuid and xgetbv both. */
-static int avx2(void)
+#include <cpuid.h>
+static void cpuid(unsigned leaf, unsigned registers[4])
+{ __cpuid_count(leaf, 0, registers[0], registers[1], registers[2], registers[3]); }
+static unsigned saved(void)
 {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
 }
-static int avx512(void)
-{
-    return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-}
-
 #endif
+
+/* Where cpuid tells what: leaf, register, bit. */
+enum { EBX = 1, ECX = 2 };
+#define NX_avx2 7, EBX, 5
+#define NX_avx512bw 7, EBX, 30
+#define NX_avx512cd 7, EBX, 28
+#define NX_avx512dq 7, EBX, 17
+#define NX_avx512f 7, EBX, 16
+#define NX_avx512vl 7, EBX, 31
+#define NX_bmi 7, EBX, 3
+#define NX_bmi2 7, EBX, 8
+#define NX_f16c 1, ECX, 29
+#define NX_fma 1, ECX, 12
+#define NX_lzcnt 0x80000001, ECX, 5
+#define NX_movbe 1, ECX, 22
+#define NX_osxsave 1, ECX, 27
+
+static int has(unsigned leaf, int reg, int bit)
+{
+    unsigned registers[4];
+    cpuid(leaf & 0x80000000, registers); /* the last leaf of its kind that there is */
+    if (registers[0] < leaf) return 0;
+    cpuid(leaf, registers);
+    return registers[reg] >> bit & 1;
+}
+
+/* Whether the operating system keeps these registers for a thread while others run. */
+static int saves(unsigned states) { return has(NX_osxsave) && (saved() & states) == states; }
+
+/* setup.py defines NX_AVX2 and NX_AVX512: HAS(feature) for each feature that it tells the compiler to use. */
+#define HAS(feature) &&has(NX_##feature)
+static int avx2(void) { return saves(0x6) NX_AVX2; }
+static int avx512(void) { return saves(0xe6) NX_AVX512; }
+
 #endif
 
 const nx_isa nx_isas[] = {
     {"baseline", always, NX_TABLES(baseline)},
-#ifdef NX_X86_VARIANTS
+#ifdef NX_AVX2
     {"avx2", avx2, NX_TABLES(avx2)},
     {"avx512", avx512, NX_TABLES(avx512)},
 #endif
