@@ -1,6 +1,7 @@
 """The source tree builds in place, also for one thread, and into packages; what it builds works."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,6 +46,16 @@ def test_build_in_place_without_openmp(tmp_path):
         normext.show_config()
     """
     assert "no (one thread)" in succeed(sys.executable, "-c", code, str(tmp_path), cwd=tmp_path)
+
+
+def test_source_that_is_not_compiled_says_so(tmp_path):
+    """Also where it stands in the way of a normext that is installed."""
+    copied = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(ROOT / "normext", tmp_path / "normext", ignore=copied)
+    command = [sys.executable, "-c", "import normext"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    told = f"has not been compiled for this Python: run python -m pip install -e . in {tmp_path.resolve()}"
+    assert f"ImportError: {tmp_path.resolve() / 'normext'} {told}" == done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
