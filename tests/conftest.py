@@ -1,10 +1,16 @@
 """Settings for all tests and the processes that they start."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 # The matrices here are small: threads of NumPy's BLAS cost more than they save, above all where they share their cores
 # with other work. Set before NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# The same normext there as here, which need not be installed.
+_root = Path(find_spec("normext").origin).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_root), os.environ.get("PYTHONPATH")]))
 
 from hypothesis import HealthCheck, settings  # noqa: E402 - see above
 
