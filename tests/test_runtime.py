@@ -3,12 +3,18 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import normext
+from normext._core.cores import cpu_quota
 from normext._core.runtime import config
+
+OPENMP = config()["OpenMP"]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+AVAILABLE = min(CORES, cpu_quota() or CORES) if OPENMP else 1
 
 SHAPES = [(32, 64), (512, 768), (5000, 16), (300, 5000), (3, 200_000), (64, 3, 40, 40), (2, 2, 300, 300)]
 
@@ -43,6 +49,7 @@ def outputs():
 
 def run(code, **environment):
     unset = ("NORMEXT_ISA", "NORMEXT_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    unset += ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "PYTHON_CPU_COUNT")
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
         [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, check=False
@@ -149,10 +156,7 @@ def test_instruction_set_from_the_environment():
         ({"OMP_NUM_THREADS": "5"}, 5),
         ({"OMP_NUM_THREADS": "4,2"}, 4),
         ({"NORMEXT_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, 3),
-        (
-            {"OMP_NUM_THREADS": "many"},
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        ),
+        ({"OMP_NUM_THREADS": "many"}, AVAILABLE),
     ],
 )
 def test_threads_from_the_environment(environment, threads):
@@ -164,6 +168,104 @@ def test_threads_from_the_environment(environment, threads):
 def test_threads_from_the_environment_that_are_no_number(value):
     result = run("import normext", NORMEXT_NUM_THREADS=value)
     assert f"ImportError: NORMEXT_NUM_THREADS='{value}' must be a positive integer".encode() in result.stderr
+
+
+@pytest.mark.skipif(not OPENMP, reason="built without OpenMP")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cannot bind threads to cores")
+@pytest.mark.parametrize(
+    "environment",
+    [{"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "cores"}, {"GOMP_CPU_AFFINITY": "0-1023"}],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_threads_that_openmp_binds_to_cores(environment):
+    """It binds the thread that imports normext as well, which then may run on one core; the others have theirs."""
+    result = run("import normext; print(normext.get_num_threads())", **environment)
+    assert result.stdout.split() == [str(AVAILABLE).encode()], result.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="Python has no such setting before 3.13")
+def test_threads_where_python_is_told_of_fewer_cores():
+    result = run("import normext; print(normext.get_num_threads())", PYTHON_CPU_COUNT="1")
+    assert result.stdout.split() == [b"1"]
+
+
+# Files of control groups, and the cores that they allow: version 2, version 1, and both beside each other.
+GROUPS = {
+    "none": ({"proc/self/cgroup": "0::/\n"}, None),
+    "another system": ({}, None),
+    "no limit": ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000\n"}, None),
+    "two cores": ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "200000 100000\n"}, 2),
+    "one and a half": ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "75000 50000\n"}, 2),
+    "a tenth": ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "10000 100000\n"}, 1),
+    "the group above": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/cpu.max": "300000 100000\n",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+        },
+        3,
+    ),
+    "the host's path in a container": (
+        {"proc/self/cgroup": "0::/docker/123\n", "sys/fs/cgroup/cpu.max": "400000 100000\n"},
+        4,
+    ),
+    "a path above the container's": (
+        {"proc/self/cgroup": "0::/../other\n", "sys/fs/cgroup/cpu.max": "400000 100000\n"},
+        4,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/a\n1:name=systemd:/b\n0::/\n",
+            "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "500000\n",
+            "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n",
+        },
+        5,
+    ),
+    "version 1, no limit": (
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        None,
+    ),
+    "not what was expected": ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "\n"}, None),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_quota_of_control_groups(name, tmp_path):
+    files, cores = GROUPS[name]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert cpu_quota(tmp_path) == cores
+
+
+def test_threads_in_a_control_group_with_a_quota():
+    """Of the real system, where groups can be made: as root, outside a container."""
+    top = next((top for top in map(Path, ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup")) if top.is_dir()), Path("/none"))
+    group = top / f"normext-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"cannot make a control group: {error}")
+    try:
+        try:
+            if (group / "cpu.cfs_quota_us").exists():
+                (group / "cpu.cfs_quota_us").write_text("100000")
+                (group / "cpu.cfs_period_us").write_text("100000")
+            else:
+                (group / "cpu.max").write_text("100000 100000")
+        except OSError as error:
+            pytest.skip(f"cannot limit a control group: {error}")
+        code = (
+            f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); import normext; print(normext.get_num_threads())"
+        )
+        result = run(code)
+        assert result.stdout.split() == [b"1"], result.stderr
+    finally:
+        group.rmdir()
 
 
 def test_set_num_threads():

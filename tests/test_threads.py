@@ -251,6 +251,74 @@ print(running_threads() - before)
     assert out.split() == [str(limit - 1), "5"]
 
 
+# Where the system has no more threads, or no memory ------------------------------------------------------------
+
+# OpenMP would end the process.
+
+ROOM = """
+import contextlib, resource
+megabyte = 2**20
+stack = resource.getrlimit(resource.RLIMIT_STACK)[0]  # of a thread, too
+
+@contextlib.contextmanager
+def room_for(size):
+    in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + int(size), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+normext.set_num_threads(1)
+expected = work()
+"""
+
+
+@needs_openmp
+@needs_proc
+def test_a_call_does_with_the_threads_that_there_are():
+    """First there is room for the results and not for another thread's stack, then for one, then for all."""
+    out = run(
+        "x = x[:300]"  # the results find room in what the heap has
+        + ROOM
+        + """
+before = running_threads()
+normext.set_num_threads(3)
+if not 6 * megabyte <= stack <= 1024 * megabyte:
+    print("stack", stack)
+    sys.exit()
+for stacks in (0.75, 1.75, 10):
+    with room_for(stacks * stack):
+        assert work() == expected
+        print(running_threads() - before)
+"""
+    )
+    if out.startswith("stack"):
+        pytest.skip(f"threads here have a {out.strip()}")
+    assert out.split() == ["0", "1", "2"]
+
+
+@needs_openmp
+@needs_proc
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_call_without_memory_raises(threads):
+    run(
+        ROOM
+        + f"""
+normext.set_num_threads({threads})
+outcomes = []
+for size in [*range(0, 4 * megabyte, megabyte // 16), *range(4 * megabyte, 64 * megabyte, megabyte)]:
+    with room_for(size):
+        try:
+            outcomes.append(work() == expected)
+        except MemoryError:
+            outcomes.append(None)
+assert None in outcomes and True in outcomes and False not in outcomes, outcomes
+"""
+    )
+
+
 # Signals ------------------------------------------------------------
 
 

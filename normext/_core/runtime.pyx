@@ -3,32 +3,15 @@
 import operator
 import os
 
+from normext._core.cores import cpu_quota
 from normext._core.kernels cimport nx_compiler, nx_isa_count, nx_isas, nx_kernels
 
-cdef extern from *:
-    """
-    #ifdef _OPENMP
-    #include <omp.h>
-    enum { NX_OPENMP = _OPENMP };
-    #else
-    enum { NX_OPENMP = 0 };
-    static int omp_get_max_threads(void) { return 1; }
-    #endif
-
-    /* GCC's OpenMP keeps the threads of a parallel region for the next one. A child of fork() has none of them, takes them
-       for its own and waits for ever. So they end before a fork, and parent and child start new ones when they need them.
-       Other OpenMP libraries see to this themselves. */
-    #if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__) && !defined(_WIN32)
-    #include <pthread.h>
-    static void nx_end_threads(void) { omp_pause_resource_all(omp_pause_soft); }
-    static int nx_end_threads_before_fork(void) { return pthread_atfork(nx_end_threads, NULL, NULL); }
-    #else
-    static int nx_end_threads_before_fork(void) { return 0; }
-    #endif
-    """
+cdef extern from "threads.h":
     const int NX_OPENMP
     int omp_get_max_threads() noexcept
-    int nx_end_threads_before_fork() noexcept
+    int omp_get_num_procs() noexcept
+    int nx_watch_forks() noexcept
+    int nx_team(int threads) noexcept
 
 # To start a thread on less work than this (elements, some 10 microseconds) takes longer than it saves.
 cdef enum:
@@ -58,13 +41,16 @@ cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ss
 
 
 cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept:
-    """How many threads to start for so many tasks over so many elements. Results never depend on it."""
+    """How many threads there are for so many tasks over so many elements; with one, no parallel region may be entered.
+
+    Results never depend on it.
+    """
     cdef int limit, threads = max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
     if threads > 1:
         limit = omp_get_max_threads()
         if limit < openmp_threads:  # somebody has lowered it since: threadpoolctl, or a program in C
             threads = min(threads, limit)
-    return threads
+    return nx_team(threads) if threads > 1 else 1
 
 
 cdef list isa_names(bint supported_only):
@@ -90,13 +76,15 @@ cdef int default_num_threads() except -1:
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list there is one number per nesting level
     if wanted.isdecimal() and int(wanted) >= 1:
         return min(int(wanted), 1 << 16)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # OpenMP knows which cores this process may run on even where it has bound this thread to one of them (OMP_PROC_BIND).
+    # Python's number can be lowered (PYTHON_CPU_COUNT, from 3.13 on).
+    return min(omp_get_num_procs(), os.cpu_count() or 1, cpu_quota() or 1 << 16)
 
 
 chosen_isa = choose_isa()
 num_threads = default_num_threads()
 openmp_threads = omp_get_max_threads()
-if nx_end_threads_before_fork() != 0:
+if nx_watch_forks() != 0:
     raise MemoryError("no memory to register what must be done before a fork")
 
 
@@ -107,7 +95,8 @@ def get_num_threads():
     -------
     int
         At import that is ``NORMEXT_NUM_THREADS`` from the environment, else ``OMP_NUM_THREADS``, else one for each core that this
-        process may run on. Where threadpoolctl limits OpenMP to fewer, calls use no more than that, and this number stays.
+        process may run on, and no more than its control group has time for. Where threadpoolctl limits OpenMP to fewer, or the system
+        starts no more, calls use fewer, and this number stays.
 
     See Also
     --------
