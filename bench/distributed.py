@@ -150,9 +150,12 @@ def on_ranks(seconds: float) -> dict[str, Any]:
             self.sent: list[int] = []
 
         def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = MPI.SUM) -> None:
-            whole = recvbuf if isinstance(recvbuf, np.ndarray) else recvbuf[0]
-            self.sent.append(whole.nbytes)
+            self.sent.append(recvbuf.nbytes)
             super().Allreduce(sendbuf, recvbuf, op)
+
+        def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: Any = MPI.SUM) -> MPI.Request:
+            self.sent.append(recvbuf[0].nbytes)
+            return super().Iallreduce(sendbuf, recvbuf, op)
 
     world = MPI.COMM_WORLD
     ranks, records = world.size, []

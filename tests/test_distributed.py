@@ -41,12 +41,12 @@ needs_mpi = pytest.mark.skipif(
 )
 
 
-def started(ranks, *arguments, timeout=100):
+def started(ranks, *arguments, timeout=100, **environment):
     """The finished job, with its output; a job that hangs is ended and fails."""
     command = [launcher(), "-n", str(ranks), sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A session of its own, to be ended as a whole.
-    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, start_new_session=True) as job:
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT | environment, start_new_session=True) as job:
         try:
             out, err = job.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -58,7 +58,7 @@ def started(ranks, *arguments, timeout=100):
 
 @cache
 def outcome(ranks):
-    job = started(ranks, PROGRAMS, "checks")
+    job = started(ranks, PROGRAMS, "main")
     assert job.returncode == 0, job.stderr
     found = json.loads(job.stdout.splitlines()[-1])
     assert found["ranks"] == ranks, f"mpiexec and mpi4py are of different MPIs: {launcher()}, {found['library']}"
@@ -79,6 +79,24 @@ def test_a_rank_that_raises_ends_the_job(program, words):
     assert job.returncode != 0
     assert "rank 2 of 3 ends the job:\nTraceback" in job.stderr
     assert words in job.stderr
+
+
+@needs_mpi
+def test_ranks_that_never_meet_give_up_and_say_who_waits_where():
+    job = started(3, PROGRAMS, "elsewhere", timeout=60, NORMEXT_MPI_TIMEOUT="2")
+    errors = [json.loads(line) for line in job.stdout.splitlines() if line.startswith("[")]
+    assert len(errors) == 3, job.stderr
+    for first, second in errors:
+        assert first == second  # the communicator cannot be used again
+        for rank, comm in enumerate(("MPI_COMM_WORLD", "MPI_COMM_WORLD", "mine")):
+            assert f"sync_batch_norm with comm {comm} of ranks 0, 1, 2 on rank {rank}" in first
+
+
+@needs_mpi
+def test_a_rank_that_does_not_come():
+    job = started(2, PROGRAMS, "alone", timeout=60, NORMEXT_MPI_TIMEOUT="2")
+    assert "sync_batch_norm waited for other ranks: " in job.stdout
+    assert "of ranks 0, 1 on rank 0; no word on rank 1" in job.stdout
 
 
 @needs_mpi
