@@ -391,6 +391,10 @@ def sync_batch_norm(
     count, (mean, m2) = channel.exchange(ranks, "sync_batch_norm", _FORWARD, part)
     if count == 0:
         raise ValueError("x has no rows on any rank: there is nothing to take a mean of in training")
+    if count == 1 and momentum < 1 and not (running_mean is None and running_var is None):
+        raise ValueError(
+            "x must have more than one number a channel on all ranks together where running statistics are updated"
+        )
     channel.number += 1
     var = m2 / count
     for running_statistic, batch in ((running_mean, mean), (running_var, var)):
@@ -563,6 +567,8 @@ class SyncBatchNorm(BatchNorm):
     array([2., 0.], dtype=float32)
     """
 
+    __slots__ = ("comm",)
+
     _backward = staticmethod(sync_batch_norm_backward)
 
     def __init__(
@@ -585,6 +591,10 @@ class SyncBatchNorm(BatchNorm):
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
         y, cache = sync_batch_norm(x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis, **options)
         return y, cache, cache.count
+
+    def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
+        mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's
+        return *self._normalize(x, running_mean=mean, running_var=var, momentum=0.0), mean, var
 
 
 # Training ------------------------------------------------------------------------------------------------------------
