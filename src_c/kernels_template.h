@@ -562,11 +562,13 @@ static void FN(pool_row)(const void *x_, ptrdiff_t x_stride, ptrdiff_t kh, ptrdi
             for (ptrdiff_t i = 0; i < count; i++) ((int32_t *)winner)[start + i] = (int32_t)position[i];
     }
 }
-static void FN(adam)(const void *w_, const void *dw_, const void *m_, const void *v_, void *next_w_, void *next_m_, void *next_v_,
-                     ptrdiff_t n, double beta1, double beta2, double rate, double epsilon)
+static void FN(adam)(const void *NX_RESTRICT w_, const void *NX_RESTRICT dw_, const void *NX_RESTRICT m_, const void *NX_RESTRICT v_,
+                     void *NX_RESTRICT next_w_, void *NX_RESTRICT next_m_, void *NX_RESTRICT next_v_, ptrdiff_t n, double beta1,
+                     double beta2, double rate, double epsilon)
 {
-    const T *NX_RESTRICT w = w_, *NX_RESTRICT dw = dw_, *NX_RESTRICT m = m_, *NX_RESTRICT v = v_;
-    T *NX_RESTRICT next_w = next_w_, *NX_RESTRICT next_m = next_m_, *NX_RESTRICT next_v = next_v_;
+    /* gcc makes use of restrict on parameters, and not on the local pointers of a block: with it here there would be no vectors. */
+    const T *w = w_, *dw = dw_, *m = m_, *v = v_;
+    T *next_w = next_w_, *next_m = next_m_, *next_v = next_v_;
     const T keep_m = (T)beta1, add_m = (T)(1 - beta1), keep_v = (T)beta2, add_v = (T)(1 - beta2), step = (T)rate, small = (T)epsilon;
     for (ptrdiff_t i = 0; i < n; i++) {
         next_m[i] = m[i] * keep_m + dw[i] * add_m;
