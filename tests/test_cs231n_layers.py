@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from normext.cs231n import gradient_check, layer_utils, layers
+from normext.cs231n import fast_layers, gradient_check, layer_utils, layers
 from normext.gradcheck import numerical_gradient, relative_error
 
 LIMIT = 1e-7  # for centred differences in float64
@@ -398,6 +398,58 @@ def test_layer_refuses_what_is_no_real_number(name, dtype):
 
 
 # --- sandwiches -------------------------------------------------------------------------------------------------------
+
+
+# What every dict of settings may hold, with the function that takes it.
+SETTINGS = {
+    "bn_param": (
+        lambda p: layers.batchnorm_forward(np.eye(3), np.ones(3), np.zeros(3), p),
+        {"mode": "train", "eps": 1e-5, "momentum": 0.9, "running_mean": np.zeros(3), "running_var": np.zeros(3)},
+    ),
+    "ln_param": (
+        lambda p: layers.layernorm_forward(np.eye(3), np.ones(3), np.zeros(3), p),
+        {"eps": 1e-5, "mode": "train"},
+    ),
+    "gn_param": (
+        lambda p: layers.spatial_groupnorm_forward(IMAGE, np.ones((1, 2, 1, 1)), np.zeros((1, 2, 1, 1)), 2, p),
+        {"eps": 1e-5, "mode": "train"},
+    ),
+    "dropout_param": (lambda p: layers.dropout_forward(np.eye(3), p), {"mode": "train", "p": 0.5, "seed": 1}),
+    "conv_param": (lambda p: layers.conv_forward_naive(IMAGE, FILTERS, np.zeros(1), p), {"stride": 1, "pad": 1}),
+    "conv_param, fast": (lambda p: fast_layers.conv_forward_fast(IMAGE, FILTERS, [0], p), {"stride": 1, "pad": 1}),
+    "pool_param": (
+        lambda p: layers.max_pool_forward_naive(IMAGE, p),
+        {"pool_height": 2, "pool_width": 2, "stride": 2},
+    ),
+    "pool_param, fast": (
+        lambda p: fast_layers.max_pool_forward_fast(IMAGE, p),
+        {"pool_height": 2, "pool_width": 2, "stride": 2},
+    ),
+    "norm_param": (
+        lambda p: layer_utils.affine_norm_relu_forward(np.eye(4), np.eye(4), np.ones(4), None, None, p, "groupnorm"),
+        {"num_groups": 2, "eps": 1e-5},
+    ),
+}
+IMAGE, FILTERS = np.ones((1, 2, 4, 4)), np.ones((1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_is_not_known_is_refused_by_name(name):
+    forward, settings = SETTINGS[name]
+    name = name.split(",")[0]
+    forward(dict(settings))
+    given = {**settings, "momentun": 0.5}
+    with pytest.raises(ValueError, match=f"^{name} has no 'momentun': its keys are '"):
+        forward(given)
+    assert given.keys() == settings.keys() | {"momentun"}
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.startswith(("conv", "pool"))])
+def test_a_setting_that_is_missing_is_asked_for_by_name(name):
+    forward, settings = SETTINGS[name]
+    for key in settings:
+        with pytest.raises(ValueError, match=f"^{name.split(',')[0]} must have '{key}'"):
+            forward({other: value for other, value in settings.items() if other != key})
 
 
 def test_affine_relu_gradients(rng):

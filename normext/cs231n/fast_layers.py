@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from normext._core import windows as _windows
-from normext.cs231n.im2col import exact_windows
+from normext.cs231n.im2col import conv_windows, pool_windows
 from normext.windows import Windows, contiguous_floats
 
 __all__ = [
@@ -55,7 +55,8 @@ def conv_forward_fast(x: Any, w: Any, b: Any, conv_param: dict[str, Any]) -> tup
     Raises
     ------
     ValueError
-        If the shapes do not fit each other, or the windows do not fit the image without a remainder.
+        If the shapes do not fit each other, the windows do not fit the image without a remainder, or conv_param has
+        another key.
 
     Examples
     --------
@@ -73,7 +74,7 @@ def conv_forward_fast(x: Any, w: Any, b: Any, conv_param: dict[str, Any]) -> tup
         )
     dtype = np.result_type(x, w)
     x, w, b = (a.astype(dtype, copy=False) for a in (x, w, b))
-    g = exact_windows(x.shape[2:], w.shape[2:], conv_param["stride"], conv_param["pad"])
+    g = conv_windows(x, w, conv_param)
     F = len(w)
     out = np.empty((len(x), F, *g.output), dtype)
     flat_w, flat_out = w.reshape(F, -1), out.reshape(len(x), F, math.prod(g.output))
@@ -155,7 +156,7 @@ def max_pool_forward_fast(x: Any, pool_param: dict[str, Any]) -> tuple[np.ndarra
     Raises
     ------
     ValueError
-        If x has not four axes, or the windows do not fit the image without a remainder.
+        If x has not four axes, the windows do not fit the image without a remainder, or pool_param has another key.
 
     Examples
     --------
@@ -169,11 +170,10 @@ def max_pool_forward_fast(x: Any, pool_param: dict[str, Any]) -> tuple[np.ndarra
     x = contiguous_floats(x, "x")
     if x.ndim != 4:
         raise ValueError(f"x must have four axes (N, C, H, W), got shape {x.shape}")
-    kernel = pool_param["pool_height"], pool_param["pool_width"]
-    g = exact_windows(x.shape[2:], kernel, pool_param["stride"], 0)
+    g = pool_windows(x, pool_param)
     planes = x.shape[0] * x.shape[1]
     out = np.empty((*x.shape[:2], *g.output), x.dtype)
-    winner = np.empty((planes, *g.output), np.uint8 if math.prod(kernel) <= 256 else np.int32)
+    winner = np.empty((planes, *g.output), np.uint8 if math.prod(g.kernel) <= 256 else np.int32)
     _windows.max_pool(x.reshape(planes, *x.shape[2:]), out.reshape(winner.shape), winner, g.kernel, g.stride)
     return out, (winner, x.shape, x.dtype, g)
 

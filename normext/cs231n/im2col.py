@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from normext.cs231n._keys import check_keys
 from normext.windows import Windows
 
 __all__ = ["col2im_indices", "get_im2col_indices", "im2col_indices"]
@@ -168,6 +169,32 @@ def exact_windows(size: tuple[int, int], field: tuple[int, int], stride: int, pa
                 f"{n} + 2 * {p} - {k} is not a multiple of {s}"
             )
     return g
+
+
+def conv_windows(x: np.ndarray, w: np.ndarray, conv_param: dict[str, int]) -> Windows:
+    """The windows of a convolution of the images x with the filters w.
+
+    Examples
+    --------
+    >>> conv_windows(np.ones((1, 3, 32, 32)), np.ones((8, 3, 5, 5)), {"stride": 1, "pad": 2}).output
+    (32, 32)
+    """
+    keys = ("stride", "pad")
+    check_keys(conv_param, "conv_param", keys, required=keys)
+    return exact_windows(x.shape[2:], w.shape[2:], conv_param["stride"], conv_param["pad"])
+
+
+def pool_windows(x: np.ndarray, pool_param: dict[str, int]) -> Windows:
+    """The windows of a pooling of the images x.
+
+    Examples
+    --------
+    >>> pool_windows(np.ones((1, 3, 32, 32)), {"pool_height": 2, "pool_width": 2, "stride": 2}).output
+    (16, 16)
+    """
+    keys = ("pool_height", "pool_width", "stride")
+    check_keys(pool_param, "pool_param", keys, required=keys)
+    return exact_windows(x.shape[2:], (pool_param["pool_height"], pool_param["pool_width"]), pool_param["stride"], 0)
 
 
 def pad(x: np.ndarray, padding: tuple[int, int]) -> np.ndarray:

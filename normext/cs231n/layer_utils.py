@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normext import group_norm, group_norm_backward, rms_norm, rms_norm_backward
+from normext.cs231n._keys import check_keys
 from normext.cs231n.fast_layers import (
     conv_backward_fast,
     conv_forward_fast,
@@ -40,10 +41,12 @@ __all__ = [
 
 
 def _groupnorm_forward(x, gamma, beta, norm_param):
+    check_keys(norm_param, "norm_param")
     return group_norm(x, norm_param.get("num_groups"), gamma, beta, eps=norm_param.get("eps", 1e-5))
 
 
 def _rmsnorm_forward(x, gamma, norm_param):
+    check_keys(norm_param, "norm_param")
     return rms_norm(x, gamma, eps=norm_param.get("eps", 1e-6))
 
 

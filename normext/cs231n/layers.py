@@ -20,7 +20,8 @@ from normext import (
     layer_norm,
     layer_norm_backward,
 )
-from normext.cs231n.im2col import exact_windows, pad, unpad
+from normext.cs231n._keys import check_keys
+from normext.cs231n.im2col import conv_windows, pad, pool_windows, unpad
 from normext.reference import batch_norm_backward_staged
 
 __all__ = [
@@ -309,7 +310,8 @@ def batchnorm_forward(x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any]) -
     Raises
     ------
     ValueError
-        If the mode is neither 'train' nor 'test', or a shape does not fit. bn_param is then left as it was.
+        If the mode is neither 'train' nor 'test', a shape does not fit, or bn_param has a key that no norm has.
+        bn_param is then left as it was.
     TypeError
         If x does not hold real numbers.
 
@@ -405,7 +407,7 @@ def layernorm_forward(x: Any, gamma: Any, beta: Any, ln_param: dict[str, Any]) -
     gamma, beta : array_like, shape (D,)
         Scale and shift.
     ln_param : dict
-        ``eps``, added to the variance, default 1e-5. Anything else in it is left alone.
+        ``eps``, added to the variance, default 1e-5. What batch norm has besides, as the mode, is left alone.
 
     Returns
     -------
@@ -416,7 +418,7 @@ def layernorm_forward(x: Any, gamma: Any, beta: Any, ln_param: dict[str, Any]) -
     Raises
     ------
     ValueError
-        If a shape does not fit.
+        If a shape does not fit, or ln_param has a key that no norm has.
     TypeError
         If x does not hold real numbers.
 
@@ -431,6 +433,7 @@ def layernorm_forward(x: Any, gamma: Any, beta: Any, ln_param: dict[str, Any]) -
     array([[-1.,  1.],
            [-1.,  1.]])
     """
+    check_keys(ln_param, "ln_param")
     return layer_norm(_matrix(x, "x"), gamma, beta, eps=ln_param.get("eps", 1e-5))
 
 
@@ -474,8 +477,7 @@ def dropout_forward(x: Any, dropout_param: dict[str, Any]) -> tuple[np.ndarray, 
         - ``p``: probability to keep an element, above 0 and up to 1. Required.
         - ``mode``: 'train' drops; 'test' returns x as it is. Required.
         - ``seed``: optional; in training NumPy's global generator is seeded with it first, so that a gradient check
-          drops
-          the same elements every time.
+          drops the same elements every time.
 
     Returns
     -------
@@ -487,7 +489,7 @@ def dropout_forward(x: Any, dropout_param: dict[str, Any]) -> tuple[np.ndarray, 
     Raises
     ------
     ValueError
-        If the mode is neither 'train' nor 'test', or p is not above 0 and up to 1.
+        If the mode is neither 'train' nor 'test', p is not above 0 and up to 1, or dropout_param has another key.
     TypeError
         If x does not hold real numbers.
 
@@ -502,6 +504,7 @@ def dropout_forward(x: Any, dropout_param: dict[str, Any]) -> tuple[np.ndarray, 
     array([0., 0., 2., 2.])
     """
     x = _floats(x, "x")
+    check_keys(dropout_param, "dropout_param", ("p", "mode", "seed"))
     mode, p = dropout_param.get("mode"), dropout_param.get("p")
     if mode not in ("train", "test"):
         raise ValueError(f'Invalid forward dropout mode "{mode}"')
@@ -572,7 +575,8 @@ def conv_forward_naive(x: Any, w: Any, b: Any, conv_param: dict[str, int]) -> tu
     Raises
     ------
     ValueError
-        If the shapes do not fit each other, or the last window does not end where the padded image does.
+        If the shapes do not fit each other, the last window does not end where the padded image does, or conv_param
+        has another key.
     TypeError
         If x, w or b does not hold real numbers.
 
@@ -591,7 +595,7 @@ def conv_forward_naive(x: Any, w: Any, b: Any, conv_param: dict[str, int]) -> tu
         raise ValueError(
             f"x (N, C, H, W), w (F, C, HH, WW) and b (F,) must fit, got {x.shape}, {w.shape} and {b.shape}"
         )
-    g = exact_windows(x.shape[2:], w.shape[2:], conv_param["stride"], conv_param["pad"])
+    g = conv_windows(x, w, conv_param)
     padded = pad(x, g.padding)
     out = np.empty((len(x), len(w), *g.output), np.result_type(x, w))
     for n, f, i, j in np.ndindex(out.shape):
@@ -661,7 +665,7 @@ def max_pool_forward_naive(x: Any, pool_param: dict[str, int]) -> tuple[np.ndarr
     Raises
     ------
     ValueError
-        If x does not have four axes, or the last window does not end where the image does.
+        If x does not have four axes, the last window does not end where the image does, or pool_param has another key.
     TypeError
         If x does not hold real numbers.
 
@@ -672,8 +676,7 @@ def max_pool_forward_naive(x: Any, pool_param: dict[str, int]) -> tuple[np.ndarr
     array([[[[2., 2.]]]])
     """
     x = _images(x, "x")
-    kernel = pool_param["pool_height"], pool_param["pool_width"]
-    g = exact_windows(x.shape[2:], kernel, pool_param["stride"], 0)
+    g = pool_windows(x, pool_param)
     out = np.empty((*x.shape[:2], *g.output), x.dtype)
     for n, c, i, j in np.ndindex(out.shape):
         rows, columns = _window(g, i, j)
@@ -737,7 +740,8 @@ def spatial_batchnorm_forward(x: Any, gamma: Any, beta: Any, bn_param: dict[str,
     Raises
     ------
     ValueError
-        If the mode is neither 'train' nor 'test', or a shape does not fit. bn_param is then left as it was.
+        If the mode is neither 'train' nor 'test', a shape does not fit, or bn_param has a key that no norm has.
+        bn_param is then left as it was.
     TypeError
         If x does not hold real numbers.
 
@@ -797,7 +801,7 @@ def spatial_groupnorm_forward(
     G : int
         Number of groups; it divides C.
     gn_param : dict
-        ``eps``, added to the variance, default 1e-5. Anything else in it is left alone.
+        ``eps``, added to the variance, default 1e-5. What batch norm has besides, as the mode, is left alone.
 
     Returns
     -------
@@ -808,7 +812,7 @@ def spatial_groupnorm_forward(
     Raises
     ------
     ValueError
-        If a shape does not fit, or G does not divide C.
+        If a shape does not fit, G does not divide C, or gn_param has a key that no norm has.
     TypeError
         If x does not hold real numbers.
 
@@ -823,6 +827,7 @@ def spatial_groupnorm_forward(
     array([-1.,  1., -1.,  1.])
     """
     x = _images(x, "x")
+    check_keys(gn_param, "gn_param")
     per_channel = (1, x.shape[1], 1, 1)
     for name, values in (("gamma", gamma), ("beta", beta)):
         if np.shape(values) != per_channel:
@@ -900,6 +905,7 @@ def _upstream(dout, shape):
 
 def _batchnorm(x, gamma, beta, bn_param):
     """`normext.batch_norm` of every channel, axis 1 of x, as `batchnorm_forward` describes it."""
+    check_keys(bn_param, "bn_param")
     mode = bn_param.get("mode")
     if mode not in ("train", "test"):
         raise ValueError(f'Invalid forward batchnorm mode "{mode}"')
