@@ -97,7 +97,7 @@ def _add_studies(commands: argparse._SubParsersAction) -> None:
     )
     options.add_argument("--seed", type=_seed, default=231, metavar="N", help="seed of the trainings (default: 231)")
     options.add_argument("--quick", action="store_true", help="fewer trainings and epochs: enough to see the effects")
-    options.add_argument("--fresh", action="store_true", help="run again what is finished")
+    options.add_argument("--fresh", action="store_true", help="run again what is finished, whatever is there")
     options.add_argument(
         "--mpi",
         action="store_true",
@@ -106,8 +106,8 @@ def _add_studies(commands: argparse._SubParsersAction) -> None:
     )
     epilog = (
         "Histories (JSON, CSV), plots (PNG) and report.md go to a folder of the study's name. An interrupted study "
-        "goes on from its last finished training when it is started again with the same options; with others it "
-        "replaces what is there."
+        "goes on from its last finished training when it is started again with the same options; with others it is "
+        "refused, unless --fresh replaces what is there."
     )
     everything = tuple(study for studies in STUDIES.values() for study in studies)
     for name, studies in {**STUDIES, "all": everything}.items():

@@ -1,12 +1,15 @@
 """normext.cs231n's networks, update rules and Solver."""
 
 import json
+import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from normext._core import updates
 from normext.cs231n import layer_utils, optim
 from normext.cs231n.classifiers.fc_net import FullyConnectedNet, TwoLayerNet
 from normext.cs231n.gradient_check import eval_numerical_gradient
@@ -380,6 +383,91 @@ def test_update_rule_refuses_a_gradient_of_another_shape(rule):
         getattr(optim, rule.__name__)(np.ones((3, 2)), np.ones(2))
 
 
+STATES = {"velocity": sgd_momentum, "cache": rmsprop, "m": adam, "v": adam}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (1,), (3, 2, 1), (0,)])
+def test_update_rule_refuses_the_state_of_another_parameter(state, shape):
+    """As of one config for b and then W. Adam read beyond its end; the others stretched it, as NumPy does."""
+    config = {state: np.ones(shape)}
+    got = re.escape(f"got float64 of shape {shape}")
+    with pytest.raises(
+        ValueError, match=rf"^config\['{state}'\] must be an array of the shape of w, \(3, 2\), .* {got}"
+    ):
+        getattr(optim, STATES[state].__name__)(np.ones((3, 2)), np.ones((3, 2)), config)
+    assert list(config) == [state]
+
+
+@pytest.mark.parametrize("rule", [sgd_momentum, rmsprop, adam], ids=lambda rule: rule.__name__)
+def test_update_rule_takes_one_number_for_a_state_as_its_formula_does(rule):
+    rng = np.random.default_rng(0)
+    w, dw = rng.standard_normal((4, 5)), rng.standard_normal((4, 5))
+    state = {name: 0.5 for name, of in STATES.items() if of is rule}
+    next_w, config = getattr(optim, rule.__name__)(w, dw, dict(state))
+    np.testing.assert_allclose(next_w, rule(w, dw, state, 1), rtol=1e-12)
+    assert {np.shape(config[name]) for name, of in STATES.items() if of is rule} == {(4, 5)}
+
+
+@pytest.mark.parametrize(
+    "rule, config, message",
+    [
+        (adam, {"learning_rte": 1e-3}, "config has no 'learning_rte': its keys are 'learning_rate', "),
+        (adam, {"m": "zeros"}, r"config\['m'\] must be an array .* got <U5"),
+        (adam, {"v": None}, r"config\['v'\] must be an array .* got object"),
+        (adam, {"t": 1.5}, r"config\['t'\] must be a whole number from 0 up, got 1.5"),
+        (adam, {"t": -1}, r"config\['t'\] must be a whole number from 0 up, got -1"),
+        (adam, {"t": np.nan}, r"config\['t'\] must be a number, got nan"),
+        (adam, {"beta1": 1}, r"config\['beta1'\] must be from 0 up, and below 1, got 1.0"),
+        (adam, {"beta2": 1.5}, r"config\['beta2'\] must be from 0 up, and below 1, got 1.5"),
+        (sgd, {"learning_rate": None}, r"config\['learning_rate'\] must be a number, got None"),
+        (rmsprop, {"epsilon": np.ones(2)}, r"config\['epsilon'\] must be a number, got array"),
+        (sgd_momentum, {"momentum": "big"}, r"config\['momentum'\] must be a number, got 'big'"),
+    ],
+)
+def test_update_rule_refuses_settings_that_cannot_be(rule, config, message):
+    before = dict(config)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(optim, rule.__name__)(np.ones(3), np.ones(3), config)
+    assert config == before
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_update_rule_refuses_whole_numbers_which_would_cut_the_gradient_off(rule):
+    with pytest.raises(TypeError, match="^w must be an array of floats, got dtype int64"):
+        getattr(optim, rule.__name__)(np.ones(3, np.int64), np.full(3, 0.5))
+
+
+def test_the_compiled_step_of_adam_checks_what_it_is_given():
+    good, numbers = np.ones((4, 6)), (0.9, 0.999, 1e-3, 1e-8)
+    for bad in (good[:3], good[:, ::2], good.T, good.astype(np.float32), good.astype(">f8"), np.ones(24, "i8")):
+        for place in range(4):
+            arrays = [good] * 4
+            arrays[place] = bad
+            with pytest.raises(ValueError, match="must be contiguous arrays of one size and type"):
+                updates.adam(*arrays, *numbers)
+    with pytest.raises(TypeError, match="float32 or float64, got int64"):
+        updates.adam(*[np.ones(3, np.int64)] * 4, *numbers)
+    with pytest.raises(TypeError):
+        updates.adam(good, good, None, good, *numbers)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_step_of_adam_is_its_formula_to_the_bit(dtype):
+    """With or without vectors, on every instruction set: each operation rounds as NumPy's does."""
+    rng = np.random.default_rng(0)
+    w, dw, m = rng.standard_normal((3, 1003)).astype(dtype)
+    v = rng.random(1003).astype(dtype)
+    numbers = beta1, beta2, rate, epsilon = 0.9, 0.999, 1e-3, 1e-8
+    for n in (*range(40), 1003):
+        a = [array[:n] for array in (w, dw, m, v)]
+        next_m = a[2] * dtype(beta1) + a[1] * dtype(1 - beta1)
+        next_v = a[3] * dtype(beta2) + a[1] * a[1] * dtype(1 - beta2)
+        next_w = a[0] - next_m / (np.sqrt(next_v) + dtype(epsilon)) * dtype(rate)
+        for result, expected in zip(updates.adam(*a, *numbers), (next_w, next_m, next_v), strict=True):
+            np.testing.assert_array_equal(result, expected)
+
+
 # --- Solver -----------------------------------------------------------------------------------------------------------
 
 
@@ -610,3 +698,196 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(OSError):
         solver.train()
     assert [p.name for p in tmp_path.iterdir()] == ["run_epoch_1.npz"]
+
+
+# --- Going on from a checkpoint ---------------------------------------------------------------------------------------
+
+
+def deep(digits, *, normalization="batchnorm", keep=1.0, seed=3, **settings):
+    """A Solver of a net of two hidden layers, from a seed."""
+    np.random.seed(seed)
+    net = net_of(normalization, [30, 30], input_dim=64, dropout_keep_ratio=keep, weight_scale=0.1)
+    options = {"update_rule": "adam", "num_epochs": 4, "batch_size": 20, "num_train_samples": 50, "lr_decay": 0.9}
+    return Solver(net, first(digits, 100), verbose=False, **{**options, **settings})
+
+
+def state_of(solver):
+    """Everything that a training leaves behind, comparable."""
+    names = ("loss_history", "train_acc_history", "val_acc_history", "best_val_acc", "epoch")
+    dicts = [solver.model.params, solver.best_params, *solver.optim_configs.values(), *solver.model.bn_params]
+    bits = [{name: np.asarray(value).tobytes() for name, value in each.items()} for each in dicts]
+    return [getattr(solver, name) for name in names], bits, str(np.random.get_state())
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("update_rule", ["sgd", "sgd_momentum", "rmsprop", "adam"])
+def test_a_resumed_training_ends_with_the_same_bits(normalization, update_rule, digits, tmp_path):
+    settings = {"normalization": normalization, "update_rule": update_rule, "keep": 0.8}
+    whole = deep(digits, **settings, checkpoint_name=str(tmp_path / "run"))
+    whole.train()
+    expected = state_of(whole)
+    for epoch in (1, 3, 4):  # after the last there is nothing left but to put the best parameters back
+        resumed = deep(digits, **settings, seed=99)
+        resumed.load_checkpoint(tmp_path / f"run_epoch_{epoch}.npz")
+        assert resumed.epoch == epoch and len(resumed.loss_history) == 5 * epoch
+        resumed.train()
+        assert state_of(resumed) == expected
+
+
+def test_a_resumed_training_may_go_on_for_longer_and_again(digits, tmp_path):
+    deep(digits, num_epochs=2, checkpoint_name=str(tmp_path / "run")).train()
+    solver = deep(digits, num_epochs=5)
+    solver.load_checkpoint(tmp_path / "run_epoch_2.npz")
+    solver.train()
+    assert solver.epoch == 5
+    solver.train()  # as ever: so many epochs more
+    assert solver.epoch == 10 and len(solver.loss_history) == 50
+
+
+def test_a_resumed_training_prints_where_it_is(digits, tmp_path, capsys):
+    deep(digits, num_epochs=2, checkpoint_name=str(tmp_path / "run")).train()
+    solver = deep(digits, num_epochs=3, print_every=5)
+    solver.verbose = True
+    solver.load_checkpoint(tmp_path / "run_epoch_2.npz")
+    solver.train()
+    kinds = [line.split(")")[0] + ")" for line in capsys.readouterr().out.splitlines()]
+    assert kinds == ["(Iteration 11 / 15)", "(Epoch 3 / 3)"]
+
+
+@pytest.fixture
+def checkpoint(digits, tmp_path):
+    deep(digits, num_epochs=1, checkpoint_name=str(tmp_path / "run")).train()
+    return tmp_path / "run_epoch_1.npz"
+
+
+def altered(checkpoint, **changes):
+    """The checkpoint with other arrays, or without those that are None."""
+    with np.load(checkpoint) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    arrays |= {name.replace("__", "/"): value for name, value in changes.items()}
+    np.savez(checkpoint, **{name: value for name, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"update_rule": "sgd"}, "update_rule is 'sgd' here, and was 'adam'"),
+        ({"batch_size": 10}, "batch_size is 10 here, and was 20"),
+        ({"lr_decay": 1.0}, "lr_decay is 1.0 here, and was 0.9"),
+        ({"optim_config": {"learning_rate": 0.5}}, "optim_config is {'learning_rate': 0.5} here, and was {}"),
+        ({"num_train_samples": None}, "num_train_samples is None here, and was 50"),
+        ({"normalization": None}, "params must be W1, b1, .*, got .*gamma1"),
+        ({"normalization": "rmsnorm"}, "params must be .*gamma1.*, got .*beta1"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(settings, message, checkpoint, digits):
+    solver = deep(digits, **settings)
+    before = state_of(solver)
+    with pytest.raises(ValueError, match=rf"run_epoch_1.npz does not fit this training, or is damaged: {message}"):
+        solver.load_checkpoint(checkpoint)
+    assert state_of(solver) == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"params__W1": np.ones((64, 20), np.float32)},
+            r"params/W1 must be float32 of shape \(64, 30\), got .*\(64, 20\)",
+        ),
+        ({"best_params__b1": np.ones(30)}, "best_params/b1 must be float32 .*, got float64"),
+        ({"params__W9": np.ones(3)}, "params must be W1, .*, got .*W9"),
+        ({"params__W1": None}, "params must be W1"),
+        ({"optim_configs__W1__m": np.ones(3)}, r"optim_configs/W1/m must be as params/W1, got float64 of shape \(3,\)"),
+        ({"optim_configs__W1__learning_rate": None}, "there is no optim_configs/W1/learning_rate"),
+        ({"bn_params__0__mode": None}, "bn_params must be those of 2 layers"),
+        ({"best_bn_params__2__mode": np.array("test")}, "best_bn_params must be those of 2 layers, got 0, 1, 2"),
+        ({"random__state__pos": np.array(10**6)}, "random is not the state of a generator"),
+        ({"random__state__pos": np.array(-1)}, "random is not the state of a generator"),
+        ({"random__state__key": np.zeros(3, np.uint32)}, "random is not the state of a generator"),
+        ({"random__state__key": np.zeros(624, np.uint64)}, "random is not the state of a generator"),
+        ({"random__gauss": np.array("0")}, "random is not the state of a generator"),
+        ({"random__bit_generator": np.array("PCG64")}, "random is not the state of a generator"),
+        ({"random__has_gauss": None}, "KeyError: 'random/has_gauss'"),
+        ({"solver": None}, "KeyError: 'solver'"),
+        ({"solver": np.array("[" * 100_000)}, "RecursionError"),
+        ({"solver": np.array("{}")}, "KeyError"),
+        ({"solver": np.ones(3)}, ""),
+    ],
+)
+def test_a_checkpoint_that_says_what_cannot_be_is_refused(changes, message, checkpoint, digits):
+    altered(checkpoint, **changes)
+    solver = deep(digits)
+    before = state_of(solver)
+    with pytest.raises(ValueError, match=rf"run_epoch_1.npz does not fit this training, or is damaged: {message}"):
+        solver.load_checkpoint(checkpoint)
+    assert state_of(solver) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": 0}, {"epoch": "1"}, {"loss_history": "12345"}, {"val_acc_history": []}, {"train_acc_history": [[0.5]]}],
+    ids=str,
+)
+def test_a_checkpoint_with_histories_that_cannot_be_is_refused(change, checkpoint, digits):
+    with np.load(checkpoint) as saved:
+        settings = json.loads(str(saved["solver"]))
+    altered(checkpoint, solver=np.array(json.dumps({**settings, **change})))
+    with pytest.raises(ValueError, match="run_epoch_1.npz does not fit this training, or is damaged"):
+        deep(digits).load_checkpoint(checkpoint)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(checkpoint, digits, tmp_path):
+    solver = deep(digits)
+    with np.load(checkpoint) as saved:
+        arrays = dict(saved)
+    others = {"text.npz": b"text", "empty.npz": b"", "array.npy": b"", "packed.npz": b"", "objects.npz": b""}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)  # a few bytes could become any number
+    np.savez(tmp_path / "objects.npz", **arrays, more=np.array([print]))
+    for name in others:
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint, or is damaged"):
+            solver.load_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        solver.load_checkpoint(tmp_path / "missing.npz")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.npz")
+        with pytest.raises(ValueError, match="pipe.npz is not a plain file"):
+            solver.load_checkpoint(tmp_path / "pipe.npz")
+
+
+def test_a_damaged_checkpoint_is_refused_wherever_it_is_damaged(checkpoint, digits):
+    """Two bytes here and there are changed in turn, and the file is cut there: nothing passes that differs."""
+    solver, whole, random = deep(digits), checkpoint.read_bytes(), np.random.default_rng(0)
+    solver.load_checkpoint(checkpoint)
+    expected = state_of(solver)
+    for place in random.integers(0, len(whole), len(whole) // 300):
+        for damaged in (bytearray(whole), bytearray(whole[:place])):
+            damaged[place : place + 2] = random.bytes(min(2, len(damaged) - place))
+            checkpoint.write_bytes(damaged)
+            try:
+                solver.load_checkpoint(checkpoint)
+            except ValueError as error:
+                assert "run_epoch_1.npz" in str(error)
+            assert state_of(solver) == expected
+
+
+def test_a_checkpoint_that_cannot_hold_the_model_says_so(tmp_path):
+    model = Mean()
+    model.bn_params = [{"running_mean": None}]
+    solver = Solver(model, NUMBERS, num_epochs=1, verbose=False, checkpoint_name=str(tmp_path / "run"))
+    with pytest.raises(TypeError, match="^a checkpoint holds arrays, .*, and bn_params/0/running_mean is None"):
+        solver.train()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in ("run_epoch_1.npz", "run_epoch_1.npz.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    Solver(Mean(), NUMBERS, num_epochs=1, verbose=False, checkpoint_name=str(tmp_path / "run")).train()
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "run_epoch_1.npz").is_symlink()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
 import normext
+from normext._files import new_file
 from normext.cli import main
 from normext.studies import STUDIES, Study
 from normext.studies.batch_size import BatchSize
@@ -27,7 +29,6 @@ from normext.studies.data import Data, load_data
 from normext.studies.deep import Deep
 from normext.studies.layer_width import LayerWidth
 from normext.studies.plots import NORM_STYLES
-from normext.studies.storage import write_file
 from normext.studies.study import Result, run_studies
 from normext.studies.training import History, Training, load_history, save_history
 from normext.studies.weight_scale import WeightScale
@@ -47,7 +48,7 @@ class TinyStudy(Study):
 
     def trainings(self, data, seed, quick):
         return [
-            replace(TINY, name=norm or "none", normalization=norm, seed=seed)
+            replace(TINY, name=norm or "none", data=data, normalization=norm, seed=seed)
             for norm in (None, "batchnorm", "layernorm")
         ]
 
@@ -231,10 +232,17 @@ def test_fresh_runs_everything_again_to_the_same_numbers(points, tmp_path, capsy
         lambda record: b'{"specification": 1}',
         lambda record: record.replace(b'"loss_history": [', b'"loss_history": ["x", '),
         lambda record: re.sub(rb'"loss_history": \[.*?\]', b'"loss_history": []', record),
+        lambda record: re.sub(rb'"loss_history": \[.*?\]', b'"loss_history": "12345678"', record),
+        lambda record: record.replace(b'"loss_history": [', b'"loss_history": [1.0, '),
+        lambda record: record.replace(b'"loss_history": [', b'"loss_history": [1' + 400 * b"0" + b", "),
+        lambda record: re.sub(rb'"loss_history": \[.*?,', b'"loss_history": [true,', record),
+        lambda record: re.sub(rb'"val_acc_history": \[.*?\]', b'"val_acc_history": [0.5]', record),
+        lambda record: re.sub(rb'"val_acc_history": \[.*?,', b'"val_acc_history": [1.5,', record),
+        lambda record: re.sub(rb'"seconds": [^,]*', b'"seconds": "inf"', record),
         lambda record: record.replace(b'"filters"', b'"others"'),
         lambda record: record.replace(b'"filters": null', b'"filters": [[1.0], [1.0, 2.0]]'),
-        lambda record: record.replace(b'"epochs": 2', b'"epochs": 3'),
-        lambda record: record.replace(b'"data": "points"', b'"data": "other points"'),
+        lambda record: 100_000 * b"[" + 100_000 * b"]",
+        lambda record: b'{"specification": ' + 100_000 * b'{"a": ' + b"1" + 100_000 * b"}" + b', "history": {}}',
     ],
     ids=[
         "truncated",
@@ -244,13 +252,20 @@ def test_fresh_runs_everything_again_to_the_same_numbers(points, tmp_path, capsy
         "no history",
         "no number",
         "no losses",
+        "digits for a curve",
+        "a loss too many",
+        "an integer beyond float64",
+        "true for a loss",
+        "accuracies missing",
+        "accuracy above 1",
+        "for ever",
         "no filters",
-        "ragged filters",
-        "other epochs",
-        "other data",
+        "filters of a net without",
+        "lists in lists",
+        "dicts in dicts",
     ],
 )
-def test_a_record_that_is_damaged_or_of_another_training_is_run_again(points, tmp_path, capsys, damage):
+def test_a_record_that_is_damaged_is_run_again(points, tmp_path, capsys, damage):
     run_studies([TinyStudy()], points, tmp_path)
     before = stored(tmp_path / "tiny")
     record = tmp_path / "tiny" / "trainings" / "batchnorm.json"
@@ -263,21 +278,150 @@ def test_a_record_that_is_damaged_or_of_another_training_is_run_again(points, tm
     assert stored(tmp_path / "tiny") == before
 
 
-def test_another_seed_is_another_training(points, tmp_path, capsys):
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_results_of_other_options_are_replaced_by_a_fresh_run_only(points, tmp_path, capsys):
     run_studies([TinyStudy()], points, tmp_path, seed=1)
-    before = stored(tmp_path / "tiny")
+    before, records = contents(tmp_path), stored(tmp_path / "tiny")
     capsys.readouterr()
-    run_studies([TinyStudy()], points, tmp_path, seed=2)
+    with pytest.raises(
+        FileExistsError, match=r"tiny holds results of other options \(seed 1, here 2\): .*--out.*--fresh"
+    ):
+        run_studies([TinyStudy()], points, tmp_path, seed=2)
+    with pytest.raises(FileExistsError, match=r"\(data 'points', here 'others'\)"):
+        run_studies([TinyStudy()], replace(points, name="others"), tmp_path, seed=1)
+    assert trained(capsys) == [] and contents(tmp_path) == before
+    run_studies([TinyStudy()], points, tmp_path, seed=2, fresh=True)
     assert len(trained(capsys)) == 3
     after = stored(tmp_path / "tiny")
-    assert all(after[name]["history"] != before[name]["history"] for name in before)
+    assert all(after[name]["history"] != records[name]["history"] for name in records)
+
+
+@pytest.mark.parametrize("options", [["--quick", "--seed", "232"], []])
+@pytest.mark.parametrize("study", [study.name for study in ALL])
+def test_finished_results_survive_other_options(everything, tmp_path, capsys, study, options):
+    """Also where the trainings have other names, as have those of other seeds, and where some are the same."""
+    out = tmp_path / "out"
+    shutil.copytree(everything / study, out / study)
+    before = contents(out)
+    name = study.removesuffix("-batch").removesuffix("-layer")
+    norm = ["--norm", study.rpartition("-")[2]] if name == "batch-size" else []
+    assert main(["study", name, *norm, *options, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"normext: error: {out / study} holds results of other options (")
+    assert ("seed 231, here" if options else "epochs") in error and error.count("\n") == 1
+    assert contents(out) == before
+
+
+def test_a_fresh_run_leaves_no_record_of_other_trainings(points, tmp_path):
+    class More(TinyStudy):
+        def trainings(self, data, seed, quick):
+            return [replace(TINY, name="more")]
+
+    run_studies([TinyStudy()], points, tmp_path)
+    (tmp_path / "tiny" / "trainings" / "notes.json").write_text("{}")  # no record: not ours
+    with pytest.raises(FileExistsError, match=r"other options \(.*\)"):
+        run_studies([More()], points, tmp_path)
+    run_studies([More()], points, tmp_path, fresh=True)
+    assert sorted(path.name for path in (tmp_path / "tiny" / "trainings").iterdir()) == ["more.json", "notes.json"]
+    run_studies([More()], points, tmp_path)
+
+
+def test_a_foreign_record_says_nothing_beyond_its_error(points, tmp_path):
+    folder = tmp_path / "tiny" / "trainings"
+    folder.mkdir(parents=True)
+    foreign = {"name": "none", "data": 100_000 * "\x1b[2J", "hidden_dims": {"deep": []}, "seed": [[]], "epochs": "\n"}
+    (folder / "none.json").write_text(json.dumps({"specification": foreign, "history": {}}))
+    with pytest.raises(FileExistsError) as error:
+        run_studies([TinyStudy()], points, tmp_path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+# What is there already may be anything, and lead anywhere.
 
 
 def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
     (tmp_path / "report.md").mkdir()
-    with pytest.raises(OSError, match="cannot write .*report.md"):
-        write_file(tmp_path / "report.md", "text")
+    with pytest.raises(OSError, match="cannot write .*report.md"), new_file(tmp_path / "report.md") as file:
+        file.write(b"text")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_an_interrupted_file_leaves_what_was_there(tmp_path):
+    (tmp_path / "report.md").write_text("before")
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "report.md") as file:
+        file.write(b"text")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+    assert (tmp_path / "report.md").read_text() == "before"
+
+
+def test_files_are_for_all_whom_the_user_lets_read_them(tmp_path):
+    (tmp_path / "other").touch()
+    with new_file(tmp_path / "report.md"):
+        pass
+    assert (tmp_path / "report.md").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_links_in_a_results_folder_are_not_followed(points, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    out = tmp_path / "out"
+    run_studies([TinyStudy()], points, out)
+    (out / "tiny" / "trainings" / "none.json").unlink()
+    for name in ("report.md", "losses.csv", "trainings/none.json", f".report.md.{os.getpid()}.tmp"):
+        (out / "tiny" / name).unlink(missing_ok=True)
+        (out / "tiny" / name).symlink_to(victim)
+    run_studies([TinyStudy()], points, out)
+    assert victim.read_text() == "precious"
+    assert not (out / "tiny" / "report.md").is_symlink()
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for link in (tmp_path / "one" / "tiny", tmp_path / "two" / "tiny" / "trainings"):
+        link.parent.mkdir(parents=True)
+        link.symlink_to(elsewhere)
+        with pytest.raises(OSError, match=f"cannot write results into {link}: it is a symbolic link"):
+            run_studies([TinyStudy()], points, tmp_path / link.relative_to(tmp_path).parts[0])
+    assert not any(elsewhere.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such files")
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a huge file"])
+def test_a_record_that_would_not_end_is_run_again(points, tmp_path, capsys, kind):
+    run_studies([TinyStudy()], points, tmp_path)
+    record = tmp_path / "tiny" / "trainings" / "none.json"
+    record.unlink()
+    if kind == "a pipe":
+        os.mkfifo(record)
+    elif kind == "a device":
+        record.symlink_to("/dev/zero")
+    else:
+        record.touch()
+        os.truncate(record, 1 << 40)
+    capsys.readouterr()
+    run_studies([TinyStudy()], points, tmp_path)
+    assert trained(capsys) == ["none"]
+
+
+def test_damaged_records_end_in_no_traceback(points, tmp_path):
+    """Bytes changed, taken out and put in, some of them such that JSON still reads."""
+    run_studies([TinyStudy()], points, tmp_path)
+    record = tmp_path / "tiny" / "trainings" / "none.json"
+    whole, random = record.read_bytes(), np.random.default_rng(0)
+    training = TinyStudy().trainings("points", 231, False)[0]
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            start, stop = sorted(random.integers(0, len(damaged), 2))
+            piece = random.choice([b"", b"9", b"-", b"[", b"{}", b"null", b"NaN", b'"', b"1e999", random.bytes(1)])
+            damaged[start : start + min(stop - start, 8)] = piece
+        record.write_bytes(damaged)
+        history = load_history(record, training, points)
+        assert history is None or (len(history.loss_history), len(history.val_acc_history)) == (8, 3)
 
 
 # Trainings that diverge.
@@ -293,17 +437,20 @@ def test_a_diverged_training_is_a_result_and_is_recorded_in_strict_json(points, 
         raise AssertionError(f"{constant} is not JSON")
 
     json.loads((tmp_path / "record.json").read_text(), parse_constant=refuse)
-    read = load_history(tmp_path / "record.json", training)
+    read = load_history(tmp_path / "record.json", training, points)
     np.testing.assert_array_equal(read.loss_history, history.loss_history)
     assert replace(read, loss_history=[]) == replace(history, loss_history=[])
 
 
 def test_infinite_losses_and_filters_are_recorded_with_their_sign(tmp_path):
+    images = Data("images", "images", {"X_train": np.zeros((10, 1, 4, 4))})
+    training = ConvTraining(**{**asdict(TINY), "data": "images", "num_filters": 1, "filter_size": 2})
     numbers = [1.5, math.inf, -math.inf, math.nan]
-    save_history(tmp_path / "record.json", TINY, History(numbers, [0.1, 0.2], [0.1, 0.2], 1.0, [[[numbers]]]))
-    read = load_history(tmp_path / "record.json", TINY)
+    filters = [[[numbers[:2], numbers[2:]]]]
+    save_history(tmp_path / "record.json", training, History(numbers, [0.1, 0.2, 1], [0.1, 0.2, 0], 1.0, filters))
+    read = load_history(tmp_path / "record.json", training, images)
     np.testing.assert_array_equal(read.loss_history, numbers)
-    np.testing.assert_array_equal(read.filters, [[[numbers]]])
+    np.testing.assert_array_equal(read.filters, filters)
 
 
 def test_a_line_tells_that_a_training_diverged(points, tmp_path, capsys):

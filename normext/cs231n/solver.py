@@ -1,17 +1,20 @@
 """Training of any model that has `params` and `loss(X, y)`, by stochastic gradient descent or one of its relatives."""
 
-import contextlib
 import copy
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from normext._files import json_numbers, new_file, open_plain
 from normext.cs231n import optim
 
 __all__ = ["Solver"]
+
+HISTORIES = ("loss_history", "train_acc_history", "val_acc_history")
 
 
 class Solver:
@@ -44,9 +47,10 @@ class Solver:
     num_val_samples : int or None, default None
         The same for validation.
     checkpoint_name : str, optional
-        After every epoch save ``<checkpoint_name>_epoch_<epoch>.npz``, which ``np.load(..., allow_pickle=False)``
-        reads: ``params/<name>``, ``bn_params/<layer>/<name>`` of a model that has them, and ``solver``, a JSON text
-        with the settings and the histories.
+        After every epoch save ``<checkpoint_name>_epoch_<epoch>.npz``, for `load_checkpoint`. It is also there for
+        ``np.load(..., allow_pickle=False)``: ``params/<name>``, ``bn_params/<layer>/<name>`` of a model that has them,
+        both of the best so far (``best_...``), ``optim_configs/<parameter>/<name>``, the state of the random generator,
+        and ``solver``, a JSON text with the settings and the histories.
 
     Attributes
     ----------
@@ -131,20 +135,22 @@ class Solver:
         self.best_val_acc = -1.0
         self.best_params: dict[str, np.ndarray] = {}
         self._best_bn_params: Any = None
+        self._epochs_before = 0  # of the `num_epochs` of the next training: those of a checkpoint
 
     def train(self) -> None:
         """Run `num_epochs` epochs, then put the parameters back that were best on the validation data.
 
         Batch normalization's running statistics, where the model keeps them in ``bn_params``, go back with the
-        parameters that they belong to.
+        parameters that they belong to. After `load_checkpoint` the epochs that were done then are counted in.
         """
-        iterations_per_epoch = max(len(self.X_train) // self.batch_size, 1)
-        num_iterations = self.num_epochs * iterations_per_epoch
-        for iteration in range(1, num_iterations + 1):
+        per_epoch = iterations_per_epoch(len(self.X_train), self.batch_size)
+        num_iterations = self.num_epochs * per_epoch
+        first, self._epochs_before = 1 + self._epochs_before * per_epoch, 0
+        for iteration in range(first, num_iterations + 1):
             self._step()
             if self.verbose and (iteration - 1) % self.print_every == 0:
                 print(f"(Iteration {iteration} / {num_iterations}) loss: {self.loss_history[-1]:f}")
-            epoch_ends = iteration % iterations_per_epoch == 0
+            epoch_ends = iteration % per_epoch == 0
             if epoch_ends:
                 self.epoch += 1
                 for config in self.optim_configs.values():
@@ -157,6 +163,61 @@ class Solver:
         self.model.params = copy.deepcopy(self.best_params)
         if self._best_bn_params is not None:
             self.model.bn_params = copy.deepcopy(self._best_bn_params)
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Take a training up where it was when the checkpoint was saved; `train` then does the epochs that are left.
+
+        Make the model, the data and this Solver as they were, and call this before `train`. `num_epochs` may be
+        another: it is that of the epochs in all, and those done before count. NumPy's global random generator gets the
+        state that it had, so that the training ends as it would have without the interruption, to the last bit. What
+        the checkpoint says is checked before anything is changed. It is no program: also one of somebody else's cannot
+        do anything but train another net.
+
+        Parameters
+        ----------
+        path : path
+            A file that a Solver saved under its `checkpoint_name`.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or no checkpoint, or a setting, the number of examples or a parameter's name, shape
+            or dtype was another. Nothing is changed then.
+        OSError
+            If it cannot be read.
+
+        Examples
+        --------
+        A training of five epochs that ends after three, and the other two.
+
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> from normext.cs231n.classifiers.fc_net import FullyConnectedNet
+        >>> X = np.random.RandomState(0).randn(60, 5)
+        >>> y = (X[:, 0] > 0).astype(int)
+        >>> data = {"X_train": X[:50], "y_train": y[:50], "X_val": X[50:], "y_val": y[50:]}
+        >>> def solver(num_epochs, **options):
+        ...     np.random.seed(0)
+        ...     net = FullyConnectedNet([10], input_dim=5, num_classes=2, normalization="batchnorm")
+        ...     return Solver(net, data, "adam", batch_size=25, num_epochs=num_epochs, verbose=False, **options)
+        >>> whole = solver(5)
+        >>> whole.train()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     solver(3, checkpoint_name=os.path.join(folder, "run")).train()
+        ...     resumed = solver(5)
+        ...     resumed.load_checkpoint(os.path.join(folder, "run_epoch_3.npz"))
+        >>> resumed.epoch, len(resumed.loss_history)
+        (3, 6)
+        >>> resumed.train()
+        >>> resumed.loss_history == whole.loss_history
+        True
+        """
+        arrays = self._read_checkpoint(path)
+        try:
+            self._restore(arrays)
+        except Exception as error:  # what is in a damaged file can be wrong in any way
+            message = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{os.fspath(path)} does not fit this training, or is damaged: {message}") from error
 
     def check_accuracy(self, X: Any, y: Any, num_samples: int | None = None, batch_size: int = 100) -> float:
         """Fraction of the examples whose highest score is that of their label.
@@ -220,30 +281,149 @@ class Solver:
             self.best_params = copy.deepcopy(self.model.params)
             self._best_bn_params = copy.deepcopy(getattr(self.model, "bn_params", None))
 
-    def _save_checkpoint(self):
-        arrays = {f"params/{name}": w for name, w in self.model.params.items()}
-        for layer, bn_param in enumerate(getattr(self.model, "bn_params", [])):
-            arrays |= {f"bn_params/{layer}/{name}": np.asarray(value) for name, value in bn_param.items()}
-        names = ("optim_config", "lr_decay", "batch_size", "num_train_samples", "num_val_samples", "epoch")
-        histories = ("loss_history", "train_acc_history", "val_acc_history")
-        settings = {name: getattr(self, name) for name in names + histories}
+    def _settings(self):
+        """What decides a training beside the model, in JSON's own types."""
+        names = ("optim_config", "lr_decay", "batch_size", "num_train_samples", "num_val_samples")
+        settings = {name: getattr(self, name) for name in names}
         settings["update_rule"] = self.update_rule.__name__
+        settings["examples"] = [len(self.X_train), len(self.X_val)]
         # Numbers of NumPy's are not JSON's.
-        arrays["solver"] = np.array(json.dumps(settings, default=lambda value: np.asarray(value).tolist()))
+        return json.loads(json.dumps(settings, default=lambda value: np.asarray(value).tolist()))
 
+    def _save_checkpoint(self):
+        state = {
+            "params": self.model.params,
+            "best_params": self.best_params,
+            "bn_params": dict(enumerate(getattr(self.model, "bn_params", []))),
+            "best_bn_params": dict(enumerate(self._best_bn_params or [])),
+            "optim_configs": self.optim_configs,
+            "random": self._random.get_state(legacy=False),
+        }
+        histories = {name: [float(value) for value in getattr(self, name)] for name in HISTORIES}
+        arrays = dict(_flat(state))
+        arrays["solver"] = np.array(json.dumps({**self._settings(), "epoch": self.epoch, **histories}))
         path = f"{self.checkpoint_name}_epoch_{self.epoch}.npz"
-        try:
-            with open(f"{path}.tmp", "wb") as file:
-                np.savez(file, **arrays)
-                # Without this, a power cut could find the new name on the disk and not yet what is in the file.
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
-        finally:  # after a failure: after success it is gone already
-            with contextlib.suppress(OSError):
-                os.unlink(f"{path}.tmp")
+        with new_file(path) as file:
+            np.savez(file, **arrays)
         if self.verbose:
             print(f"Saving checkpoint to {path}")
+
+    def _read_checkpoint(self, path):
+        """The arrays of a checkpoint, by name. They take no more memory than the file has bytes."""
+        with open_plain(path) as file:
+            try:
+                archive = zipfile.ZipFile(file)
+                members = archive.infolist()
+                # A few packed bytes can become any number of them, and the same bytes can have many names.
+                packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+                if packed or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+                    raise ValueError("its arrays are packed")
+                return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+            except Exception as error:  # a damaged file can fail in any way at all
+                raise ValueError(f"{os.fspath(path)} is not a checkpoint, or is damaged: {error}") from error
+
+    def _restore(self, arrays):
+        """Take up the state that the arrays of a checkpoint hold, all of it or, after an error, nothing."""
+        saved = json.loads(arrays["solver"].item())
+        for name, here in self._settings().items():
+            if saved[name] != here:
+                raise ValueError(f"{name} is {here!r} here, and was {saved[name]!r:.200}")
+        epoch, histories = saved["epoch"], {name: json_numbers(saved[name], (None,)) for name in HISTORIES}
+        if type(epoch) is not int or epoch < 1 or not all(histories.values()):
+            raise ValueError("epochs and histories must be those of a training")
+
+        params, best_params = (_parameters(arrays, name, self.model.params) for name in ("params", "best_params"))
+        layers = getattr(self.model, "bn_params", [])
+        bn_params, best_bn_params = (_layers(arrays, name, layers) for name in ("bn_params", "best_bn_params"))
+        configs = {name: _part(arrays, f"optim_configs/{name}") for name in params}
+        for name, config in configs.items():
+            if "learning_rate" not in config:
+                raise ValueError(f"there is no optim_configs/{name}/learning_rate")
+            for key, value in config.items():
+                if isinstance(value, np.ndarray) and _kind(value) != _kind(params[name]):
+                    raise ValueError(f"optim_configs/{name}/{key} must be as params/{name}, got {_kind(value)}")
+        random_state = _random_state(arrays)
+
+        self._random.set_state(random_state)
+        self.model.params.update(params)
+        if layers:
+            self.model.bn_params = bn_params
+            self._best_bn_params = best_bn_params
+        self.best_params, self.optim_configs = best_params, configs
+        self.epoch, self._epochs_before = epoch, min(epoch, self.num_epochs)
+        for name, values in histories.items():
+            setattr(self, name, values)
+        self.best_val_acc = max(self.val_acc_history)
+
+
+def iterations_per_epoch(num_train: int, batch_size: int) -> int:
+    """How many batches, drawn at random, are taken for as many examples as there are."""
+    return max(num_train // batch_size, 1)
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of a tree of dicts, as arrays, under names like those of files."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+            continue
+        array = np.asarray(value)
+        if array.dtype.hasobject:
+            raise TypeError(f"a checkpoint holds arrays, numbers and texts, and {prefix}{name} is {value!r:.100}")
+        yield prefix + str(name), array
+
+
+def _part(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    """A dict of the lowest level of what `_flat` was given, with Python's own numbers and texts again."""
+    found = {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")}
+    return {key: array if array.ndim else array.item() for key, array in found.items() if "/" not in key}
+
+
+def _parameters(
+    arrays: Mapping[str, np.ndarray], prefix: str, params: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Arrays of a checkpoint under the names of the parameters, which they must be like."""
+    found = {key.removeprefix(f"{prefix}/"): array for key, array in arrays.items() if key.startswith(f"{prefix}/")}
+    if found.keys() != params.keys():
+        raise ValueError(f"{prefix} must be {', '.join(params)}, got {', '.join(found)}")
+    for name, w in params.items():
+        if _kind(found[name]) != _kind(w):
+            raise ValueError(f"{prefix}/{name} must be {_kind(w)}, got {_kind(found[name])}")
+    return found
+
+
+def _layers(arrays: Mapping[str, np.ndarray], prefix: str, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A dict of a checkpoint for each layer, with at least what the layer has in its own."""
+    found = [_part(arrays, f"{prefix}/{layer}") for layer in range(len(layers))]
+    names = {key.split("/")[1] for key in arrays if key.startswith(f"{prefix}/")}
+    if any(own.keys() - part for own, part in zip(layers, found)) or names - set(map(str, range(len(layers)))):
+        raise ValueError(f"{prefix} must be those of {len(layers)} layers, got {', '.join(sorted(names)) or 'none'}")
+    return found
+
+
+def _random_state(arrays):
+    """The state of the random generator, as ``set_state`` takes it. NumPy would take any, and read beyond its end."""
+    names = ("bit_generator", "state/key", "state/pos", "has_gauss", "gauss")
+    generator, key, pos, has_gauss, gauss = (arrays[f"random/{name}"] for name in names)
+    state = generator.item(), key, pos.item(), has_gauss.item(), gauss.item()
+    ours = np.random.RandomState(0).get_state()
+    alike = all(type(value) is type(own) for value, own in zip(state, ours))
+    if not alike or state[0] != ours[0] or _kind(key) != _kind(ours[1]) or not 0 <= state[2] <= len(key):
+        raise ValueError("random is not the state of a generator of NumPy's")
+    return state
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):  # At the end, moreover, the checksum is compared.
+            raise ValueError(f"{member.filename} is longer than its array")
+        # In this machine's byte order.
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _examples(data, X_name, y_name):

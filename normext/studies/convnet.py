@@ -34,6 +34,9 @@ class ConvTraining(Training):
     num_filters: int
     filter_size: int
 
+    def filters_shape(self, data: Data) -> tuple[int, ...] | None:
+        return (self.num_filters, data.arrays["X_train"].shape[1], self.filter_size, self.filter_size)
+
     def model(self, data: Data) -> Any:
         from normext.cs231n.classifiers.cnn import ThreeLayerConvNet
 

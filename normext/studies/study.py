@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import normext
+from normext._files import make_folder, new_file
 from normext._version import how_to_install
 from normext.studies.data import Data
-from normext.studies.storage import make_folder, write_file
-from normext.studies.training import History, Training, load_history, save_history
+from normext.studies.training import History, Training, load_history, load_record, save_history, specification
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,37 @@ class Study(ABC):
         """Where the results go."""
         return out / self.name
 
-    def run(self, data: Data, out: Path, *, seed: int, quick: bool, fresh: bool, comm: Any = None) -> None:
+    def prepare(self, data: Data, out: Path, *, seed: int, quick: bool, fresh: bool) -> None:
+        """Make the folders, with no results in them but those of these trainings: others are refused, or go if fresh.
+
+        Parameters
+        ----------
+        data, out, seed, quick, fresh
+            As `run_studies` takes them.
+
+        Raises
+        ------
+        FileExistsError
+            If there are results of other trainings.
+        OSError
+            If the folders cannot be written.
+        """
+        folder = self.folder(out) / "trainings"
+        make_folder(self.folder(out))
+        make_folder(folder)
+        wanted = {of.name: specification(of) for of in self.trainings(data.name, seed, quick)}
+        for path in sorted(folder.glob("*.json")):
+            found = load_record(path).get("specification")
+            if fresh and (found or path.stem in wanted):
+                # All before any runs, so that a fresh run that is interrupted goes on as a fresh one.
+                path.unlink()
+            elif found and found != wanted.get(path.stem):
+                raise FileExistsError(
+                    f"{self.folder(out)} holds results of other options ({_differences(found, wanted.values())}): "
+                    "name another folder with --out, or replace them with --fresh"
+                )
+
+    def run(self, data: Data, out: Path, *, seed: int, quick: bool, comm: Any = None) -> None:
         """Run the trainings that are not finished yet, then write histories, plots and report.
 
         Of the ranks of an MPI communicator all train together, and the first does the rest.
@@ -71,10 +101,6 @@ class Study(ABC):
             return
         trainings = self.trainings(data.name, seed, quick)
         records = {training: self.folder(out) / "trainings" / f"{training.name}.json" for training in trainings}
-        if fresh:
-            # All at once, so that a fresh run that is interrupted goes on as a fresh one.
-            for record in records.values():
-                record.unlink(missing_ok=True)
         histories = self._histories(records, data, comm)
         self._write([Result(training, histories[training]) for training in trainings], data, self.folder(out))
         print(f"{self.name}: report in {self.folder(out) / 'report.md'}")
@@ -83,7 +109,7 @@ class Study(ABC):
         """The histories on record, and those of the trainings that are not there yet and run now."""
         from tqdm import tqdm
 
-        loaded = {training: load_history(record, training) for training, record in records.items()}
+        loaded = {training: load_history(record, training, data) for training, record in records.items()}
         histories = {training: history for training, history in loaded.items() if history is not None}
         if histories:
             progress = f"{len(histories)} of {len(records)} trainings are finished already"
@@ -103,13 +129,12 @@ class Study(ABC):
 
     def _write(self, results: Sequence[Result], data: Data, folder: Path) -> None:
         losses, accuracies = _csv_tables(results)
-        write_file(folder / "losses.csv", losses)
-        write_file(folder / "accuracies.csv", accuracies)
+        _write_text(folder / "losses.csv", losses)
+        _write_text(folder / "accuracies.csv", accuracies)
         figures = self.figures(results)
         for name, figure in figures.items():
-            png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=120)
-            write_file(folder / f"{name}.png", png.getvalue())
+            with new_file(folder / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=120)
         seconds = sum(history.seconds for _, history in results)
         diverged = [training.name for training, history in results if history.diverged]
         parts = [
@@ -131,7 +156,7 @@ class Study(ABC):
                 "first iteration."
             ),
         ]
-        write_file(folder / "report.md", "\n\n".join(parts) + "\n")
+        _write_text(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
 def run_studies(
@@ -159,7 +184,7 @@ def run_studies(
     quick : bool, default False
         Fewer trainings and epochs: enough to see the effects.
     fresh : bool, default False
-        Run finished trainings again.
+        Run finished trainings again, and replace the results of others.
     comm : MPI.Intracomm, optional
         Train on all its ranks, by `normext.distributed.DataParallelSolver`; each rank makes this call. Only the first
         reads and writes `out`. Default: train in this process.
@@ -168,6 +193,8 @@ def run_studies(
     ------
     ImportError
         If matplotlib or tqdm is not there. Before any training, and so is the next.
+    FileExistsError
+        If the folder of a study holds results of other data or options, unless `fresh`. Before any training, too.
     OSError
         If results cannot be written.
     """
@@ -179,15 +206,34 @@ def run_studies(
     studies = list(studies)
     if comm is None or comm.rank == 0:
         for study in studies:
-            make_folder(study.folder(out))
-            make_folder(study.folder(out) / "trainings")
+            study.prepare(data, out, seed=seed, quick=quick, fresh=fresh)
     for study in studies:
-        study.run(data, out, seed=seed, quick=quick, fresh=fresh, comm=comm)
+        study.run(data, out, seed=seed, quick=quick, comm=comm)
 
 
 def _outcome(history: History) -> str:
     accuracies = f"train {history.train_acc_history[-1]:.3f}  val {history.val_acc_history[-1]:.3f}"
     return f"{accuracies}  {history.seconds:.1f} s" + "  diverged" * history.diverged
+
+
+def _differences(found: dict[str, Any], wanted: Iterable[dict[str, Any]]) -> str:
+    """What a specification found on record has that none of these has: words for an error."""
+    values: dict[str, list[Any]] = {}
+    for specified in wanted:
+        for field, value in specified.items():
+            values.setdefault(field, []).append(value)
+    # The name repeats others of the fields. What is a list there may be anything: it comes from a file.
+    differing = [
+        f"{field} {found[field]!r:.40}, here {' or '.join(dict.fromkeys(map(repr, here)))}"
+        for field, here in values.items()
+        if field != "name" and type(found.get(field)) in (str, int, float) and found[field] not in here
+    ]
+    return "; ".join(differing) or "other trainings"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def _csv_tables(results: Sequence[Result]) -> tuple[str, str]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from normext._files import json_numbers, new_file, read_file
 from normext.studies.data import Data
-from normext.studies.storage import write_file
 
-__all__ = ["NORM_NAMES", "History", "Training", "load_history", "save_history"]
+__all__ = ["NORM_NAMES", "History", "Training", "load_history", "load_record", "save_history", "specification"]
 
+RECORD_LIMIT = 1 << 26  # bytes: a thousand times what the longest training here leaves
 NORM_NAMES: dict[str | None, str] = {None: "no norm", "batchnorm": "batch norm", "layernorm": "layer norm"}
 
 
@@ -93,6 +94,10 @@ class Training:
             weight_scale=self.weight_scale,
         )
 
+    def filters_shape(self, data: Data) -> tuple[int, ...] | None:
+        """The shape of the filters in the history; None of a net that has none."""
+        return None
+
     def run(self, data: Data, comm: Any = None) -> History:
         """Train, from the seed to the last epoch; on all ranks of an MPI communicator where one is given."""
         solver_type: Any
@@ -115,13 +120,12 @@ class Training:
         )
         with np.errstate(all="ignore"):  # A training that diverges is a result, told in its history.
             solver.train()
-        weights = solver.model.params["W1"]
         return History(
             [float(loss) for loss in solver.loss_history],
             [float(accuracy) for accuracy in solver.train_acc_history],
             [float(accuracy) for accuracy in solver.val_acc_history],
             time.perf_counter() - start,
-            weights.tolist() if weights.ndim == 4 else None,
+            solver.model.params["W1"].tolist() if self.filters_shape(data) else None,
         )
 
 
@@ -145,11 +149,33 @@ def save_history(path: Path, training: Training, history: History) -> None:
     OSError
         If the file cannot be written.
     """
-    record = {"specification": asdict(training), "history": _strict(asdict(history))}
-    write_file(path, json.dumps(record, allow_nan=False) + "\n")
+    record = {"specification": specification(training), "history": _strict(asdict(history))}
+    with new_file(path) as file:
+        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
-def load_history(path: Path, training: Training) -> History | None:
+def load_record(path: Path) -> dict[str, Any]:
+    """What a file says: the specification of a training, and its history, unchecked.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    dict
+        ``specification`` and ``history``, both dicts. Empty where there is no file, or it is damaged or no record.
+    """
+    try:
+        record = json.loads(read_file(path, RECORD_LIMIT))
+    except (FileNotFoundError, ValueError, RecursionError):  # Not there, truncated, or nested too deep.
+        return {}
+    parts = ("specification", "history")
+    return record if isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in parts) else {}
+
+
+def load_history(path: Path, training: Training, data: Data) -> History | None:
     """The history in a record that `save_history` wrote.
 
     Parameters
@@ -158,24 +184,40 @@ def load_history(path: Path, training: Training) -> History | None:
         The file.
     training : Training
         What should be in it.
+    data : Data
+        What was trained on.
 
     Returns
     -------
     History or None
-        None where there is no file, or it is damaged, or the record of another training.
+        None where there is no file, or it is damaged, or the record of another training: where it does not hold what
+        such a training leaves, to the number of its losses.
     """
-    try:
-        record = json.loads(path.read_bytes())
-        if record["specification"] != json.loads(json.dumps(asdict(training))):
-            return None
-        history = record["history"]
-        curves = [[float(value) for value in history[f"{name}_history"]] for name in ("loss", "train_acc", "val_acc")]
-        filters = history["filters"]
-        if filters is not None:
-            filters = np.array(filters, np.float64).tolist()
-        return History(*curves, float(history["seconds"]), filters) if all(curves) else None
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # Truncated, or not ours.
+    from normext.cs231n.solver import iterations_per_epoch
+
+    record = load_record(path)
+    if record.get("specification") != specification(training):
         return None
+    history, shape = record["history"], training.filters_shape(data)
+    iterations = training.epochs * iterations_per_epoch(len(data.arrays["X_train"]), training.batch_size)
+    try:
+        losses = json_numbers(history["loss_history"], (iterations,))
+        curves = [history[f"{name}_acc_history"] for name in ("train", "val")]
+        accuracies = json_numbers(curves, (2, training.epochs + 1))
+        seconds, filters = json_numbers(history["seconds"], ()), history["filters"]
+        if shape is not None:
+            filters = json_numbers(filters, shape)
+        elif filters is not None:
+            return None
+    except (ValueError, KeyError, OverflowError):  # Damaged, or not ours.
+        return None
+    sensible = 0 <= seconds < math.inf and all(0 <= value <= 1 for curve in accuracies for value in curve)
+    return History(losses, *accuracies, seconds, filters) if sensible else None
+
+
+def specification(training: Training) -> dict[str, Any]:
+    """What the record of a training says of it: its fields, as they come back from JSON."""
+    return json.loads(json.dumps(asdict(training)))
 
 
 def _strict(value):
