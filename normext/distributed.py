@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from normext._version import how_to_install
+from normext.cs231n._keys import check_keys
 from normext.cs231n.layers import _running
 from normext.cs231n.solver import Solver
 from normext.functional import (
@@ -650,7 +651,7 @@ class DataParallelSolver(Solver):
     comm : MPI.Intracomm, optional
         The ranks. Default: ``MPI.COMM_WORLD``.
     **options
-        As `Solver`. Rank 0 prints, and writes checkpoints.
+        As `Solver`. Rank 0 prints, and writes and reads checkpoints: `load_checkpoint` is a call of all ranks.
 
     Raises
     ------
@@ -765,6 +766,19 @@ class DataParallelSolver(Solver):
         if self.comm.rank == 0:
             super()._save_checkpoint()
 
+    def _read_checkpoint(self, path):
+        # One rank reads, for all: they have one file or one error.
+        arrays, error = None, None
+        if self.comm.rank == 0:
+            try:
+                arrays = super()._read_checkpoint(path)
+            except (OSError, ValueError) as failure:
+                error = failure
+        arrays, error = self.comm.bcast((arrays, error))
+        if error is not None:
+            raise error
+        return arrays
+
     def _check_alike(self, failure):
         """Raise on all ranks what one raised, or what they do not have in common."""
         errors = self.comm.allgather(failure and f"{type(failure).__name__}: {failure}")
@@ -788,6 +802,7 @@ class DataParallelSolver(Solver):
 
 def _batchnorm_forward(x, gamma, beta, bn_param, *, comm):
     """`normext.cs231n.layers.batchnorm_forward` over all ranks."""
+    check_keys(bn_param, "bn_param")
     running = {key: _running(bn_param, key, x) for key in ("running_mean", "running_var")}
     options = {"momentum": bn_param.get("momentum", 0.9), "eps": bn_param.get("eps", 1e-5)}
     out, cache = sync_batch_norm(x, gamma, beta, comm=comm, training=bn_param["mode"] == "train", **running, **options)

@@ -382,14 +382,18 @@ def numbers():
     return {"X_train": X[:150], "y_train": y[:150], "X_val": X[150:], "y_val": y[150:]}
 
 
-def trained(kind, normalization, batch_size, steps, **options):
+def untrained(kind, normalization, batch_size, steps, **options):
     np.random.seed(7 if kind is Solver else 7 + RANK)  # parameters and batches are those of rank 0
     net = FullyConnectedNet([20, 15], 12, 4, normalization=normalization, reg=0.01, weight_scale=0.3, dtype=np.float64)
     epochs = steps * batch_size // 150
-    solver = kind(
+    return kind(
         net, numbers(), update_rule="adam", optim_config={"learning_rate": 3e-3}, batch_size=batch_size,
         num_epochs=epochs, num_train_samples=70, verbose=False, **options,
     )  # fmt: skip
+
+
+def trained(*arguments, **options):
+    solver = untrained(*arguments, **options)
     solver.train()
     return solver
 
@@ -438,6 +442,25 @@ def the_first_rank_alone_writes_checkpoints():
         files = sorted(path.name for path in Path(folder).iterdir())
         WORLD.Barrier()
         assert files == (["run_epoch_1.npz", "run_epoch_2.npz"] if RANK == 0 else [])
+
+
+@check
+def a_resumed_training_ends_with_the_same_bits_on_all_ranks():
+    with tempfile.TemporaryDirectory() as folder:
+        name = str(Path(folder) / "run")  # on a rank but the first there is nothing
+        whole = trained(DataParallelSolver, "batchnorm", 75, 8, checkpoint_name=name)
+        resumed = untrained(DataParallelSolver, "batchnorm", 75, 8)
+        resumed.load_checkpoint(f"{name}_epoch_2.npz")
+        assert resumed.epoch == 2
+        resumed.train()
+        assert resumed.loss_history == whole.loss_history
+        for param, w in whole.model.params.items():
+            np.testing.assert_array_equal(resumed.model.params[param], w)
+        other = untrained(DataParallelSolver, None, 75, 2)
+        # One rank cannot read, or the file says what does not fit: all have the error.
+        assert raised(lambda: other.load_checkpoint(f"{name}_epoch_9.npz")).startswith("FileNotFoundError")
+        assert "params must be" in raised(lambda: other.load_checkpoint(f"{name}_epoch_2.npz"))
+        WORLD.Barrier()
 
 
 @check
