@@ -3,13 +3,18 @@
 A pickle is a program, and can do whatever the functions can that it is given. The reader here gives it none of NumPy's
 own: already ``numpy.ndarray`` forges pointers, when it is called for an array of objects over given bytes. In their
 place stand two small classes that hold what an array is pickled as, whole numbers only, and make the array from that.
+Of the instructions it carries out a part, and no more than a batch may need, so that memory is bounded as well.
 """
 
+import io
 import os
 import pickle
+import struct
 from typing import Any
 
 import numpy as np
+
+from normext._files import read_file
 
 __all__ = ["get_CIFAR10_data", "load_CIFAR10", "load_CIFAR_batch"]
 
@@ -17,6 +22,8 @@ TRAINING_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 TEST_FILE = "test_batch"
 IMAGE_SHAPE = (3, 32, 32)  # colours, rows, columns
 NUM_CLASSES = 10
+FILE_LIMIT = 1 << 28  # bytes: a file of CIFAR-10 has 31 MB
+READ_LIMIT = 1 << 19  # steps in reading it: a file of CIFAR-10 takes less than a fifth
 
 
 def get_CIFAR10_data(
@@ -167,9 +174,8 @@ def _read_batches(root, names):
 def _read_batch(filename):
     """The images of a file as bytes, (N, 3, 32, 32), and its labels."""
     try:
-        with open(filename, "rb") as file:
-            batch = _BatchUnpickler(file, encoding="bytes").load()
-        data, labels = (_array(_entry(batch, name)) for name in ("data", "labels"))
+        batch = _BatchUnpickler(read_file(filename, FILE_LIMIT)).load()
+        data, labels = (_array(_entry(batch, name), name) for name in ("data", "labels"))
         _check_batch(data, labels)
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -194,8 +200,13 @@ def _entry(batch, name):
     raise ValueError(f"it has no entry {name!r}")
 
 
-def _array(entry):
-    return entry.values if isinstance(entry, _PickledArray) else np.array(entry)
+def _array(entry, name):
+    if isinstance(entry, _PickledArray):
+        return entry.values
+    # A list of lists can hold the same one over and over, and that another: a thousand cubed of numbers in a few bytes.
+    if not isinstance(entry, list) or not all(isinstance(value, int) for value in entry):
+        raise ValueError(f"{name} must be an array or a list of whole numbers, got a {type(entry).__name__}")
+    return np.array(entry)
 
 
 def _check_batch(data, labels):
@@ -212,6 +223,8 @@ class _PickledDtype:
     """What a pickle builds where it says ``numpy.dtype``: a type of whole numbers and its byte order."""
 
     def __init__(self, code, *_):
+        if not isinstance(code, (str, bytes)):
+            raise pickle.UnpicklingError(f"a dtype is named by a text, not by a {type(code).__name__}")
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "iu":
             raise pickle.UnpicklingError(f"arrays of {self.dtype} are not admitted, only of whole numbers")
@@ -238,27 +251,103 @@ class _PickledArray:
         return array
 
 
-def _encode(text, encoding):
-    """Bytes as Python 3 writes them for Python 2 to read."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the encoding {encoding!r} is not admitted")
-    return text.encode("latin1")
+#: Those that arrays, texts, whole numbers, lists and dicts are written with.
+INSTRUCTIONS = (
+    "PROTO STOP MARK POP POP_MARK GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE "
+    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST "
+    "LIST APPEND APPENDS EMPTY_DICT"
+).split()
 
 
-#: What a pickled array asks for by name. NumPy's inner module is ``numpy._core`` since version 2.
-KNOWN_NAMES = {
-    ("numpy", "dtype"): _PickledDtype,
-    ("numpy", "ndarray"): _PickledArray,
-    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy.core.numeric", "_frombuffer"): _PickledArray.from_buffer,
-    ("numpy._core.numeric", "_frombuffer"): _PickledArray.from_buffer,
-    ("_codecs", "encode"): _encode,
-}
+class _Content(io.BytesIO):
+    """The bytes of a file, to be read in so many steps and no more: a byte can ask for an object of a hundred."""
+
+    steps = READ_LIMIT
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.steps -= 1
+        if self.steps < 0:
+            raise pickle.UnpicklingError("it has more parts than a batch")
+        return super().read(size)
 
 
-class _BatchUnpickler(pickle.Unpickler):
+class _BatchUnpickler(pickle._Unpickler):  # type: ignore[name-defined] # as joblib's
+    """The unpickler that is in Python, and of its instructions a part.
+
+    The one in C cannot be held to that, and nine bytes ask it for 4 GiB (the place of an object in its memory), a
+    quarter of a megabyte crashes it (the hash of tuples in tuples in tuples, as the key of a dict).
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(_Content(content), encoding="bytes")
+        self._left = len(content)  # bytes that may still be encoded: a text is encoded once
+        #: What a pickled array asks for by name. NumPy's inner module is ``numpy._core`` since version 2.
+        self._known = {
+            ("numpy", "dtype"): _PickledDtype,
+            ("numpy", "ndarray"): _PickledArray,
+            ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+            ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+            ("numpy.core.numeric", "_frombuffer"): _PickledArray.from_buffer,
+            ("numpy._core.numeric", "_frombuffer"): _PickledArray.from_buffer,
+            ("_codecs", "encode"): self._encode,
+        }
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in KNOWN_NAMES:
+        if (module, name) not in self._known:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs; refused")
-        return KNOWN_NAMES[module, name]
+        return self._known[module, name]
+
+    def _encode(self, text, encoding):
+        """Bytes as Python 3 writes them for Python 2 to read."""
+        if encoding != "latin1":
+            raise pickle.UnpicklingError("text is encoded in latin1 only")
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it has more text than the file")
+        return text.encode("latin1")
+
+    def load_refused(self):
+        raise pickle.UnpicklingError("it has an instruction that no array needs; refused")
+
+    def load_frame(self):
+        self.read(8)  # how many of the bytes that follow to read ahead
+
+    def load_bytearray8(self):
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(size))  # no memory before there is something to put into it
+
+    def load_build(self):
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], (_PickledDtype, _PickledArray)):
+            raise pickle.UnpicklingError("it changes what is not an array")
+        self.stack[-1].__setstate__(state)
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self._set(items)
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self):
+        self._set(self.pop_mark())
+
+    def _set(self, items):
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, (str, bytes)) for key in items[::2]):
+            raise pickle.UnpicklingError("the keys of a dict are not texts")
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    dispatch = dict.fromkeys(range(256), load_refused) | {
+        code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS)
+    }
+    dispatch |= {
+        pickle.FRAME[0]: load_frame,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
