@@ -167,9 +167,31 @@ def _close() -> None:
             module.close()
 
 
+def _varying(a: jax.Array) -> frozenset[Any]:
+    """The axes of a `jax.shard_map` along which an array differs from device to device, as far as JAX keeps account."""
+    kind = jax.typeof(a) if hasattr(jax, "typeof") else None
+    kind = getattr(kind, "manual_axis_type", kind)  # from JAX 0.10 on
+    return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
+def _vary_alike(arrays: Sequence[jax.Array | None], *others: jax.Array) -> list[jax.Array | None]:
+    """The arrays, which all count as varying along the axes along which one of them, or one of others, does.
+
+    A foreign function wants that of its arguments, and JAX cannot know it of its results. To a gradient it means that
+    those of the devices are added up.
+    """
+    axes = frozenset().union(*(_varying(a) for a in (*arrays, *others) if a is not None))
+    if not axes:
+        return list(arrays)
+    cast = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
+    return [None if a is None else cast(a, tuple(axes - _varying(a))) for a in arrays]
+
+
 def _call(name: str, how: _How, results: list[Any], *arrays: jax.Array) -> Any:
     call = jax.ffi.ffi_call(f"normext_{name}_{how.way}", results, vmap_method="expand_dims")
-    return call(*arrays, norm=np.int64(how.norm), groups=np.int64(how.groups), eps=np.float64(how.eps))
+    arrays = _vary_alike(arrays)
+    computed = call(*arrays, norm=np.int64(how.norm), groups=np.int64(how.groups), eps=np.float64(how.eps))
+    return _vary_alike(computed, *arrays)
 
 
 def _forward(
@@ -223,6 +245,10 @@ def _normalize(
 
 
 _normalize.__wrapped__.defvjp(_forward, _backward)
+
+
+def _normalized(how: _How, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    return _normalize(*_vary_alike(arrays), how)
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -374,7 +400,7 @@ def batch_norm(
     how = _How(_Norm.BATCH if training else _Norm.BATCH_GIVEN, 1, eps, _way)
     constants = (None, None) if training else tuple(r.astype(computing) for r in running)
     rows = x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
-    y, *of_batch = _normalize(rows, gamma, beta, *constants, how)
+    y, *of_batch = _normalized(how, rows, gamma, beta, *constants)
     y = y.reshape(x.shape)
     if not running:
         return y
@@ -398,7 +424,7 @@ def _normalize_rows(
     if x.size == 0:
         return x
     rows = x.reshape(-1, math.prod(row), 1)
-    return _normalize(rows, gamma, beta, None, None, how)[0].reshape(x.shape)
+    return _normalized(how, rows, gamma, beta, None, None)[0].reshape(x.shape)
 
 
 def layer_norm(
@@ -554,7 +580,7 @@ def group_norm(
     if x.size == 0:
         return x
     first = jnp.moveaxis(x, axis, 1)
-    y = _normalize(first.reshape(x.shape[0], channels, -1), gamma, beta, None, None, how)[0]
+    y = _normalized(how, first.reshape(x.shape[0], channels, -1), gamma, beta, None, None)[0]
     return jnp.moveaxis(y.reshape(first.shape), 1, axis)
 
 

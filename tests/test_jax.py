@@ -364,6 +364,52 @@ for _ in range(3):
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map")
+def test_shard_map_over_several_devices(way):
+    """Rows on four devices, parameters on all: values and gradients of the whole, with JAX's check of what varies.
+
+    And the other way round: x on all devices, of each of which the parameters are its own.
+    """
+    program = f"""
+import jax, jax.numpy as jnp, numpy as np, normext.jax
+from jax.sharding import AxisType, PartitionSpec as P
+normext.jax._way = {way!r}
+mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+x, weights = np.random.default_rng(0).normal(1, 2, (2, 8, 6, 5)).astype(np.float32)
+norms = [
+    (lambda x, g, b: normext.jax.layer_norm(x, g, b, axis=1), (6, 5)),
+    (lambda x, g, b: normext.jax.rms_norm(x, g) + b, (5,)),
+    (lambda x, g, b: normext.jax.group_norm(x, 3, g, b), (6,)),
+    (lambda x, g, b: normext.jax.batch_norm(
+        x, g, b, running_mean=jnp.ones(6), running_var=jnp.ones(6), training=False)[0], (6,)),
+]
+for norm, shape in norms:
+    g, b = jnp.linspace(0.5, 2, 2 * int(np.prod(shape)), dtype=np.float32).reshape(2, *shape)
+    rows = jax.shard_map(norm, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d"))
+    wanted, pull = jax.vjp(norm, x, g, b)
+    found, pull_rows = jax.vjp(jax.jit(rows), x, g, b)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    for a, w in zip(pull_rows(jnp.asarray(weights)), pull(jnp.asarray(weights)), strict=True):
+        np.testing.assert_allclose(a, w, rtol=1e-5, atol=1e-4)
+    of_each = jnp.stack([g * i for i in range(1, 5)])
+    each = jax.shard_map(
+        lambda x, g, b: norm(x, g[0], b)[None], mesh=mesh, in_specs=(P(), P("d"), P()), out_specs=P("d"))
+    loss = lambda f: lambda x, g: (f(x, g) ** 2).sum()
+    wanted = jax.grad(loss(lambda x, g: jax.vmap(norm, (None, 0, None))(x, g, b)), (0, 1))(x, of_each)
+    found = jax.grad(loss(lambda x, g: each(x, g, b)), (0, 1))(x, of_each)
+    for a, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, w, rtol=1e-4, atol=1e-3)
+train = lambda x, g: normext.jax.batch_norm(x, g, running_mean=jnp.zeros(6), running_var=jnp.ones(6))
+sharded = jax.shard_map(train, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"))
+y, means, _ = sharded(x, jnp.ones(6))
+np.testing.assert_allclose(means.reshape(4, 6), 0.1 * x.reshape(4, 2, 6, 5).mean((1, 3)), rtol=1e-5)
+"""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_jax_the_import_says_what_is_needed():
     program = "import sys; sys.modules['jax'] = None; import normext.jax"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
