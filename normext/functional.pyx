@@ -717,8 +717,8 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     y : ndarray
         In the shape and dtype of x; `out` if that was given. A channel that is constant gives exactly beta.
     cache : object
-        For `batch_norm_backward`. It refers to x and gamma and holds two float64 numbers for each channel; x must not be changed
-        before the backward pass.
+        For `batch_norm_backward`. It refers to x and gamma and holds two float64 numbers for each channel. These must not be changed
+        before the backward pass, which sees it, and raises, only with ``NORMEXT_DEBUG=1`` in the environment.
 
     Raises
     ------

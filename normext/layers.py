@@ -390,13 +390,15 @@ class BatchNorm(_Norm):
             y, cache, count, mean, var = self._normalize_with_moments(x)
             populations.setdefault(self, _Population()).add(count, mean, var)
             return y, cache
-        running = {"running_mean": self.running_mean, "running_var": self.running_var}
+        statistics = self._statistics
+        running = {"running_mean": statistics["running_mean"], "running_var": statistics["running_var"]}
         if not self.training:
             y, cache, _ = self._normalize(x, **running, training=False)
             return y, cache
-        momentum = 1 - 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
+        tracked = statistics["num_batches_tracked"]
+        momentum = 1 - 1 / (int(tracked) + 1) if self.momentum is None else self.momentum
         y, cache, _ = self._normalize(x, **running, momentum=momentum)
-        self.num_batches_tracked += 1
+        tracked += 1
         return y, cache
 
     def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any, float]:
