@@ -39,7 +39,7 @@ OPTIMIZE = (
     ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"],
     ["/O2", "/std:c11", "/fp:precise"],
 )
-if "-g" not in os.environ.get("CFLAGS", ""):
+if not any(flag.startswith("-g") for flag in os.environ.get("CFLAGS", "").split()):
     OPTIMIZE[0].append("-g0")  # Python's own flags have -g
 
 OPENMP_PROGRAM = """

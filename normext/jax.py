@@ -470,7 +470,7 @@ def layer_norm(
     >>> print(jax.jit(normext.jax.layer_norm)(x, jnp.array([1.0, 10.0])).round(2))
     [[-1. 10.]
      [-1. 10.]]
-    >>> print(jax.grad(lambda beta: normext.jax.layer_norm(x, None, beta).sum())(jnp.zeros(2)))
+    >>> print(jax.grad(lambda beta: normext.jax.layer_norm(x, beta=beta).sum())(jnp.zeros(2)))
     [2. 2.]
     """
     return _normalize_rows(_Norm.LAYER, x, gamma, beta, axis, eps)

@@ -179,7 +179,7 @@ def coverage(folder: Path, arguments: Sequence[str]) -> int:
     # all that Cython makes of a module has names that gcovr takes for internal.
     gcovr = "-m gcovr --gcov-ignore-errors=source_not_found --merge-mode-functions=separate --merge-lines".split()
     gcovr += ["--include-internal-functions", r"--filter=normext/.*\.pyx", "--filter=src_c/"]
-    for objects in sorted(folder.glob("build/temp*/*")):
+    for objects in sorted(path for path in folder.glob("build/temp*/*") if any(path.rglob("*.gcno"))):
         print(f"\n{objects.name}", flush=True)
         status |= run(*gcovr, str(objects), folder=folder)
     return status
@@ -197,6 +197,8 @@ def copy(folder: Path) -> None:
         shutil.copy2(ROOT / name, folder)
     for name in ("src_c", "normext", "tests", "bench", "docs", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    for made in ROOT.glob("build/temp*/cython"):
+        shutil.copytree(made, folder / made.relative_to(ROOT))
 
 
 def build_copy(
@@ -209,12 +211,14 @@ def build_copy(
     """
     copy(folder)
     # What setup.py says comes after CFLAGS.
-    setup, replaced = re.subn(r'"-O\d"', f'"{optimize}"', (folder / "setup.py").read_text())
-    assert replaced == 1
-    (folder / "setup.py").write_text(setup)
+    changes = [(r'"-O\d"', f'"{optimize}"')]
     if line_directives:
-        modules = [str(path.relative_to(folder)) for path in folder.glob("normext/**/*.pyx")]
-        subprocess.run([sys.executable, "-m", "cython", "-3", "--line-directives", *modules], cwd=folder, check=True)
+        changes += [(r"(cythonize\([^)]*)\)", r"\1, emit_linenums=True, force=True)")]
+    setup = (folder / "setup.py").read_text()
+    for what, by in changes:
+        setup, replaced = re.subn(what, by, setup)
+        assert replaced == 1
+    (folder / "setup.py").write_text(setup)
     environment = {
         **os.environ,
         "PYTHONPATH": "",
