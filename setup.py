@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
@@ -165,7 +165,7 @@ NEEDS = [
 ]
 
 setup(
-    license="BSD-3-Clause",
+    **{"license_expression" if int(__version__.partition(".")[0]) >= 77 else "license": "BSD-3-Clause"},
     ext_modules=[
         extension("_core.runs"),
         extension("_core.columns"),

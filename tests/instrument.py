@@ -219,6 +219,11 @@ def build_copy(
         setup, replaced = re.subn(what, by, setup)
         assert replaced == 1
     (folder / "setup.py").write_text(setup)
+    return build_again(folder, flags, openmp=openmp)
+
+
+def build_again(folder: Path, flags: str = "", *, openmp: bool = True) -> subprocess.CompletedProcess[str]:
+    """Build what has changed in a copy."""
     environment = {
         **os.environ,
         "PYTHONPATH": "",

@@ -1,6 +1,7 @@
 """The source tree builds in place, also for one thread, and into packages; what it builds works."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import normext
+
 ROOT = Path(__file__).parent.parent
 
 if not (ROOT / "setup.py").exists():
@@ -18,7 +21,7 @@ if not (ROOT / "setup.py").exists():
 pytest.importorskip("Cython")
 pytest.importorskip("setuptools")
 
-from instrument import build_copy, copy  # noqa: E402 - it needs what the lines above ask for
+from instrument import build_again, build_copy, copy  # noqa: E402 - it needs what the lines above ask for
 
 
 def succeed(*command, **options):
@@ -29,10 +32,17 @@ def succeed(*command, **options):
     return result.stdout
 
 
-def test_build_in_place_without_openmp(tmp_path):
-    result = build_copy(tmp_path, optimize="-O0", openmp=False)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with a build in place, for one thread and in a hurry."""
+    folder = tmp_path_factory.mktemp("built").resolve()
+    result = build_copy(folder, optimize="-O0", openmp=False)
     assert result.returncode == 0, result.stderr
     assert "building without OpenMP" in result.stderr
+    return folder
+
+
+def test_build_in_place_without_openmp(built):
     code = """if True:
         import sys, numpy as np, normext
         from normext._core.runtime import config
@@ -45,7 +55,35 @@ def test_build_in_place_without_openmp(tmp_path):
             normext.batch_norm_backward(x, cache)
         normext.show_config()
     """
-    assert "no (one thread)" in succeed(sys.executable, "-c", code, str(tmp_path), cwd=tmp_path)
+    assert "no (one thread)" in succeed(sys.executable, "-c", code, str(built), cwd=built)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="reads the commands of compilers that are called as GCC is")
+@pytest.mark.parametrize(
+    ("touched", "compiled"),
+    [
+        (None, []),
+        ("normext/_core/updates.pyx", ["updates.c"]),
+        ("normext/include/normext.h", ["api.c"]),
+        ("src_c/dispatch.c", ["dispatch.c", "runtime.c"]),
+        pytest.param("src_c/simd.h", ["dispatch.c", *["kernels.c"] * 3, "runtime.c"], marks=pytest.mark.slow),
+    ],
+)
+def test_only_what_is_not_up_to_date_is_compiled(built, touched, compiled):
+    if touched:
+        (built / touched).touch()
+    result = build_again(built, openmp=False)
+    assert result.returncode == 0, result.stderr
+    assert sorted(Path(path).name for path in re.findall(r" -c (\S+)", result.stdout)) == compiled
+
+
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="needs nm of GNU's binutils")
+def test_modules_export_what_python_looks_for_and_nothing_else(built):
+    modules = sorted(built.glob("normext/**/*.so"))
+    assert len(modules) >= 7
+    for path in modules:
+        symbols = [line.split()[2] for line in succeed("nm", "-D", "--defined-only", str(path)).splitlines()]
+        assert symbols == [f"PyInit_{path.name.partition('.')[0]}"]
 
 
 def test_source_that_is_not_compiled_says_so(tmp_path):
@@ -82,6 +120,11 @@ def test_packages(tmp_path):
 
     with zipfile.ZipFile(wheel) as archive:
         held = {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
+        assert sum(info.file_size for info in archive.infolist()) < 10e6
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(metadata).decode().splitlines()
+    for line in (f"Version: {normext.__version__}", "License-Expression: BSD-3-Clause", "License-File: LICENSE"):
+        assert line in metadata
     compiled = {path for path in held if path.suffix in (".so", ".pyd")}
     modules = {path.stem for path in ROOT.glob("normext/**/*.pyx")} - {"_jax"}  # which a build without jax leaves out
     assert {path.name.split(".")[0] for path in compiled} == modules

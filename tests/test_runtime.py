@@ -1,6 +1,8 @@
 """Threads, instruction sets, and what a build and a process run on."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +138,23 @@ def test_every_instruction_set_is_right(isa):
     """
     result = run(code, NORMEXT_ISA=isa)
     assert result.returncode == 0, result.stderr.decode()
+
+
+QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+
+
+@pytest.mark.skipif(QEMU is None or platform.machine() != "x86_64", reason="needs qemu-x86_64")
+@pytest.mark.parametrize(
+    ("processor", "chosen"),
+    [("Haswell", "avx2"), *[(f"Haswell,-{feature}", "baseline") for feature in ("avx2", "bmi2", "f16c", "fma")]],
+)
+def test_an_instruction_set_is_chosen_where_the_processor_has_all_of_it(processor, chosen):
+    code = f"""if True:
+        from normext._core.runtime import config
+        assert config()["supported here"][-1] == {chosen!r}, config()
+    """
+    done = subprocess.run([QEMU, "-cpu", processor, sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_instruction_set_that_is_unknown():
