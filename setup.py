@@ -161,7 +161,9 @@ def jax_extension():
 
 RUNTIME = "normext._core.runtime"
 NEEDS = [
-    (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features)) for isa, features in VARIANTS.items()
+    (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features))
+    for isa, features in VARIANTS.items()
+    if features
 ]
 
 setup(
