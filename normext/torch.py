@@ -5,7 +5,8 @@ PyTorch means. `accelerate` puts them into the norm modules of a model, `restore
 
 Tensors and arrays share their memory, both ways. What the loops do not take (another device, a dtype or an argument
 that does not fit, a transform of `torch.func`, ...), and what is so small that PyTorch is done sooner, is left to
-PyTorch's own function, which also raises its own errors.
+PyTorch's own function, which also raises its own errors. With ``always=True`` the size does not matter, and what the
+loops do not take is an error.
 
 There are two ways in. Eager calls go through `torch.autograd.Function`, or straight to the loops where no gradient is
 wanted: a custom operator of `torch.library` costs some 20 microseconds more. `torch.compile` sees the operators
@@ -25,6 +26,8 @@ try:
 except ImportError as error:
     raise ImportError(f"normext.torch needs torch: {how_to_install('torch')}") from error
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
@@ -61,6 +64,7 @@ else:
 
 _TENSORS = (Tensor, nn.Parameter)  # no other subclass: it would be told of PyTorch's functions, not of these
 _NARROW = (torch.float16, torch.bfloat16)  # computed in float32
+_ROWS = ("layer_norm", "rms_norm")  # normalize rows, and the others channels
 
 # By the number of axes: the memory format with the channels last, its axes in the order of memory, and back.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -73,8 +77,9 @@ _TO_FIRST = {4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
 
 def _array(t: Tensor) -> np.ndarray:
     """The memory of a tensor as an array; NumPy knows bfloat16 through ml_dtypes alone."""
-    t = t.detach()
-    return t.view(torch.int16).numpy().view(_bfloat16) if t.dtype == torch.bfloat16 else t.numpy()
+    if t.dtype == torch.bfloat16:
+        return t.detach().resolve_neg().view(torch.int16).numpy().view(_bfloat16)
+    return t.numpy(force=True)  # which detaches it, and negates a copy of a view that is to be negated when it is read
 
 
 def _tensor(a: np.ndarray) -> Tensor:
@@ -83,11 +88,17 @@ def _tensor(a: np.ndarray) -> Tensor:
     return torch.from_numpy(a) if a.dtype.kind == "f" else torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format | None:
+def _walkable(x: Tensor, norm: str) -> Tensor:
+    """x, or a copy of it, in the memory format of PyTorch's result."""
     if x.is_contiguous():
-        return torch.contiguous_format
+        return x
+    if norm not in ("batch_norm", "group_norm"):
+        return x.contiguous()
+    # One image may lie in channels_last with a stride for the batch that PyTorch does not suggest that format for.
     last = _CHANNELS_LAST.get(x.dim())
-    return last if last is not None and x.is_contiguous(memory_format=last) else None
+    if norm == "batch_norm" and last is not None and x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous(memory_format=suggest_memory_format(x))
 
 
 # The passes, compiled -------------------------------------------------------------------------------------------------
@@ -127,7 +138,7 @@ def _forward(
     if norm == "group_norm":
         y, cache = normext.group_norm(a, size, gamma, beta, axis=axis, eps=eps)
     else:
-        running_mean, running_var = None if mean is None else _array(mean), None if var is None else _array(var)
+        running_mean, running_var = (None if r is None else r.detach().numpy() for r in (mean, var))
         y, cache = normext.batch_norm(
             a,
             gamma,
@@ -160,12 +171,10 @@ def _backward(
         with normext.threads(torch.get_num_threads()):
             return _backward(dy, x, weight, bias, gamma, mean, rstd, how)
     norm, size, eps, training = how
-    axis = x.dim() - size if norm in ("layer_norm", "rms_norm") else 1
-    last = not x.is_contiguous()
+    axis, last = x.dim() - size if norm in _ROWS else 1, not x.is_contiguous()
     if last:
         axis, order = x.dim() - 1, _TO_LAST[x.dim()]
-        dy = dy.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
-        a, d = _array(x).transpose(order), _array(dy).transpose(order)
+        a, d = _array(x).transpose(order), _array(dy.contiguous(memory_format=_CHANNELS_LAST[x.dim()])).transpose(order)
     else:
         a, d = _array(x), _array(dy.contiguous())
     # It is autograd that keeps x, so that what saves memory for it, such as checkpoints, works; a cache that is kept
@@ -176,7 +185,10 @@ def _backward(
     dbeta = None if bias is None else torch.from_numpy(parameters[1])
     if x.dtype in _NARROW and (weight if bias is None else bias) is not None:
         dgamma, dbeta = (None if p is None else d.to(p.dtype) for p, d in ((weight, dgamma), (bias, dbeta)))
-    return _tensor(dx.transpose(_TO_FIRST[dx.ndim]) if last else dx), dgamma, dbeta
+    dx = _tensor(dx.transpose(_TO_FIRST[dx.ndim]) if last else dx)
+    if norm == "rms_norm" and not dy.is_contiguous():
+        dx = torch.empty_like(dy).copy_(dx)  # as dy lies, because PyTorch's is made by operations element by element
+    return dx, dgamma, dbeta
 
 
 _BACKWARD = {
@@ -198,8 +210,8 @@ def _gradients(
     mean: Tensor,
     rstd: Tensor,
     how: _How,
-) -> tuple[Tensor, ...]:
-    """What `_backward` computes, of the parameters that are there, in operations that PyTorch differentiates.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `_backward` computes, in operations that PyTorch differentiates, and maps over a batch of gradients.
 
     The formulas are in the docstrings of `normext.batch_norm_backward` and its like. Statistics are taken again, for
     they depend on x; the mean that is known is taken off before, so that data far from zero lose nothing.
@@ -231,12 +243,9 @@ def _gradients(
     else:
         r = rstd.to(wide).reshape(groups)
         xhat, dx = (x_ - mean.to(wide).reshape(groups)) * r, g * r
-    results = [dx.reshape(x.shape).to(x.dtype)]
-    if weight is not None:
-        results.append((dy * xhat).sum(shared).reshape(weight.shape).to(weight.dtype))
-    if bias is not None:
-        results.append(dy.sum(shared).reshape(bias.shape).to(bias.dtype))
-    return tuple(results)
+    dweight = None if weight is None else (dy * xhat).sum(shared).reshape(weight.shape).to(weight.dtype)
+    dbias = None if bias is None else dy.sum(shared).reshape(bias.shape).to(bias.dtype)
+    return dx.reshape(x.shape).to(x.dtype), dweight, dbias
 
 
 def _second_order(
@@ -250,15 +259,27 @@ def _second_order(
     how: _How,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of dy, x and weight, of those of dx, dweight and dbias."""
-    grads = tuple(grad for grad, of in zip(grads, (x, weight, bias)) if of is not None)
-    if weight is None:
-        _, vjp = torch.func.vjp(lambda dy, x: _gradients(dy, x, None, bias, mean, rstd, how), dy, x)
-        return (*vjp(grads), None)
-    _, vjp = torch.func.vjp(lambda dy, x, weight: _gradients(dy, x, weight, bias, mean, rstd, how), dy, x, weight)
-    return vjp(grads)
+
+    def first_order(dy, x, weight=None):
+        return tuple(g for g in _gradients(dy, x, weight, bias, mean, rstd, how) if g is not None)
+
+    _, vjp = torch.func.vjp(first_order, dy, x, *(() if weight is None else (weight,)))
+    given = vjp(tuple(grad for grad, of in zip(grads, (x, weight, bias)) if of is not None))
+    return given if weight is not None else (*given, None)
 
 
 # For eager calls ------------------------------------------------------------------------------------------------------
+
+
+def _transformed(t: Tensor) -> bool:
+    """Whether PyTorch does more with a tensor than compute: maps, traces, ... For that it knows its own operations."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_legacy_batchedtensor(t)  # as by `torch.autograd.grad(is_grads_batched=True)`
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 class _Norm(Function):
@@ -272,6 +293,10 @@ class _Norm(Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if _transformed(dy):
+            bias, _, mean, rstd, how = ctx.rest
+            mean, rstd = torch.from_numpy(mean), torch.from_numpy(rstd)
+            return *_gradients(dy, *ctx.saved_tensors, bias, mean, rstd, how), None, None, None, None
         backward = _NormBackward.apply if torch.is_grad_enabled() else _backward
         return *backward(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
@@ -294,9 +319,30 @@ class _NormBackward(Function):
 
 
 def _statistics_shape(x: Tensor, norm: str, size: int) -> Sequence[int]:
-    if norm in ("layer_norm", "rms_norm"):
+    if norm in _ROWS:
         return x.shape[: x.dim() - size]
     return x.shape[1:2] if norm == "batch_norm" else (x.shape[0], size)
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    """In the operators' shapes alone, which are what is called if any of the tensors has no memory."""
+    if len({t.device for t in tensors if t is not None}) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(map(_described, tensors))}")
+
+
+def _check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, size: int, eps: float, training: bool
+) -> None:
+    """That the operators, which anybody may call, are called with what the functions below let through."""
+    if norm not in _BACKWARD:
+        raise ValueError(f"norm must be one of {', '.join(_BACKWARD)}, got {norm!r}")
+    if norm == "rms_norm" and bias is not None:
+        raise ValueError(f"rms_norm must have no bias, got {_described(bias)}")
+    if norm != "batch_norm" and not training:
+        raise ValueError(f"{norm} must have training=True, got False")
+    row = x.shape[-size:] if 0 < size <= x.dim() else ()
+    if misfit := _misfit(norm, row if norm in _ROWS else size, x, weight, bias, eps):
+        raise ValueError(misfit)
 
 
 @torch.library.custom_op("normext::norm", mutates_args=(), device_types="cpu")
@@ -312,7 +358,13 @@ def _norm(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and, for batch norm in training, the unbiased variance."""
-    var = x.new_empty(0, dtype=torch.float64)
+    _check(x, weight, bias, norm, size, eps, training)
+    if norm == "batch_norm":
+        if misfit := _running_misfit(x, weight, bias, running_mean, running_var, training, 1.0):
+            raise ValueError(misfit)
+    elif running_mean is not None or running_var is not None:
+        raise ValueError(f"{norm} must have no running statistics, got some")
+    x, var = _walkable(x, norm), x.new_empty(0, dtype=torch.float64)
     if norm == "batch_norm" and training:
         running_mean, var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
         running_var = var
@@ -322,10 +374,11 @@ def _norm(
 
 @_norm.register_fake
 def _(x, weight, bias, running_mean, running_var, norm, size, eps, training):
+    _check_devices(x, weight, bias, running_mean, running_var)
     statistics = _statistics_shape(x, norm, size)
     mean, rstd = (x.new_empty(statistics, dtype=torch.float64) for _ in range(2))
     var = x.new_empty(statistics if norm == "batch_norm" and training else 0, dtype=torch.float64)
-    return torch.empty_like(x), mean, rstd, var
+    return torch.empty_like(_walkable(x, norm)), mean, rstd, var
 
 
 @torch.library.custom_op("normext::norm_backward", mutates_args=(), device_types="cpu")
@@ -341,11 +394,16 @@ def _norm_backward(
     eps: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = _statistics_shape(x, norm, size)
-    if not (_memory_format(x) and x.shape == dy.shape and mean.shape == rstd.shape == statistics):
-        raise ValueError(f"the shapes do not fit: {[tuple(t.shape) for t in (dy, x, mean, rstd)]}")
-    if weight is not None and weight.shape != (x.shape[-size:] if norm in ("layer_norm", "rms_norm") else x.shape[1:2]):
-        raise ValueError(f"weight has the shape {tuple(weight.shape)}, and x {tuple(x.shape)}")
+    _check(x, weight, bias, norm, size, eps, training)
+    statistics = _statistics_shape(x, norm, size), torch.float64
+    for name, t, (shape, dtype) in (
+        ("dy", dy, (x.shape, x.dtype)),
+        ("mean", mean, statistics),
+        ("rstd", rstd, statistics),
+    ):
+        if not (t.shape == shape and t.dtype == dtype and t.is_cpu and t.layout is torch.strided):
+            raise ValueError(f"{name} must be on the CPU, of shape {tuple(shape)} and {dtype}, got {_described(t)}")
+    x, mean, rstd = _walkable(x, norm), mean.contiguous(), rstd.contiguous()
     wide = np.float64 if x.dtype == torch.float64 else np.float32
     gamma = None if weight is None else np.ascontiguousarray(_array(weight), wide)
     gradients = _backward(dy, x, weight, bias, gamma, _array(mean), _array(rstd), (norm, size, eps, training))
@@ -354,7 +412,9 @@ def _norm_backward(
 
 @_norm_backward.register_fake
 def _(dy, x, weight, bias, mean, rstd, norm, size, eps, training):
-    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, weight, bias))
+    _check_devices(dy, x, weight, bias, mean, rstd)
+    dx = torch.empty_like(dy) if norm == "rms_norm" else torch.empty_like(_walkable(x, norm))
+    return dx, *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias))
 
 
 def _save_norm(ctx, inputs, output):
@@ -416,28 +476,64 @@ _SMALLEST = {
 _SMALLEST_IMAGE = 64
 
 
-def _long_runs(x: Tensor) -> bool:
-    """Whether each channel of x (N, C, ...) has as many numbers in an example as are worth a run of their own."""
-    return x.numel() >= _SMALLEST_IMAGE * x.shape[0] * x.shape[1]
-
-
-def _takes(kind: str, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: Any) -> bool:
-    """Whether the loops take such a call; the parameters must have that shape."""
-    dtype = x.dtype
-    if not (
-        type(x) in _TENSORS
-        and x.numel() >= _SMALLEST[kind][torch.is_grad_enabled() and x.requires_grad]
-        and dtype in _DTYPES
-        and x.is_cpu
-        and x.layout is torch.strided
-        and type(eps) in (float, int)
-        and 0 <= eps < math.inf
-    ):
+def _pays(norm: str, x: Any, training: Any = True) -> bool:
+    """Whether the loops are done sooner than PyTorch's own function."""
+    if not isinstance(x, Tensor) or x.is_nested or (x.dim() < 2 and norm not in _ROWS):
         return False
-    parameter = dtype
-    for p in (weight, bias):
+    kind, n = norm, x.numel()
+    if norm not in _ROWS:
+        examples, channels, *_ = x.shape
+        long_runs = n >= _SMALLEST_IMAGE * examples * channels
+        if norm != "batch_norm":
+            if not long_runs:
+                return False
+        elif not training:
+            kind = "batch_norm in evaluation"
+        elif x.dim() == 2 or not x.is_contiguous():
+            kind = "batch_norm by columns"
+        elif not long_runs:
+            kind = "batch_norm of small images"
+    return n >= _SMALLEST[kind][torch.is_grad_enabled() and x.requires_grad]
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"a {type(value).__name__} of {value.dtype} on {value.device}, {value.layout}, of shape {tuple(value.shape)}"
+
+
+def _misfit(norm: str, size: Any, x: Any, weight: Any, bias: Any, eps: Any) -> str | None:
+    """For what the loops do not take a call, in words; None if they do.
+
+    Of layer and RMS norm, size is the shape of a row; of group norm, the number of groups.
+    """
+    if not (type(x) in _TENSORS and x.dtype in _DTYPES and x.is_cpu and x.layout is torch.strided and not x.is_nested):
+        return f"input must be a dense tensor of {', '.join(map(str, _DTYPES))} on the CPU, got {_described(x)}"
+    n, statistics = x.numel(), 0
+    if norm in _ROWS:
+        shape = tuple(size) if isinstance(size, (tuple, list)) else ()
+        if not shape or x.shape[-len(shape) :] != shape:
+            return f"normalized_shape must be that of input's last axes, got {size!r} and {_described(x)}"
+    elif x.dim() < 2:
+        return f"input must have an axis of channels, got {_described(x)}"
+    else:
+        examples, channels, *_ = x.shape
+        shape = (channels,)
+        if norm == "group_norm":
+            if not (isinstance(size, int) and 0 < size and channels % size == 0):
+                return f"the number of groups must divide the {channels} channels, got {size!r}"
+            statistics = size
+        elif norm == "instance_norm":
+            statistics = examples * channels
+    if n in (0, statistics):  # PyTorch makes an error of channels of one number, and of one example with such groups
+        return f"input must have numbers to normalize, more than one, got {_described(x)}"
+    # PyTorch takes a smaller eps for 0 where it computes in float32, and gives NaN where all numbers are equal.
+    if not (type(eps) in (float, int) and 2.0**-126 <= eps < math.inf):
+        return f"eps must be a number from {2.0**-126:.1e} on, got {eps!r}"
+    parameter = dtype = x.dtype
+    for name, p in (("weight", weight), ("bias", bias)):
         if p is not None:
-            parameter = p.dtype
+            parameter = getattr(p, "dtype", None)
             if not (
                 (parameter is dtype or (parameter is torch.float32 and dtype in _NARROW))
                 and type(p) in _TENSORS
@@ -445,76 +541,57 @@ def _takes(kind: str, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, e
                 and p.is_contiguous()
                 and p.is_cpu
             ):
-                return False
+                wanted = (
+                    f"contiguous on the CPU, of shape {tuple(shape)} and input's dtype (or float32 if that has 16 bits)"
+                )
+                return f"{name} must be {wanted}, got {_described(p)}"
     if weight is not None and weight.dtype is not parameter and bias is not None:
-        return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()  # what is exported should run without normext
-    return not (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or x.is_neg()
-    )
+        return f"weight and bias must have one dtype, got {weight.dtype} and {parameter}"
+    return None
 
 
-def _takes_rows(kind: str, x: Any, row: Any, weight: Any, bias: Any, eps: Any) -> bool:
-    """The same for layer and RMS norm."""
-    return (
-        isinstance(x, Tensor)
-        and not x.is_nested  # which has no shape to ask for
-        and isinstance(row, tuple | list)
-        and 0 < len(row) <= x.dim()
-        and _takes(kind, x, shape := x.shape[-len(row) :], weight, bias, eps)
-        and shape == tuple(row)
-    )
-
-
-def _batch_kind(x: Tensor, training: Any) -> str:
-    if not training:
-        return "batch_norm in evaluation"
-    if x.dim() == 2 or not x.is_contiguous():
-        return "batch_norm by columns"
-    return "batch_norm" if _long_runs(x) else "batch_norm of small images"
-
-
-def _takes_running(
-    x: Tensor,
-    shape: Sequence[int],
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: Any,
-    momentum: Any,
-    eps: float,
-) -> bool:
-    """Whether batch norm's other arguments fit, too."""
-    if training is True:
-        if x.numel() == shape[0] or eps == 0 or not (isinstance(momentum, float | int) and 0 <= momentum <= 1):
-            return False
+def _running_misfit(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Any, var: Any, training: Any, momentum: Any
+) -> str | None:
+    """The same of batch norm's other arguments."""
+    shape = x.shape[1:2]
+    if type(training) is not bool:
+        return f"training must be True or False, got {training!r}"
+    if training:
+        if x.numel() == shape[0]:
+            return f"input must have more than one number a channel in training, got {_described(x)}"
+        if not (isinstance(momentum, (float, int)) and 0 <= momentum <= 1):
+            return f"momentum must be a number from 0 to 1, got {momentum!r}"
         if mean is None and var is None:
-            return True
-    elif training is not False:
-        return False
+            return None
     parameter = bias if weight is None else weight
     dtypes = (x.dtype, torch.float32 if x.dtype in _NARROW else x.dtype) if parameter is None else (parameter.dtype,)
-    return all(
-        type(running) in _TENSORS
-        and running.shape == shape
-        and running.dtype in dtypes
-        and running.is_cpu
-        and running.layout is torch.strided
-        and running.is_contiguous()
-        and not running.requires_grad
-        for running in (mean, var)
-    )
+    for name, running in (("running_mean", mean), ("running_var", var)):
+        if not (
+            type(running) in _TENSORS
+            and running.shape == shape
+            and running.dtype in dtypes
+            and running.is_cpu
+            and running.layout is torch.strided
+            and running.is_contiguous()
+            and not running.requires_grad
+        ):
+            wanted = f"contiguous on the CPU, of shape {tuple(shape)} and {dtypes[-1]}, without a gradient"
+            return f"{name} must be {wanted}, got {_described(running)}"
+    return None
 
 
-def _walkable(x: Tensor) -> Tensor:
-    """x (N, C, ...) where it lies in a memory format, else a contiguous copy."""
-    return x.contiguous() if _memory_format(x) is None else x
+def _takes(misfit: str | None, x: Tensor, always: bool) -> bool:
+    """Whether the loops take a call; an error where they always should."""
+    if misfit is None and (
+        _transformed(x)
+        if not torch.compiler.is_compiling()
+        else torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+    ):
+        misfit = "transforms, modes, traces and exported programs are of PyTorch's own operations"
+    if misfit is not None and always:
+        raise ValueError(f"normext does not take this call: {misfit}")
+    return misfit is None
 
 
 def _normalized(
@@ -548,6 +625,8 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    always: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, computed by `normext.batch_norm`.
 
@@ -565,6 +644,9 @@ def batch_norm(
         The share of the batch's statistics in the updated running ones: one minus that of `normext.batch_norm`.
     eps : float, default 1e-5
         Added to the variance.
+    always : bool, default False
+        Have the loops compute calls of any size, and raise an error where they do not take one, in place of leaving it
+        to PyTorch's function.
 
     Returns
     -------
@@ -574,7 +656,7 @@ def batch_norm(
     Raises
     ------
     ValueError, RuntimeError
-        As PyTorch's own function, which is called where these arguments do not fit.
+        As PyTorch's own function, which is called where these arguments do not fit; with `always`, ValueError.
 
     Examples
     --------
@@ -588,14 +670,16 @@ def batch_norm(
     tensor([0.2000, 0.4000])
     """
     if not (
-        isinstance(input, Tensor)
-        and input.dim() >= 2
-        and not input.is_nested
-        and _takes(_batch_kind(input, training), input, shape := input.shape[1:2], weight, bias, eps)
-        and _takes_running(input, shape, weight, bias, running_mean, running_var, training, momentum, eps)
+        (always or _pays("batch_norm", input, training))
+        and _takes(
+            _misfit("batch_norm", None, input, weight, bias, eps)
+            or _running_misfit(input, weight, bias, running_mean, running_var, training, momentum),
+            input,
+            always,
+        )
     ):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    how, x, mean, var = ("batch_norm", 0, eps, training), _walkable(input), running_mean, running_var
+    how, x, mean, var = ("batch_norm", 0, eps, training), _walkable(input, "batch_norm"), running_mean, running_var
     narrow = mean is not None and mean.dtype in _NARROW
     if narrow:
         mean, var = mean.float(), var.float()
@@ -611,6 +695,8 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    always: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`, computed by `normext.layer_norm`.
 
@@ -639,17 +725,25 @@ def layer_norm(
     --------
     >>> import torch
     >>> import normext.torch
-    >>> normext.torch.layer_norm(torch.tensor([[1.0, 3.0], [2.0, 6.0]]), [2], eps=0.0)
+    >>> normext.torch.layer_norm(torch.tensor([[1.0, 3.0], [2.0, 6.0]]), [2], eps=1e-8)
     tensor([[-1.,  1.],
             [-1.,  1.]])
     """
-    if _takes_rows("layer_norm", input, normalized_shape, weight, bias, eps):
-        return _normalized(input.contiguous(), weight, bias, ("layer_norm", len(normalized_shape), eps, True))
+    if (always or _pays("layer_norm", input)) and _takes(
+        _misfit("layer_norm", normalized_shape, input, weight, bias, eps), input, always
+    ):
+        x = _walkable(input, "layer_norm")
+        return _normalized(x, weight, bias, ("layer_norm", len(normalized_shape), eps, True))
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    always: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.rms_norm`, computed by `normext.rms_norm`.
 
@@ -683,13 +777,23 @@ def rms_norm(
     tensor([[1.2000, 1.6000, 0.0000, 0.0000]])
     """
     added = _EPS.get(getattr(input, "dtype", None)) if eps is None else eps
-    if _takes_rows("rms_norm", input, normalized_shape, weight, None, added):
-        return _normalized(input.contiguous(), weight, None, ("rms_norm", len(normalized_shape), added, True))
+    if (always or _pays("rms_norm", input)) and _takes(
+        _misfit("rms_norm", normalized_shape, input, weight, None, added), input, always
+    ):
+        x = _walkable(input, "rms_norm")
+        y = _normalized(x, weight, None, ("rms_norm", len(normalized_shape), added, True))
+        return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 
 def group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    always: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.group_norm`, computed by `normext.group_norm`.
 
@@ -721,18 +825,10 @@ def group_norm(
     >>> normext.torch.group_norm(torch.tensor([[1.0, 3.0, 2.0, 6.0]]), 2, eps=0.0)
     tensor([[-1.,  1., -1.,  1.]])
     """
-    if (
-        isinstance(input, Tensor)
-        and input.dim() >= 2
-        and not input.is_nested
-        and isinstance(num_groups, int)
-        and num_groups > 0
-        and input.shape[1] % num_groups == 0
-        and _long_runs(input)
-        and input.numel() > num_groups  # one example of groups of one number: PyTorch refuses it
-        and _takes("group_norm", input, input.shape[1:2], weight, bias, eps)
+    if (always or _pays("group_norm", input)) and _takes(
+        _misfit("group_norm", num_groups, input, weight, bias, eps), input, always
     ):
-        return _normalized(_walkable(input), weight, bias, ("group_norm", num_groups, eps, True))
+        return _normalized(_walkable(input, "group_norm"), weight, bias, ("group_norm", num_groups, eps, True))
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -745,6 +841,8 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    always: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.instance_norm`, computed by `normext.instance_norm`.
 
@@ -753,7 +851,7 @@ def instance_norm(
     input : Tensor, shape (N, C, ...)
         As of `batch_norm`.
     running_mean, running_var, use_input_stats, momentum
-        As PyTorch has them. With running statistics the call is left to PyTorch.
+        As PyTorch has them. With running statistics the loops do not take the call.
     weight, bias : Tensor of shape (C,), optional
         Scale and shift. Default: 1 and 0.
     eps : float, default 1e-5
@@ -762,12 +860,12 @@ def instance_norm(
     Returns
     -------
     Tensor
-        In the shape, dtype and memory format of input.
+        In the shape and dtype of input, contiguous.
 
     Raises
     ------
     ValueError, RuntimeError
-        As PyTorch's own function, which is called where these arguments do not fit.
+        As of `batch_norm`.
 
     Examples
     --------
@@ -777,25 +875,25 @@ def instance_norm(
     tensor([[[-1.,  1.],
              [-1.,  1.]]])
     """
-    if (
-        use_input_stats is True
-        and running_mean is None
-        and running_var is None
-        and isinstance(input, Tensor)
-        and input.dim() >= 3
-        and not input.is_nested
-        and _long_runs(input)
-        and input.numel() > input.shape[0] * input.shape[1]  # PyTorch refuses channels of one number
-        and _takes("instance_norm", input, input.shape[1:2], weight, bias, eps)
+    own = use_input_stats is True and running_mean is None and running_var is None
+    if (always or _pays("instance_norm", input)) and _takes(
+        _misfit("instance_norm", None, input, weight, bias, eps) if own else "there must be no running statistics",
+        input,
+        always,
     ):
-        return _normalized(_walkable(input), weight, bias, ("group_norm", input.shape[1], eps, True))
+        x = _walkable(input, "instance_norm")
+        return _normalized(x, weight, bias, ("group_norm", input.shape[1], eps, True))
     return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 # The modules ----------------------------------------------------------------------------------------------------------
 
 
-class _BatchNorm:
+class _Ours:
+    always = False  # as the functions have it
+
+
+class _BatchNorm(_Ours):
     """What `torch.nn.BatchNorm1d` and its like do, with `batch_norm` above."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -807,7 +905,8 @@ class _BatchNorm:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # the mean of all batches so far
                 momentum = 1 / float(self.num_batches_tracked)
-        return batch_norm(input, *running, self.weight, self.bias, own, 0.0 if momentum is None else momentum, self.eps)
+        momentum = 0.0 if momentum is None else momentum
+        return batch_norm(input, *running, self.weight, self.bias, own, momentum, self.eps, always=self.always)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -822,36 +921,35 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` with `batch_norm`."""
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(_Ours, nn.LayerNorm):
     """`torch.nn.LayerNorm` with `layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, always=self.always)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(_Ours, nn.RMSNorm):
     """`torch.nn.RMSNorm` with `rms_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps, always=self.always)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(_Ours, nn.GroupNorm):
     """`torch.nn.GroupNorm` with `group_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, always=self.always)
 
 
-class _InstanceNorm:
+class _InstanceNorm(_Ours):
     """What `torch.nn.InstanceNorm1d` and its like do, with `instance_norm` above: they call this with a batch."""
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         own = self.training or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
-        return instance_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps
-        )
+        running = self.running_mean, self.running_var
+        return instance_norm(input, *running, self.weight, self.bias, own, momentum, self.eps, always=self.always)
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
@@ -880,10 +978,11 @@ def _exchange(model: nn.Module, classes: dict[type, type]) -> int:
     modules = [module for module in model.modules() if type(module) in classes]
     for module in modules:
         module.__class__ = classes[type(module)]
+        vars(module).pop("always", None)
     return len(modules)
 
 
-def accelerate(model: nn.Module) -> int:
+def accelerate(model: nn.Module, *, always: bool = False) -> int:
     """Have the norms of a model computed by normext.
 
     Its modules `BatchNorm1d`, `2d` and `3d`, `InstanceNorm1d`, `2d` and `3d`, `GroupNorm`, `LayerNorm` and `RMSNorm` of
@@ -894,6 +993,9 @@ def accelerate(model: nn.Module) -> int:
     ----------
     model : torch.nn.Module
         It may be a norm itself.
+    always : bool, default False
+        Have the loops compute every call of these modules, whatever its size, and raise an error where they do not take
+        one, in place of leaving it to PyTorch's function. It is kept as the modules' attribute `always`.
 
     Returns
     -------
@@ -914,7 +1016,11 @@ def accelerate(model: nn.Module) -> int:
     >>> normext.torch.restore(model)
     1
     """
-    return _exchange(model, _OURS)
+    changed = _exchange(model, _OURS)
+    for module in model.modules():
+        if type(module) in _THEIRS:
+            module.always = always
+    return changed
 
 
 def restore(model: nn.Module) -> int:
