@@ -169,9 +169,10 @@ class Solver:
 
         Make the model, the data and this Solver as they were, and call this before `train`. `num_epochs` may be
         another: it is that of the epochs in all, and those done before count. NumPy's global random generator gets the
-        state that it had, so that the training ends as it would have without the interruption, to the last bit. What
-        the checkpoint says is checked before anything is changed. It is no program: also one of somebody else's cannot
-        do anything but train another net.
+        state that it had, so that the training ends as it would have without the interruption, to the last bit.
+
+        What the checkpoint says is checked before anything is changed, but for the running statistics: the layers check
+        these when they meet them. It is no program, so that somebody else's can do no more than train another net.
 
         Parameters
         ----------
@@ -339,9 +340,10 @@ class Solver:
         for name, config in configs.items():
             if "learning_rate" not in config:
                 raise ValueError(f"there is no optim_configs/{name}/learning_rate")
-            for key, value in config.items():
-                if isinstance(value, np.ndarray) and _kind(value) != _kind(params[name]):
-                    raise ValueError(f"optim_configs/{name}/{key} must be as params/{name}, got {_kind(value)}")
+            try:  # whether the rule takes it
+                self.update_rule(params[name], np.zeros_like(params[name]), dict(config))
+            except ValueError as error:
+                raise ValueError(f"optim_configs/{name}: {error}") from None
         random_state = _random_state(arrays)
 
         self._random.set_state(random_state)

@@ -199,11 +199,11 @@ def load_history(path: Path, training: Training, data: Data) -> History | None:
     if record.get("specification") != specification(training):
         return None
     history, shape = record["history"], training.filters_shape(data)
-    iterations = training.epochs * iterations_per_epoch(len(data.arrays["X_train"]), training.batch_size)
+    per_epoch = iterations_per_epoch(len(data.arrays["X_train"]), training.batch_size)
+    checks = training.epochs + (per_epoch > 1)  # the first iteration may be an epoch
     try:
-        losses = json_numbers(history["loss_history"], (iterations,))
-        curves = [history[f"{name}_acc_history"] for name in ("train", "val")]
-        accuracies = json_numbers(curves, (2, training.epochs + 1))
+        losses = json_numbers(history["loss_history"], (training.epochs * per_epoch,))
+        accuracies = json_numbers([history[f"{name}_acc_history"] for name in ("train", "val")], (2, checks))
         seconds, filters = json_numbers(history["seconds"], ()), history["filters"]
         if shape is not None:
             filters = json_numbers(filters, shape)
