@@ -167,6 +167,8 @@ def _curves(results: Sequence[Result], title: str, histories: dict[str, str], *,
     groups = _groups(results)
     rates = list(dict.fromkeys(rate for _, rate in groups))
     figure, axes = panels([f"{title}, learning rate {rate}" for rate in rates], "epoch")
+    for ax in axes:  # before the curves: a band without a finite number cannot be put on the scale later
+        ax.set_yscale("log" if log else "linear")
     for (norm, rate), group in groups.items():
         ax, style = axes[rates.index(rate)], NORM_STYLES[norm]
         for (name, suffix), line in zip(histories.items(), ("-", "--")):
@@ -176,10 +178,8 @@ def _curves(results: Sequence[Result], title: str, histories: dict[str, str], *,
             label = NORM_NAMES[norm] + suffix
             ax.plot(x, curves.mean(axis=0), ls=line, lw=1, markevery=count // epochs, label=label, **style)
             ax.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.15, lw=0)
-    for ax in axes:
-        if log:
-            ax.set_yscale("log")
-        else:
+    if not log:
+        for ax in axes:
             ax.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Mean of three seeds, band from the lowest to the highest", fontsize="medium")

@@ -52,6 +52,9 @@ class WeightScale(Study):
     def figures(self, results: Sequence[Result]) -> "dict[str, Figure]":
         titles = ["Best validation accuracy", "Best training accuracy", "Final training loss"]
         figure, (val, train, loss) = panels(titles, "scale of the initial weights")
+        for ax in (val, train, loss):
+            ax.set_xscale("log")
+        loss.set_yscale("log")  # before the curves: one without a finite number cannot be put on the scale later
         for norm in (None, "batchnorm"):
             curve = _curve(results, norm)
             scales = [training.weight_scale for training, _ in curve]
@@ -65,9 +68,6 @@ class WeightScale(Study):
                 top = [0.97] * len(diverged)
                 loss.plot(diverged, top, "x", color=style["color"], transform=loss.get_xaxis_transform())
                 loss.set_title("Final training loss (x: not finite)")
-        for ax in (val, train, loss):
-            ax.set_xscale("log")
-        loss.set_yscale("log")
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         return {"weight-scale": figure}
 
