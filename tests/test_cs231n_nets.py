@@ -631,6 +631,7 @@ def test_network_overfits_fifty_images(normalization, update_rule, digits):
         ({"learning_rate": 1, "epochs": 2}, ValueError, "^Unrecognized arguments 'learning_rate', 'epochs'"),
         ({"update_rule": "adagrad"}, ValueError, "^update_rule must be one of .*'adam'.*, got 'adagrad'"),
         ({"update_rule": "__doc__"}, ValueError, "^update_rule"),
+        ({"optim_config": {"lr": 1}}, ValueError, "^optim_config has no 'lr': its keys are 'learning_rate'"),
         ({"batch_size": 0}, ValueError, "^batch_size must be a whole number from 1 up, got 0"),
         ({"batch_size": 2.5}, ValueError, "^batch_size"),
         ({"num_epochs": 0}, ValueError, "^num_epochs"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from normext._files import json_numbers, new_file, open_plain
 from normext.cs231n import optim
+from normext.cs231n._keys import check_keys
 
 __all__ = ["Solver"]
 
@@ -68,8 +69,8 @@ class Solver:
     Raises
     ------
     ValueError
-        If a keyword or the update rule is not known, a count is not positive, or the data are missing, empty or of
-        different lengths.
+        If a keyword, the update rule or one of its settings is not known, a count is not positive, or the data are
+        missing, empty or of different lengths.
     FileNotFoundError
         If the folder of `checkpoint_name` does not exist.
 
@@ -118,6 +119,7 @@ class Solver:
         self.X_val, self.y_val = _examples(data, "X_val", "y_val")
         self.update_rule = getattr(optim, update_rule)
         self.optim_config = dict(optim_config or {})
+        check_keys(self.optim_config, "optim_config", optim.KEYS)
         self.lr_decay = lr_decay
         self.batch_size = _count(batch_size, "batch_size")
         self.num_epochs = _count(num_epochs, "num_epochs")
