@@ -1,26 +1,28 @@
-"""NumPy's BLAS and its threads, seen and limited by threadpoolctl where that is installed."""
+"""NumPy's BLAS and its threads, seen and limited through threadpoolctl where that is installed."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-try:
-    from threadpoolctl import ThreadpoolController
-except ImportError:
-    ThreadpoolController = None
+import numpy as np
 
 __all__ = ["blas_for_products", "describe_blas"]
 
-# Threads of BLAS wait for each other several times in a product. Where other programs want the cores too, each wait
-# can last until the system gives a thread its core back: milliseconds, for a product of some microseconds. Products of
-# fewer multiplications than this, some 30 ms of one core, have more to lose by that than to win.
-FEWEST_MULTIPLICATIONS = 1 << 30
+# The threads of BLAS wait for each other within a product. Where other programs want the cores too, a wait lasts until
+# the system gives the last thread its core back: milliseconds, in a product that takes a tenth of one. With so many
+# multiplications or more (25 ms of one core and up) that loses less than threads win where there is nobody else.
+WORTH_THREADS = 1 << 30
+
+_limited = threading.Lock()
 
 
 @contextmanager
 def blas_for_products(multiplications: int) -> Iterator[None]:
-    """Keep BLAS to one thread for the length of a block, unless its products have very many multiplications.
+    """BLAS on one thread for the length of a block, unless its products are large enough for more.
 
-    It has the threads that it had before when the block ends. Without threadpoolctl nothing is changed.
+    After the block BLAS has the threads that it had before. The number is the process's: of blocks that run at the same
+    time, in several threads of Python, the first sets it and takes it back. Without threadpoolctl nothing is changed.
 
     Parameters
     ----------
@@ -34,18 +36,32 @@ def blas_for_products(multiplications: int) -> Iterator[None]:
     ...     (np.ones((50, 3072)) @ np.ones((3072, 100))).shape
     (50, 100)
     """
-    if ThreadpoolController is None or multiplications >= FEWEST_MULTIPLICATIONS:
+    libraries = _libraries() if multiplications < WORTH_THREADS else None
+    if libraries is None or not _limited.acquire(blocking=False):
         yield
         return
-    with ThreadpoolController().limit(limits=1, user_api="blas"):
-        yield
+    try:
+        with libraries.limit(limits=1):
+            yield
+    finally:
+        _limited.release()
 
 
 def describe_blas() -> str:
-    """BLAS and its number of threads, for people."""
-    if ThreadpoolController is None:
-        return "threads not known (threadpoolctl is not installed)"
-    libraries = ThreadpoolController().select(user_api="blas").info()
-    return ", ".join(
-        f"{library['internal_api']} {library['version']}, threads {library['num_threads']}" for library in libraries
-    )
+    """The BLAS of this process and its threads, in words."""
+    libraries = _libraries()
+    if libraries is None:
+        built: Any = np.show_config(mode="dicts")
+        blas = built["Build Dependencies"]["blas"]
+        return f"{blas['name']} {blas['version']}, threads unknown (threadpoolctl is not installed)"
+    told = [f"{each['internal_api']} {each['version']}, threads {each['num_threads']}" for each in libraries.info()]
+    return "; ".join(told) or "not known to threadpoolctl"
+
+
+def _libraries() -> Any:
+    """Those of BLAS that are loaded, as threadpoolctl has them; None without it."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController().select(user_api="blas")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from normext._blas import describe_blas
 from normext._core.runtime import config, get_num_threads, set_num_threads
 from normext._version import __version__
 
@@ -64,7 +65,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def show_config() -> None:
-    """Print version, compiler, instruction sets built and chosen, and threads.
+    """Print version, compiler, instruction sets built and chosen, threads, and BLAS with its own.
 
     Examples
     --------
@@ -72,7 +73,7 @@ def show_config() -> None:
     >>> normext.show_config()  # doctest: +ELLIPSIS
     normext ...
     """
-    rows = {"normext": __version__, "NumPy": np.__version__, **config()}
+    rows = {"normext": __version__, "NumPy": np.__version__, **config(), "BLAS": describe_blas()}
     for name, value in rows.items():
         text = ", ".join(value) if isinstance(value, list) else value if value is not None else "no (one thread)"
         print(f"{name:<24}{text}")

@@ -304,7 +304,7 @@ def test_set_num_threads():
 def test_show_config(capsys):
     normext.show_config()
     shown = capsys.readouterr().out
-    for word in (normext.__version__, "compiler", "instruction sets built", "in use", "OpenMP", "threads"):
+    for word in (normext.__version__, "compiler", "instruction sets built", "in use", "OpenMP", "threads", "BLAS"):
         assert word in shown
 
 

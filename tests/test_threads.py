@@ -251,6 +251,94 @@ print(running_threads() - before)
     assert out.split() == [str(limit - 1), "5"]
 
 
+# BLAS beside training ------------------------------------------------------------
+
+# A net of no layers that tells with how many threads BLAS runs while it trains; before and after there are two.
+TRAINING = """
+from threadpoolctl import threadpool_info
+from normext._blas import WORTH_THREADS, blas_for_products
+from normext.cs231n.solver import Solver
+
+def blas():
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+class Net:
+    def __init__(self, work=lambda: None):
+        self.params, self.seen, self.work = {"w": np.zeros(3)}, set(), work
+
+    def loss(self, X, y=None):
+        self.seen |= blas()
+        self.work()
+        return np.zeros((len(X), 2)) if y is None else (0.0, {"w": np.zeros(3)})
+
+data = {"X_train": np.zeros((9, 1)), "y_train": np.zeros(9, int), "X_val": np.zeros((9, 1)), "y_val": np.zeros(9, int)}
+
+def solver(net):
+    return Solver(net, data, batch_size=3, num_epochs=2, verbose=False)
+
+if blas() != {2}:
+    print("no BLAS with threads that can be set")
+    sys.exit()
+"""
+
+
+def run_training(program):
+    pytest.importorskip("threadpoolctl")
+    if out := run(TRAINING + program, OPENBLAS_NUM_THREADS="2"):
+        pytest.skip(out)
+
+
+def test_solver_limits_blas_and_gives_its_threads_back():
+    run_training("""
+net = Net()
+solver(net).train()
+assert net.seen == {1} and blas() == {2}, (net.seen, blas())
+net = Net()
+solver(net).check_accuracy(data["X_val"], data["y_val"])
+assert net.seen == {1} and blas() == {2}, (net.seen, blas())
+try:
+    solver(Net(lambda: 1 / 0)).train()
+except ZeroDivisionError:
+    assert blas() == {2}, blas()
+""")
+
+
+def test_solvers_in_several_threads_of_python_leave_blas_as_it_was():
+    run_training("""
+nets = [Net(lambda wait=i * 0.01: time.sleep(wait)) for i in (3, 1, 2)]
+threads = [threading.Thread(target=solver(net).train) for net in nets]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert nets[0].seen == {1} and blas() == {2}, (nets[0].seen, blas())
+""")
+
+
+def test_large_products_have_all_threads_of_blas():
+    run_training("""
+for multiplications, threads in ((WORTH_THREADS - 1, 1), (WORTH_THREADS, 2)):
+    with blas_for_products(multiplications):
+        assert blas() == {threads}, (multiplications, blas())
+""")
+
+
+def test_blas_without_threadpoolctl():
+    """Training goes on with the threads that BLAS has, and the configuration says what is not known."""
+    out = run("""
+sys.modules["threadpoolctl"] = None
+from normext.cs231n.solver import Solver
+class Net:
+    params = {"w": np.zeros(3)}
+    def loss(self, X, y=None):
+        return np.zeros((len(X), 2)) if y is None else (0.0, {"w": np.zeros(3)})
+data = {"X_train": np.zeros((9, 1)), "y_train": np.zeros(9, int), "X_val": np.zeros((9, 1)), "y_val": np.zeros(9, int)}
+Solver(Net(), data, batch_size=3, num_epochs=1, verbose=False).train()
+normext.show_config()
+""")
+    assert "threads unknown (threadpoolctl is not installed)" in out.splitlines()[-1]
+
+
 # Where the system has no more threads, or no memory ------------------------------------------------------------
 
 # OpenMP would end the process.

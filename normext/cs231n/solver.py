@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from normext._blas import blas_for_products
 from normext._files import json_numbers, new_file, open_plain
 from normext.cs231n import optim
 from normext.cs231n._keys import check_keys
@@ -73,6 +74,14 @@ class Solver:
         missing, empty or of different lengths.
     FileNotFoundError
         If the folder of `checkpoint_name` does not exist.
+
+    Notes
+    -----
+    While it trains or measures an accuracy, NumPy's BLAS runs on one thread, where the largest weights times the batch
+    size are fewer than 2**30 multiplications: more threads would wait for each other, the longer the more other
+    programs run. The number of threads that BLAS had is restored after that. It takes threadpoolctl (``pip install
+    threadpoolctl``); without it BLAS keeps its threads, and ``OPENBLAS_NUM_THREADS=1`` (or MKL's) in the environment
+    does the same for the whole process.
 
     Examples
     --------
@@ -145,6 +154,10 @@ class Solver:
         Batch normalization's running statistics, where the model keeps them in ``bn_params``, go back with the
         parameters that they belong to. After `load_checkpoint` the epochs that were done then are counted in.
         """
+        with self._blas(self.batch_size):
+            self._train()
+
+    def _train(self):
         per_epoch = iterations_per_epoch(len(self.X_train), self.batch_size)
         num_iterations = self.num_epochs * per_epoch
         first, self._epochs_before = 1 + self._epochs_before * per_epoch, 0
@@ -248,7 +261,12 @@ class Solver:
         if num_samples is not None and len(X) > num_samples:
             sample = self._random.choice(len(X), num_samples)
         total = len(X) if sample is None else num_samples
-        return float(self._hits(X, y, sample, range(total), _count(batch_size, "batch_size")) / total)
+        with self._blas(_count(batch_size, "batch_size")):
+            return float(self._hits(X, y, sample, range(total), batch_size) / total)
+
+    def _blas(self, batch_size):
+        """BLAS with as many threads as pay for the rows of a batch by the largest weights."""
+        return blas_for_products(batch_size * max(map(np.size, self.model.params.values()), default=0))
 
     def _step(self):
         """One iteration: a batch, its gradients, an update of every parameter."""
