@@ -1,13 +1,14 @@
-"""The tests on an instrumented build: ``python tests/instrument.py address|threads|memcheck|coverage [ARGUMENT ...]``.
+"""Instrumented builds: ``python tests/instrument.py address|threads|memcheck|faults|coverage [ARGUMENT ...]``.
 
 address   AddressSanitizer and UndefinedBehaviorSanitizer, on the tests of everything compiled
 threads   ThreadSanitizer, on the loops as they run on threads
 memcheck  valgrind's memcheck, on a few calls of everything compiled
+faults    every allocation fails once, in calls of everything, and no call leaves anything half done (`faults.py`)
 coverage  lines and branches of the Python code, lines of the Cython and C code
 
 GCC on Linux is needed, for memcheck valgrind, and for coverage the extra ``coverage``. The build is made in a temporary
-copy of the source tree. The exit status is 0 where nothing was found. Arguments after the first go to pytest (address
-and coverage).
+copy of the source tree, but for faults, which takes normext as Python finds it. The exit status is 0 where nothing was
+found. Arguments after the first go to pytest (address and coverage).
 """
 
 import argparse
@@ -15,10 +16,12 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -168,6 +171,46 @@ def memcheck(folder: Path, _: Sequence[str]) -> int:
     return status or len(found) > 0
 
 
+def faults(folder: Path, _: Sequence[str]) -> int:
+    library, progress = folder / "libfaults.so", folder / "progress"
+    compiler = ["gcc", "-shared", "-fPIC", "-O1", str(ROOT / "tests/faults.c"), "-o", str(library), "-ldl"]
+    subprocess.run(compiler, check=True)
+    progress.write_bytes(bytes(16))
+    # With malloc for Python's objects too, each of them is an allocation.
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}
+    tried: Counter[str] = Counter()
+    wrong: dict[str, dict[str, list[int]]] = {}
+    call, step, status, name = 0, 0, 1, ""
+    while status != 0:
+        command = [sys.executable, str(ROOT / "tests/faults.py"), str(call), str(step), str(progress)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, cwd=folder, env=environment, check=False, **pipes)
+        for line in done.stdout.splitlines():
+            what, number, found = json.loads(line)
+            if what == "call":
+                name = found
+            else:
+                tried[name] += 1
+                for words in found:
+                    wrong.setdefault(name, {}).setdefault(words, []).append(number)
+        status = done.returncode
+        if status != 0:  # it goes on after the step that it did not survive
+            before, (call, step) = (call, step), struct.unpack("qq", progress.read_bytes())
+            if (call, step) == before:
+                sys.exit(done.stderr)
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            tried[name] += 1
+            wrong.setdefault(name, {}).setdefault(f"ended the process with {status} {last}", []).append(step)
+    for name, count in tried.items():
+        print(f"{name}: {count} tried")
+        for words, steps in wrong.get(name, {}).items():
+            print(
+                f"    {words}: {len(steps)} times, at steps {', '.join(map(str, steps[:8]))}{' ...' * (len(steps) > 8)}"
+            )
+    print(f"{sum(tried.values())} allocations and amounts of memory of {len(tried)} calls, {len(wrong)} with findings")
+    return int(bool(wrong))
+
+
 def coverage(folder: Path, arguments: Sequence[str]) -> int:
     build(folder, "--coverage -fprofile-abs-path -fprofile-update=atomic", line_directives=True)
     status = run("-m", "coverage", "run", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, folder=folder)
@@ -246,7 +289,7 @@ def run(*arguments: str, folder: Path, before: Sequence[str] = (), **environment
     return subprocess.run([*before, sys.executable, *arguments], cwd=folder, env=environment, check=False).returncode
 
 
-CHECKS = {"address": address, "threads": threads, "memcheck": memcheck, "coverage": coverage}
+CHECKS = {"address": address, "threads": threads, "memcheck": memcheck, "faults": faults, "coverage": coverage}
 
 if __name__ == "__main__":
     sys.exit(main())
