@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import odd_inputs
 
 import normext
 from normext import distributed
@@ -328,6 +329,22 @@ def a_wrong_cache_is_told_to_the_ranks_of_the_latest_call():
     _, cache = sync_batch_norm(x, comm=comm)
     errors = everywhere(raised(lambda: sync_batch_norm_backward(x, None if odd else cache)))
     assert all("TypeError: cache must be what sync_batch_norm returned, got NoneType" in e for e in errors), errors
+    assert works_after()
+
+
+@check
+def odd_inputs_on_all_ranks():
+    """Of as many copies of a batch the statistics are those of one."""
+
+    def caller(norm, x, gamma, beta, dy, out=None):
+        y, cache = sync_batch_norm(x, gamma, beta, eps=odd_inputs.EPS, out=out)
+        return y if out is None else y.astype(y.dtype.newbyteorder("=")), *sync_batch_norm_backward(dy, cache)
+
+    def refused(name, odd):
+        """16 bits, and results for bytes in another order."""
+        return odd.argument == "x" and getattr(getattr(odd.value, "dtype", None), "itemsize", 8) == 2
+
+    odd_inputs.check_all(caller, "batch_norm", refuse=refused)
     assert works_after()
 
 

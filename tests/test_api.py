@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_inputs import EPS, check_all
 
 import normext
 
@@ -93,6 +94,42 @@ def test_groups(example, shape, groups, dtype):
     found, mean, rstd = call.normalize_groups(x, groups, gamma, beta, 1e-5)
     same([found, mean, rstd], [y, cache.mean.ravel(), cache.rstd.ravel()])
     same(call.groups_backward(dy, x, groups, gamma, mean, rstd), normext.group_norm_backward(dy, cache))
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "group_norm", "batch_norm"])
+def test_odd_inputs(example, norm):
+    """The example's memoryviews take contiguous arrays of two dtypes that can be written to, and say so of others."""
+    call = example["in_cython"]
+
+    def caller(norm, x, gamma, beta, dy):
+        gamma, beta, dy = (np.ascontiguousarray(a, x.dtype) for a in (gamma, beta, dy))
+        if norm == "batch_norm":
+            mean, rstd = np.empty((2, x.shape[1]))
+            y, _ = call.normalize_channels(x, gamma, beta, True, EPS, mean, rstd)
+            return y, *call.channels_backward(dy, x, gamma, True, mean, rstd)
+        if norm == "group_norm":
+            y, mean, rstd = call.normalize_groups(x, 2, gamma, beta, EPS)
+            return y, *call.groups_backward(dy, x, 2, gamma, mean, rstd)
+        centred, rows, shape = norm == "layer_norm", x.reshape(-1, x.shape[-1]), x.shape
+        if not np.shares_memory(rows, x):
+            raise ValueError("not contiguous")
+        y, mean, rstd = call.normalize_rows(rows, gamma, beta, centred, EPS)
+        dx, dgamma, dbeta = call.rows_backward(dy.reshape(rows.shape), rows, gamma, centred, mean, rstd)
+        return y.reshape(shape), dx.reshape(shape), dgamma, dbeta if centred else None
+
+    def refused(name, odd):
+        x = odd.value
+        plain = (
+            x.flags.c_contiguous and x.flags.writeable and x.dtype.isnative and x.dtype.name in ("float32", "float64")
+        )
+        return not plain or (x.ndim != 3 and norm in ("group_norm", "batch_norm"))
+
+    def skipped(name, odd):
+        """Arrays are its callers' to make; it looks at the first number of each."""
+        x = odd.value
+        return odd.argument != "x" or type(x) is not np.ndarray or x.size == 0 or x.ndim == 0 or x.dtype.names
+
+    check_all(caller, norm, skip=skipped, refuse=refused)
 
 
 def test_from_c_on_many_threads_without_the_gil(example):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from odd_inputs import LAYOUTS
 
 import normext
 import normext._core.runtime
@@ -353,36 +354,6 @@ def test_staged_twin_takes_the_compiled_cache(rng):
 
 
 # Layouts ------------------------------------------------------------
-
-
-def unaligned(a):
-    buffer = np.empty(a.nbytes + 1, np.uint8)[1:]
-    result = buffer.view(a.dtype).reshape(a.shape)
-    result[...] = a
-    return result
-
-
-def spread(a):
-    """Every second element of a larger array, along every axis."""
-    result = np.zeros([2 * n for n in a.shape], a.dtype)[tuple(slice(None, None, 2) for _ in a.shape)]
-    result[...] = a
-    return result
-
-
-LAYOUTS = {
-    "C": lambda a: a,
-    "Fortran": np.asfortranarray,
-    "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
-    "unaligned": unaligned,
-    "spread": spread,
-    "rows reversed": lambda a: a[::-1].copy()[::-1],
-    "last axis reversed": lambda a: a[..., ::-1].copy()[..., ::-1],
-    "all axes reversed": lambda a: np.flip(np.flip(a).copy()),
-    "cropped": lambda a: np.pad(a, 1)[tuple(slice(1, -1) for _ in a.shape)],
-    "axes swapped": lambda a: np.swapaxes(np.swapaxes(a, 0, -1).copy(), 0, -1),
-    "inner axes swapped": lambda a: np.swapaxes(np.swapaxes(a, 0, 1).copy(), 0, 1),
-    "read-only": lambda a: (a.setflags(write=False), a)[1],
-}
 
 
 @pytest.mark.parametrize("with_out", [False, True], ids=["new", "out"])
