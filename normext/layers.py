@@ -115,7 +115,7 @@ class _Norm(ABC):
         array([[-1.,  1.],
                [-1.,  1.]])
         """
-        y, self._cache = self._forward(np.asarray(x))
+        y, self._cache = self._forward(x if isinstance(x, np.ndarray) else np.asarray(x))
         return y
 
     def backward(self, dy: ArrayLike) -> np.ndarray:
