@@ -398,10 +398,14 @@ def sync_batch_norm(
         )
     channel.number += 1
     var = m2 / count
-    for running_statistic, batch in ((running_mean, mean), (running_var, var)):
-        if running_statistic is not None:
-            running_statistic[...] = momentum * running_statistic.astype(np.float64) + (1 - momentum) * batch
+    updates = [
+        (running, momentum * running.astype(np.float64) + (1 - momentum) * batch)
+        for running, batch in ((running_mean, mean), (running_var, var))
+        if running is not None
+    ]
     y, local = batch_norm(x, gamma, beta, running_mean=mean, running_var=var, training=False, **options)
+    for running, updated in updates:  # last, as they are whole where something raises
+        running[...] = updated
     return y, SyncCache(local, True, ranks, channel.number, count)
 
 
@@ -470,7 +474,7 @@ def sync_batch_norm_backward(
         if not known:
             raise TypeError(f"cache must be what sync_batch_norm returned, got {type(cache).__name__}")
         local = cache.local
-        _check_out(out, local.x)
+        _check_out(out, local.x, "dy", dy, x=local.x, gamma=local.gamma)
         sums = own = batch_backward_sums(dy, local)
         return _Part((cache.number, sums.shape[1], local.x.itemsize, local.x.ndim, local.axis, local.eps, 0), 0, sums)
 
@@ -503,6 +507,8 @@ def _ranks(comm: Any) -> Any:
 
 
 def _floats(x: ArrayLike) -> np.ndarray:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("x must not be a masked array, as its mask would be lost")
     x = np.asarray(x)
     if x.dtype.kind in "iub":
         x = x.astype(np.float64)
@@ -520,16 +526,41 @@ def _check_arguments(x, gamma, beta, running_mean, running_var, training, moment
     # A row of zeros in place of x; the share 1 leaves the running statistics as they are.
     row, running = np.zeros((1, x.shape[axis]), x.dtype), {"running_mean": running_mean, "running_var": running_var}
     batch_norm(row, gamma, beta, **running, training=training, momentum=1.0, eps=eps)
-    _check_out(out, x)
+    for name, statistic in running.items():
+        if statistic is not None and _overlap(statistic, x):
+            raise ValueError(f"{name} is updated in place and must share no memory with x, but they overlap")
+    _check_out(out, x, "x", x, gamma=gamma, beta=beta, **running)
 
 
-def _check_out(out, x):
-    if out is not None:
-        wanted = f"a writable ndarray of shape {x.shape} and dtype {x.dtype.newbyteorder('=')}"
-        if not isinstance(out, np.ndarray) or out.shape != x.shape or out.dtype != x.dtype.newbyteorder("="):
-            raise ValueError(f"out must be {wanted}, got {type(out).__name__} {np.shape(out)}")
-        if not out.flags.writeable:
-            raise ValueError(f"out must be {wanted}, but it is read-only")
+def _check_out(out, x, over_name, over, /, **read):
+    """Where to write a result: nowhere, the very memory of what it is computed from, or memory apart from all."""
+    if out is None:
+        return
+    wanted = f"a writable ndarray of shape {x.shape} and dtype {x.dtype.newbyteorder('=')}"
+    if (
+        not isinstance(out, np.ndarray)
+        or out.shape != x.shape
+        or out.dtype.newbyteorder("=") != x.dtype.newbyteorder("=")
+    ):
+        got = f"{type(out).__name__} of shape {np.shape(out)} and dtype {np.asarray(out).dtype}"
+        raise ValueError(f"out must be {wanted}, got {got}")
+    if not out.flags.writeable:
+        raise ValueError(f"out must be {wanted}, but it is read-only")
+    if out.size and any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape)):
+        raise ValueError(f"out must have its own memory for every element, got strides {out.strides}")
+    place = [(a.ctypes.data, a.strides, a.dtype) for a in (out, np.asarray(over))]
+    if place[0] != place[1] and _overlap(out, over):
+        raise ValueError(f"out must be {over_name} itself or share no memory with it, but it overlaps {over_name}")
+    for name, other in read.items():
+        if other is not None and _overlap(out, other):
+            raise ValueError(f"out must share no memory with {name}, but they overlap")
+
+
+def _overlap(a, b):
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
 
 
 class SyncBatchNorm(BatchNorm):
