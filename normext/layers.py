@@ -748,10 +748,10 @@ def population_stats(layer_or_model: Callable[[Any], Any], batches: Iterable[Any
     if not populations:
         what = "batches is empty" if batch is None else "layer_or_model called no BatchNorm"
         raise ValueError(f"{what}: there is nothing to take statistics of")
-    for layer, population in populations.items():
-        layer.running_mean[...] = population.mean
-        layer.running_var[...] = population.m2 / population.count
-        layer.num_batches_tracked[...] = population.batches
+    # All is computed before anything is written: where memory runs out, no layer is half updated.
+    found = [(layer, p.mean, p.m2 / p.count, np.asarray(p.batches)) for layer, p in populations.items()]
+    for layer, mean, var, count in found:
+        layer.running_mean[...], layer.running_var[...], layer.num_batches_tracked[...] = mean, var, count
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

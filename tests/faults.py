@@ -129,7 +129,7 @@ def second_order() -> Call:
 
 def fold() -> Call:
     norm, w = normext.BatchNorm(4).eval(), IMAGES[0, :, :4, 0].copy()
-    return Call(lambda: normext.fold_batch_norm(w, None, norm), [w, *norm.params.values()])
+    return Call(lambda: normext.fold_batch_norm(w, None, norm, output_axis=-1), [w, *norm.params.values()])
 
 
 def population() -> Call:
