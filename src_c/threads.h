@@ -37,15 +37,15 @@ static void *nx_pass(void *gate)
     return NULL;
 }
 
-/* How many threads, up to so many, a team of `there` threads can become: the others are started, and end again. 1 where
-   memory is short. */
+/* How many threads, up to so many, a team of `there` threads can become: the others are started, and end again. 0 where
+   there is no memory. */
 static int nx_could_be(int threads, int there)
 {
     /* More than OpenMP will want for its own account of a team, which finds it free again. */
-    pthread_t *others = malloc((size_t)(threads + 8) * 1024);
+    pthread_t *volatile others = malloc((size_t)(threads + 8) * 1024);
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     int started = 0;
-    if (others == NULL) return 1;
+    if (others == NULL) return 0;
     pthread_mutex_lock(&gate);
     while (there + started < threads && pthread_create(&others[started], NULL, nx_pass, &gate) == 0) started++;
     pthread_mutex_unlock(&gate);
@@ -55,10 +55,10 @@ static int nx_could_be(int threads, int there)
 }
 
 /* How many threads the next parallel region of the calling thread gets if it asks for so many: fewer where the system
-   has no more; with one, none may be entered. OpenMP ends the process when it can start no thread or has no memory. So
-   both are tried before, and a region without work takes what those that follow find: OpenMP keeps the last team. It
-   ends threads that a smaller team does not need; to have had them a moment ago is enough, for to try costs as much as
-   to start them. */
+   has no more, and 0 where there is no memory for one. OpenMP ends the process when it can start no thread or has no
+   memory, with one thread too. So both are tried before, and a region without work takes what those that follow find:
+   OpenMP keeps the last team. It ends threads that a smaller team does not need; to have had them a moment ago is
+   enough, for to try costs as much as to start them. */
 static int nx_team(int threads)
 {
     static _Thread_local struct {
@@ -66,6 +66,7 @@ static int nx_team(int threads)
         double tried; /* when that many were there, in seconds */
     } team = {1, 1, 0, 0};
     double time;
+    if (threads == 1) return nx_could_be(1, 1);
     if (team.forks != nx_forks) {
         team.now = team.most = 1;
         team.forks = nx_forks;

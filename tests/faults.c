@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <string.h>
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
@@ -13,10 +14,21 @@ extern void __libc_free(void *);
 static atomic_long left, live;
 static atomic_int fired;
 
-static int fails(void)
+/* OpenMP ends the process where it gets no memory, in every program. normext asks for as much just before, and that is what fails. */
+static int is_openmp(void *caller)
+{
+    Dl_info info;
+    return dladdr(caller, &info) && info.dli_fname && strstr(info.dli_fname, "gomp");
+}
+
+static int fails(void *caller)
 {
     /* Disarmed it stays at 0 or below. */
     if (atomic_load_explicit(&left, memory_order_relaxed) <= 0 || atomic_fetch_sub(&left, 1) != 1) return 0;
+    if (is_openmp(caller)) {
+        atomic_store(&left, 1); /* the next one, then */
+        return 0;
+    }
     atomic_store(&fired, 1);
     errno = ENOMEM;
     return 1;
@@ -44,20 +56,21 @@ int faults_disarm(void)
 /* Blocks of memory that were not given back. */
 long faults_live(void) { return atomic_load(&live); }
 
-void *malloc(size_t size) { return fails() ? NULL : counted(__libc_malloc(size)); }
+void *malloc(size_t size) { return fails(__builtin_return_address(0)) ? NULL : counted(__libc_malloc(size)); }
 
-void *calloc(size_t n, size_t size) { return fails() ? NULL : counted(__libc_calloc(n, size)); }
+void *calloc(size_t n, size_t size) { return fails(__builtin_return_address(0)) ? NULL : counted(__libc_calloc(n, size)); }
 
 void *realloc(void *memory, size_t size)
 {
-    if (size > 0 && fails()) return NULL;
+    if (size > 0 && fails(__builtin_return_address(0))) return NULL;
     void *grown = __libc_realloc(memory, size);
     if (memory == NULL) counted(grown);
     if (memory != NULL && size == 0) atomic_fetch_sub_explicit(&live, 1, memory_order_relaxed);
     return grown;
 }
 
-void *memalign(size_t alignment, size_t size) { return fails() ? NULL : counted(__libc_memalign(alignment, size)); }
+void *memalign(size_t alignment, size_t size)
+{ return fails(__builtin_return_address(0)) ? NULL : counted(__libc_memalign(alignment, size)); }
 
 void *aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
 
@@ -78,5 +91,5 @@ void free(void *memory)
 int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument)
 {
     int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
-    return fails() ? EAGAIN : create(thread, attributes, run, argument);
+    return fails(__builtin_return_address(0)) ? EAGAIN : create(thread, attributes, run, argument);
 }

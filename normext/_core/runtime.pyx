@@ -40,17 +40,17 @@ cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ss
     return kernels
 
 
-cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept:
-    """How many threads there are for so many tasks over so many elements; with one, no parallel region may be entered.
-
-    Results never depend on it.
-    """
+cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) except 0:
+    """How many threads there are for so many tasks over so many elements. Results never depend on it."""
     cdef int limit, threads = max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
     if threads > 1:
         limit = omp_get_max_threads()
         if limit < openmp_threads:  # somebody has lowered it since: threadpoolctl, or a program in C
             threads = min(threads, limit)
-    return nx_team(threads) if threads > 1 else 1
+    threads = nx_team(threads)
+    if threads == 0:
+        raise MemoryError("no memory for a parallel region")
+    return threads
 
 
 cdef list isa_names(bint supported_only):

@@ -88,7 +88,7 @@ def gather(const floating[:, :, :, ::1] x, floating[:, :, ::1] cols, tuple kerne
     cdef Windows g = windows_of(kernel, stride, padding, dilation, output)
     cdef Py_ssize_t C = x.shape[1], H = x.shape[2], W = x.shape[3], positions = g.kh * g.kw, task, n, position, rest
     cdef Py_ssize_t tasks = x.shape[0] * C * positions
-    cdef int threads = 1 if one_thread else threads_for(tasks, tasks * cols.shape[2])
+    cdef int threads = threads_for(1 if one_thread else tasks, tasks * cols.shape[2])
     if last < 0:
         last = g.oh
     if tasks * cols.shape[2] == 0:
@@ -111,7 +111,7 @@ def scatter(const floating[:, :, ::1] cols, floating[:, :, :, ::1] x, tuple kern
     cdef Py_ssize_t C = x.shape[1], H = x.shape[2], W = x.shape[3], positions = g.kh * g.kw, task, n, c, position, row
     cdef Py_ssize_t tasks = x.shape[0] * C
     cdef const nx_kernels *k = kernels_for(NX_FLOAT32 if floating is float else NX_FLOAT64, False)
-    cdef int threads = 1 if one_thread else threads_for(tasks, tasks * positions * cols.shape[2])
+    cdef int threads = threads_for(1 if one_thread else tasks, tasks * positions * cols.shape[2])
     if last < 0:
         last = g.oh
     if tasks * positions * cols.shape[2] * H * W == 0:
