@@ -54,13 +54,13 @@ __all__ = [
     "rms_norm",
 ]
 
-_DTYPES = {torch.float32, torch.float64, torch.float16}
+_DTYPES = [torch.float32, torch.float64, torch.float16]
 try:
     from ml_dtypes import bfloat16 as _bfloat16
 except ImportError:
     pass
 else:
-    _DTYPES.add(torch.bfloat16)
+    _DTYPES.append(torch.bfloat16)
 
 _TENSORS = (Tensor, nn.Parameter)  # no other subclass: it would be told of PyTorch's functions, not of these
 _NARROW = (torch.float16, torch.bfloat16)  # computed in float32
@@ -334,6 +334,8 @@ def _check(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, size: int, eps: float, training: bool
 ) -> None:
     """That the operators, which anybody may call, are called with what the functions below let through."""
+    if forward_ad._current_level >= 0:  # PyTorch would take the tangents for zeros
+        raise RuntimeError("normext::norm has no forward-mode derivatives: call normext.torch's functions")
     if norm not in _BACKWARD:
         raise ValueError(f"norm must be one of {', '.join(_BACKWARD)}, got {norm!r}")
     if norm == "rms_norm" and bias is not None:
@@ -586,7 +588,9 @@ def _takes(misfit: str | None, x: Tensor, always: bool) -> bool:
     if misfit is None and (
         _transformed(x)
         if not torch.compiler.is_compiling()
-        else torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+        else torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
     ):
         misfit = "transforms, modes, traces and exported programs are of PyTorch's own operations"
     if misfit is not None and always:
