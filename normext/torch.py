@@ -714,6 +714,8 @@ def layer_norm(
         Scale and shift. Default: 1 and 0.
     eps : float, default 1e-5
         Added to the variance.
+    always : bool, default False
+        As of `batch_norm`.
 
     Returns
     -------
@@ -762,6 +764,8 @@ def rms_norm(
     eps : float, optional
         Added to the mean square. Default: as PyTorch has it, that of the type in which input is computed: 1.2e-7, or
         2.2e-16 for float64.
+    always : bool, default False
+        As of `batch_norm`.
 
     Returns
     -------
@@ -811,6 +815,8 @@ def group_norm(
         Scale and shift. Default: 1 and 0.
     eps : float, default 1e-5
         Added to the variance.
+    always : bool, default False
+        As of `batch_norm`.
 
     Returns
     -------
@@ -860,6 +866,8 @@ def instance_norm(
         Scale and shift. Default: 1 and 0.
     eps : float, default 1e-5
         Added to the variance.
+    always : bool, default False
+        As of `batch_norm`.
 
     Returns
     -------
