@@ -279,7 +279,7 @@ def test_a_record_that_is_damaged_is_run_again(points, tmp_path, capsys, damage)
     assert stored(tmp_path / "tiny") == before
 
 
-@pytest.mark.parametrize("batch_size", [1, 10, 11, 20, 100])
+@pytest.mark.parametrize("batch_size", [2, 10, 11, 20, 100])
 def test_a_training_is_loaded_as_it_was_saved(points, tmp_path, batch_size):
     """Also one of which an epoch has one batch."""
     training = replace(TINY, batch_size=batch_size)
