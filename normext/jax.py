@@ -259,8 +259,14 @@ def _computing_dtype(x: jax.Array) -> Any:
     return np.float64 if x.dtype == np.float64 else np.float32
 
 
+def _array(a: ArrayLike, name: str) -> jax.Array:
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array, as its mask would be lost")
+    return jnp.asarray(a)
+
+
 def _floats(a: ArrayLike) -> jax.Array:
-    x = jnp.asarray(a)
+    x = _array(a, "x")
     if x.dtype.name not in _DTYPES:
         raise TypeError(f"x must be an array of {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got dtype {x.dtype}")
     return x
@@ -288,7 +294,7 @@ def _parameter(p: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: An
     """gamma, beta or a running statistic, as one axis, in that dtype; None stays None."""
     if p is None:
         return None
-    array = jnp.asarray(p)
+    array = _array(p, name)
     if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
     if array.shape != shape:
@@ -390,9 +396,9 @@ def batch_norm(
     running = []
     for name, statistic in given.items():
         if statistic is not None:
-            if not jnp.issubdtype(jnp.asarray(statistic).dtype, jnp.floating):
-                raise TypeError(f"{name} must be an array of floats, got dtype {jnp.asarray(statistic).dtype}")
-            array = jax.lax.stop_gradient(jnp.asarray(statistic))
+            array = jax.lax.stop_gradient(_array(statistic, name))
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise TypeError(f"{name} must be an array of floats, got dtype {array.dtype}")
             _parameter(array, name, (channels,), computing)
             running.append(array)
     if x.size == 0:
