@@ -71,26 +71,32 @@ class BuildExt(build_ext):
         settings = self.settings_file(compile_args, openmp_link_args)
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
             kernels = [pool.submit(self.compile_kernels, isa, settings) for isa in VARIANTS]  # what takes longest
-            cython = os.path.join(self.build_temp, "cython")
-            made = cythonize(self.extensions, build_dir=cython, compiler_directives={"language_level": 3})
             jobs = []
-            for ext, in_c in zip(self.extensions, made):
-                ext.sources, ext.depends = in_c.sources, [*in_c.depends, settings]
+            for ext in self.extensions:
                 ext.extra_compile_args = compile_args
                 ext.extra_link_args = openmp_link_args
+                ext.depends.append(settings)
                 if ext.name == RUNTIME:
                     ext.extra_objects = [path for job in kernels for path in job.result()]
                     ext.depends += ext.extra_objects
-                jobs.append(pool.submit(self.build_extension, ext))
+                if self.force or is_older(self.get_ext_fullpath(ext.name), *ext.sources, *ext.depends):
+                    ext.sources = self.in_c(ext)
+                    jobs.append(pool.submit(self.build_extension, ext))
             for job in jobs:
                 job.result()
+
+    def in_c(self, ext):
+        """The sources with the C code that Cython makes of those in its language."""
+        folder = os.path.join(self.build_temp, "cython")
+        (made,) = cythonize([ext], build_dir=folder, compiler_directives={"language_level": 3})
+        return made.sources
 
     def compile_kernels(self, isa, settings):
         flags = MSVC_FLAGS[isa] if self.msvc else [f"-m{feature}" for feature in VARIANTS[isa]]
         folder = os.path.join(self.build_temp, isa)
         objects = self.compiler.object_filenames(["src_c/kernels.c"], output_dir=folder)
         sources = [settings, *(path for path in Path("src_c").iterdir() if path.name != "dispatch.c")]
-        if self.force or any(is_older(path, source) for path in objects for source in sources):
+        if self.force or any(is_older(path, *sources) for path in objects):
             self.compiler.compile(
                 ["src_c/kernels.c"],
                 output_dir=folder,
@@ -130,14 +136,15 @@ class BuildExt(build_ext):
         return [], []
 
 
-def is_older(path, source):
-    return not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(source)
+def is_older(path, *sources):
+    return not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources))
 
 
-def extension(name, *sources, macros=()):
-    return Extension(  # Cython finds the headers that it depends on
+def extension(name, *sources, depends=(), macros=()):
+    return Extension(
         f"normext.{name}",
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
+        depends=["src_c/kernels.h", *map(str, Path("normext").glob("**/*.pxd")), *depends],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
     )
@@ -154,8 +161,9 @@ def jax_extension():
         if wanted:
             raise
         return []
-    ext = extension("_jax")
-    ext.include_dirs.append(jax.ffi.include_dir())
+    headers = Path(jax.ffi.include_dir())
+    ext = extension("_jax", depends=["normext/include/normext.h", str(headers / "xla/ffi/api/c_api.h")])
+    ext.include_dirs.append(str(headers))
     return [ext]
 
 
@@ -173,7 +181,7 @@ setup(
         extension("_core.columns"),
         extension("_core.updates"),
         extension("_core.windows"),
-        extension("_core.api"),
+        extension("_core.api", depends=["normext/include/normext.h"]),
         extension("functional"),
         *jax_extension(),
         extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
