@@ -1,7 +1,5 @@
 """A package that calls normext's loops from C and from Cython: ``python setup.py build_ext --inplace``."""
 
-from pathlib import Path
-
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -14,9 +12,6 @@ setup(
             Extension("in_c", ["in_c.c"], include_dirs=[normext.get_include()]),
             Extension("in_cython", ["in_cython.pyx"], include_dirs=[normext.get_include()]),
         ],
-        # Where `from normext cimport ...` finds its declarations. Cython looks along sys.path by itself, on which an
-        # editable install of normext is not.
-        include_path=[str(Path(normext.__file__).parent.parent)],
         language_level=3,
     ),
 )
