@@ -619,14 +619,14 @@ class SyncBatchNorm(BatchNorm):
             _intracomm(comm)
         self.comm = comm
 
-    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any, float]:
+    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        y, cache = sync_batch_norm(x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis, **options)
-        return y, cache, cache.count
+        return sync_batch_norm(x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis, **options)
 
     def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
         mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's
-        return *self._normalize(x, running_mean=mean, running_var=var, momentum=0.0), mean, var
+        y, cache = self._normalize(x, running_mean=mean, running_var=var, momentum=0.0)
+        return y, cache, cache.count, mean, var
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -393,26 +393,28 @@ class BatchNorm(_Norm):
         statistics = self._statistics
         running = {"running_mean": statistics["running_mean"], "running_var": statistics["running_var"]}
         if not self.training:
-            y, cache, _ = self._normalize(x, **running, training=False)
-            return y, cache
+            return self._normalize(x, **running, training=False)
         tracked = statistics["num_batches_tracked"]
         momentum = 1 - 1 / (int(tracked) + 1) if self.momentum is None else self.momentum
-        y, cache, _ = self._normalize(x, **running, momentum=momentum)
+        # Counted first: once running statistics are updated, nothing may fail any more.
         tracked += 1
-        return y, cache
+        try:
+            return self._normalize(x, **running, momentum=momentum)
+        except BaseException:
+            tracked -= 1
+            raise
 
-    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any, float]:
-        """y and cache, and how many numbers of a channel the batch has."""
+    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
         _check_channels(x, self.axis, self.num_features)
         gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        y, cache = batch_norm(x, gamma, beta, eps=self.eps, axis=self.axis, **options)
-        return y, cache, x.size // self.num_features
+        return batch_norm(x, gamma, beta, eps=self.eps, axis=self.axis, **options)
 
     def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
-        """As in training, with the batch's own mean and variance, which are returned too."""
+        """y and cache as in training; then how many numbers of a channel the batch has, their mean and variance."""
         _check_channels(x, self.axis, self.num_features)
         mean, var = batch_moments(x, self.axis)
-        return *self._normalize(x, running_mean=mean, running_var=var, training=False), mean, var
+        y, cache = self._normalize(x, running_mean=mean, running_var=var, training=False)
+        return y, cache, x.size // self.num_features, mean, var
 
     def _state(self) -> dict[str, np.ndarray]:
         return super()._state() | self._statistics

@@ -23,6 +23,7 @@ from norm_cases import NORMS, Case
 
 import normext
 from normext.cs231n import fast_layers, optim
+from normext.functional import Cache
 
 LIBRARY = ctypes.CDLL(None)
 
@@ -88,11 +89,7 @@ def forward(case: Case, layout: str) -> Call:
         running = [LAYOUTS[layout](r) for r in running]
     given = case.arguments(arrays | dict(zip(("running_mean", "running_var"), running)))
     updated = running if case.running and case.training and case.norm == "batch_norm" else []
-
-    def call():
-        *results, cache = getattr(normext, case.norm)(arrays["x"], **given)
-        return *results, cache.mean, cache.rstd
-
+    call = partial(getattr(normext, case.norm), arrays["x"], **given)
     return Call(call, [*arrays.values(), *([] if updated else running)], updated)
 
 
@@ -169,8 +166,11 @@ def adam() -> Call:
 
 
 def flat(results: Any) -> list[bytes]:
-    """The numbers of all arrays among results, to be compared."""
+    """The numbers of all arrays among results, and of a cache's statistics, to be compared."""
     results = results if isinstance(results, tuple) else (results,)
+    if isinstance(results[-1], Cache):
+        *results, cache = results
+        results += [cache.mean, cache.rstd]
     return [b"" if a is None else np.asarray(a).tobytes() for a in results]
 
 
@@ -195,16 +195,18 @@ class Trials:
                 if a.flags.writeable:
                     a[...] = start
 
-    def attempt(self) -> tuple[BaseException | None, Any]:
+    def attempt(self) -> None:
+        """Call, with no allocation of this function's own after it that could fail in its place."""
+        self.error = self.returned = None
         try:
-            return None, self.call.call()
+            self.returned = self.call.call()
         except BaseException as e:
-            return e.with_traceback(None), None
+            self.error = e.with_traceback(None)
 
-    def wrong(self, error: BaseException | None, results: Any) -> Iterator[str]:
-        """What is wrong after a call that ran out of memory; then all is as it was before it."""
-        state, n = self.state(), len(self.call.read)
-        if error is None and flat(results) != self.results:
+    def wrong(self) -> Iterator[str]:
+        """What is wrong after an attempt that ran out of memory; then all is as it was before it."""
+        state, n, error = self.state(), len(self.call.read), self.error
+        if error is None and flat(self.returned) != self.results:
             yield "returned wrong results"
         # NumPy's own functions, and CPython's, leave it out to say what went wrong when memory did.
         silent = isinstance(error, SystemError) and "without" in str(error) and "exception" in str(error)
@@ -225,12 +227,12 @@ class Trials:
 
 def fail_the_kth(trials: Trials, k: int) -> list[str] | None:
     """What is wrong where the k-th allocation fails; None if there are not so many."""
-    error = results = fired = None
+    fired = None
     try:
         LIBRARY.faults_arm(k)
-        error, results = trials.attempt()
+        trials.attempt()
     except MemoryError as e:  # of what is around the call
-        error = e
+        trials.error = e
     while fired is None:
         try:
             fired = LIBRARY.faults_disarm()
@@ -239,7 +241,7 @@ def fail_the_kth(trials: Trials, k: int) -> list[str] | None:
     if not fired:
         trials.reset()
         return None
-    return list(trials.wrong(error, results))
+    return list(trials.wrong())
 
 
 def limit_memory(trials: Trials, room: int) -> list[str]:
@@ -248,9 +250,9 @@ def limit_memory(trials: Trials, room: int) -> list[str]:
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + room, most))
-    error, results = trials.attempt()
+    trials.attempt()
     resource.setrlimit(resource.RLIMIT_AS, (unlimited, most))
-    return list(trials.wrong(error, results))
+    return list(trials.wrong())
 
 
 ROOMS = [*range(0, 1 << 20, 1 << 17), *range(1 << 20, 12 << 20, 1 << 20)]
