@@ -1,5 +1,6 @@
 """Whole training: the assignment's net of six layers with normext, in plain NumPy, and in eager PyTorch."""
 
+import atexit
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ WEIGHT_SCALE, LEARNING_RATE = 2e-2, 1e-3  # and Adam, as in the assignment's exp
 
 # What `Solver.train` does for the length of a training lasts here as long as the process: turns are taken elsewhere.
 LIMITS = contextlib.ExitStack()
+atexit.register(LIMITS.close)
 
 
 @dataclass(frozen=True)

@@ -305,9 +305,12 @@ except ZeroDivisionError:
 
 def test_solvers_in_several_threads_of_python_leave_blas_as_it_was():
     run_training("""
-nets = [Net(lambda wait=i * 0.01: time.sleep(wait)) for i in (3, 1, 2)]
+begun = threading.Event()
+nets = [Net(lambda: (begun.set(), time.sleep(0.02))), Net(), Net(lambda: time.sleep(0.04))]
 threads = [threading.Thread(target=solver(net).train) for net in nets]
-for thread in threads:
+threads[0].start()
+begun.wait()
+for thread in threads[1:]:
     thread.start()
 for thread in threads:
     thread.join()
