@@ -33,8 +33,10 @@ from normext._core.kernels cimport (
     Running,
     Statistic,
     nx_any_outside,
-    nx_inverse_stds,
+    nx_finish_moments,
     nx_kernels,
+    nx_moments,
+    nx_rescale_columns,
     read_moments,
     update_moments,
 )
@@ -506,17 +508,40 @@ cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index, bint wide=False):
     return np.array(a[index], dtype=np.float64 if wide else computing_dtype(a), order="C")
 
 
-cdef bint out_of_range(cnp.ndarray x, cnp.ndarray rstd) noexcept:
-    """Whether a backward pass in float32 could overflow, or lose what matters in an underflow.
+cdef cnp.ndarray out_of_range(cnp.ndarray x, cnp.ndarray rstd):
+    """None, or powers of two that bring deviations with those rstd near 1, where a backward pass could overflow, or underflow.
 
-    It multiplies by the square of rstd and sums dy * (x - mean). Data with such deviations are rare: their blocks are copied and
-    computed in float64.
+    It multiplies by the cube of rstd and sums dy * (x - mean). Data with such deviations are rare: their blocks are copied, scaled so,
+    and computed in float64.
     """
-    return computing_type(x) != cnp.NPY_DOUBLE and nx_any_outside(doubles(rstd), cnp.PyArray_SIZE(rstd), 1e-10, 1e10)
+    cdef double largest = 1e100 if computing_type(x) == cnp.NPY_DOUBLE else 1e10
+    if not nx_any_outside(doubles(rstd), cnp.PyArray_SIZE(rstd), 1 / largest, largest):
+        return None
+    _, exponents = np.frexp(np.where(rstd > 0, rstd, 1))
+    return np.ldexp(1.0, np.clip(exponents, -1000, 1000))
+
+
+cdef cnp.ndarray scaled_copy(cnp.ndarray a, tuple index, object scale):
+    """A block, in float64 and times a scale of as many axes, if there is one."""
+    if scale is None:
+        return block_copy(a, index)
+    with np.errstate(all="ignore"):
+        return block_copy(a, index, True) * scale
 
 
 cdef cnp.ndarray float64(cnp.ndarray p):
     return None if p is None else p.astype(np.float64)
+
+
+cdef int put_block(cnp.ndarray to, object index, cnp.ndarray block, object scale=None, object more=None) except -1:
+    """Store a block, times a scale and plus what else there is; what overflows does so in silence, as in the kernels."""
+    with np.errstate(all="ignore"):
+        if scale is not None:
+            block *= scale
+        if more is not None:
+            block += more
+        to[index] = block
+    return 0
 
 
 # Batch norm ------------------------------------------------------------------------------------------------------------------
@@ -544,36 +569,57 @@ cdef int batch_forward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cn
 
 
 cdef int batch_backward(BatchLayout *layout, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, bint training, bint relu, bint given,
-                        double count, const double *mean, const double *rstd, double *sums, double *dots) except -1:
+                        double count, const double *mean, const double *rstd, const double *pivots, double *sums,
+                        double *dots) except -1:
     """Operands x, dy, dx, in either geometry."""
     cdef const nx_kernels *kernels = kernels_of(x, layout.channels if layout.columns else layout.inner, layout.operands[1].data,
                                                 layout.operands[2].data)
     if layout.columns:
         return columns_backward(kernels, layout.outer, layout.channels, layout.operands[0], layout.operands[1],
-                                layout.operands[2], data(gamma), data(beta), training, relu, given, count, mean, rstd, sums, dots)
+                                layout.operands[2], data(gamma), data(beta), training, relu, given, count, mean, rstd, pivots, sums, dots)
     return runs_backward(kernels, Runs(layout.channels, layout.outer, layout.inner, 0), layout.operands[0], layout.operands[1],
                          Operand(NULL, 0, 0), layout.operands[2], data(gamma), data(beta), PER_GROUP, CENTRED if training else GIVEN,
-                         relu, given, count, mean, rstd, sums, dots)
+                         relu, given, count, mean, rstd, pivots, sums, dots)
 
 
-cdef int moments_by_blocks(cnp.ndarray x, int axis, cnp.ndarray mean, cnp.ndarray var) except -1:
-    """Each channel's mean and variance, of an array that has no layout."""
+cdef object per_channel(cnp.ndarray p, int ndim, int axis):
+    """One number for each channel, broadcast against x."""
+    return None if p is None else (<object> p).reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+cdef int moments_by_blocks(cnp.ndarray x, int axis, double eps, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var) except -1:
+    """Each channel's mean, inverse standard deviation and variance, of an array that has no layout."""
     cdef BatchLayout layout
-    cdef cnp.ndarray x_block, block_mean, block_rstd, block_var
-    count, mean[:], m2 = np.zeros(mean.shape[0]), 0, np.zeros(mean.shape[0])
-    for index in blocks((<object> x).shape, range(x.ndim)):
-        x_block = block_copy(x, index)
-        block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
-        batch_layout((x_block,), axis, &layout)
-        layout.operands[1].data = NULL
-        batch_forward(&layout, x_block, None, None, True, 0, False, doubles(block_mean), doubles(block_rstd), doubles(block_var), NULL)
-        # The merge of kernels.h, for all channels of the block at once.
-        channels, n = index[axis], x_block.size // x_block.shape[axis]
-        total, delta = count[channels] + n, block_mean - mean[channels]
-        m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
-        mean[channels] += delta * (n / total)
-        count[channels] = total
-    var[:] = m2 / (x.size // x.shape[axis])
+    cdef cnp.ndarray x_block, block_mean, block_rstd, block_var, m2, scale = None
+    cdef Py_ssize_t all_channels = mean.shape[0], j
+    cdef double size = <double> (x.size // x.shape[axis])
+    for attempt in range(2):  # the second with scales that the first has found
+        count, mean[:], m2 = np.zeros(all_channels), 0, np.zeros(all_channels)
+        for index in blocks((<object> x).shape, range(x.ndim)):
+            x_block, channels = block_copy(x, index), index[axis]
+            if scale is not None:
+                x_block *= per_channel(scale[channels], x.ndim, axis)
+            block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
+            batch_layout((x_block,), axis, &layout)
+            layout.operands[1].data = NULL
+            batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd), doubles(block_var),
+                          NULL)
+            # The merge of kernels.h, for all channels of the block at once.
+            n = x_block.size // x_block.shape[axis]
+            total = count[channels] + n
+            with np.errstate(all="ignore"):
+                delta = block_mean - mean[channels]
+                m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
+                mean[channels] += delta * (n / total)
+            count[channels] = total
+        if attempt == 0:
+            scale = np.ones(all_channels)
+            if not nx_rescale_columns(&kernels_of(x, 0, NULL, NULL).range, all_channels, size, doubles(mean), doubles(m2),
+                                      doubles(scale)):
+                break
+    for j in range(all_channels):
+        nx_finish_moments(nx_moments(size, doubles(mean)[j], doubles(m2)[j]), doubles(scale)[j], eps, doubles(mean) + j,
+                          doubles(rstd) + j, doubles(var) + j)
     return 0
 
 
@@ -585,9 +631,7 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
     cdef Py_ssize_t all_channels = mean.shape[0]
     if training:
         var = np.empty(all_channels)
-        moments_by_blocks(x, axis, mean, var)
-        rstd[:] = var
-        nx_inverse_stds(doubles(rstd), all_channels, eps)
+        moments_by_blocks(x, axis, eps, mean, rstd, var)
     else:
         read_moments(running, 0, all_channels, eps, doubles(mean), doubles(rstd))
     for index in blocks((<object> x).shape, range(x.ndim)):
@@ -597,40 +641,76 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         batch_layout((x_block, y_block), axis, &layout)
         batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
                       eps, relu, doubles(mean[channels]), doubles(rstd[channels]), NULL, NULL)
-        y[index] = y_block
+        put_block(y, index, y_block)
     if training:
         update_moments(running, 0, all_channels, doubles(mean), doubles(var))
     return 0
 
 
-cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta,
-                                  bint training, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray sums,
-                                  cnp.ndarray dots, bint wide, tuple passes, double count) except -1:
-    """batch_backward for arrays that have no layout, or in float64: all sums first, then dx; or one of both."""
+cdef int gate_block(cnp.ndarray x, tuple index, int axis, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd,
+                    cnp.ndarray dy_block) except -1:
+    """Set dy to 0 where the relu's result, found again as in the forward pass, is not above 0."""
     cdef BatchLayout layout
-    cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots
+    cdef cnp.ndarray x_block = block_copy(x, index), y_block = empty_like(x_block)
+    batch_layout((x_block, y_block), axis, &layout)
+    batch_forward(&layout, x_block, gamma, beta, False, 0, True, doubles(mean), doubles(rstd), NULL, NULL)
+    with np.errstate(all="ignore"):
+        dy_block[y_block.astype(x.dtype) <= 0] = 0
+    return 0
+
+
+cdef cnp.ndarray far_pivots(cnp.ndarray dy, int axis, cnp.ndarray sums, double count):
+    """The means of channels whose gradients are far from zero, by some of them, and 0 for others; None if there are none."""
+    mean = sums / count
+    far = np.ones(mean.shape[0], bool)
+    for i in range(1, 8, 2):
+        sample = dy[tuple([slice(None) if j == axis else i * dy.shape[j] // 8 for j in range(dy.ndim)])]
+        far &= abs(sample.astype(np.float64) - mean) < abs(mean) / 4  # nx_near of kernels.h
+    return np.where(far, mean, 0) if far.any() else None
+
+
+cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta,
+                                  bint training, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray scale, cnp.ndarray sums,
+                                  cnp.ndarray dots, tuple passes, double count) except -1:
+    """batch_backward for arrays that have no layout, or are out of range: all sums first, then dx; or one of both.
+
+    Where x is scaled, so are the dots.
+    """
+    cdef BatchLayout layout
+    cdef cnp.ndarray x_block, dy_block, dx_block, block_sums, block_dots, pivots = None
+    cdef cnp.ndarray factors = gamma, scaled_mean = mean, scaled_rstd = rstd
+    cdef list left = list(passes)
     cdef bint given
-    if wide:
-        gamma, beta = float64(gamma), float64(beta)
-    if not passes[0]:
-        sums[:] = dots[:] = 0
-    for given in passes:
+    if scale is not None:
+        factors, scaled_mean, scaled_rstd = float64(gamma), mean * scale, rstd / scale
+    while left:
+        given = left.pop(0)
+        if not given:
+            sums[:] = dots[:] = 0
         for index in blocks((<object> x).shape, range(x.ndim)):
-            x_block, dy_block = block_copy(x, index, wide), block_copy(dy, index, wide)
-            dx_block = empty_like(x_block)
             channels = index[axis]
+            block_scale = None if scale is None else per_channel(scale[channels], x.ndim, axis)
+            x_block, dy_block = scaled_copy(x, index, block_scale), block_copy(dy, index, scale is not None)
+            if relu:
+                gate_block(x, index, axis, None if gamma is None else gamma[channels], None if beta is None else beta[channels],
+                           mean[channels], rstd[channels], dy_block)
+            dx_block = empty_like(x_block)
             block_sums, block_dots = (sums[channels], dots[channels]) if given else np.empty((2, x_block.shape[axis]))
             batch_layout((x_block, dy_block, dx_block), axis, &layout)
             if not given:
                 layout.operands[2].data = NULL
-            batch_backward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels],
-                           training, relu, given, count, doubles(mean[channels]), doubles(rstd[channels]), doubles(block_sums),
-                           doubles(block_dots))
+            batch_backward(&layout, x_block, None if factors is None else factors[channels], None, training, False, given, count,
+                           doubles(scaled_mean[channels]), doubles(scaled_rstd[channels]),
+                           NULL if pivots is None else doubles(pivots[channels]), doubles(block_sums), doubles(block_dots))
             if given:
-                dx[index] = dx_block
+                put_block(dx, index, dx_block, block_scale)
             else:
                 sums[channels] += block_sums
                 dots[channels] += block_dots
+        if training and left and pivots is None:  # all numbers of a channel are here
+            pivots = far_pivots(dy, axis, sums, count)
+            if pivots is not None:
+                left.insert(0, False)  # the sums again, about them
     return 0
 
 
@@ -738,6 +818,10 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     -----
     Statistics are accumulated about a pivot near the mean, in blocks that are merged in float64 [2]_, so that data far from zero
     lose nothing. Results are bit-identical for every number of threads.
+
+    Numbers of any size are normalized, those whose variance is beyond float64 (from about 1e154 on) too; a running variance is then
+    infinite. A channel that holds a NaN or an infinity has NaN for statistics and becomes NaN; its neighbours do not change. Only a
+    constant channel with eps 0, and one of float64 whose numbers lie within 6e-309, where the formula has no number, gives beta.
 
     References
     ----------
@@ -859,7 +943,7 @@ def batch_norm_backward(dy, cache, *, out=None):
 
     In training, with ``xhat = (x - mean) * rstd`` and m numbers in a channel ([1]_, section 3, simplified):
     ``dx = gamma * rstd * (dy - sum(dy) / m - xhat * sum(dy * xhat) / m)``. In evaluation the statistics are constants and
-    ``dx = gamma * rstd * dy``. After ``activation='relu'``, dy counts as 0 where y was not above 0.
+    ``dx = gamma * rstd * dy``. After ``activation='relu'``, dy counts as 0 where y, as it was returned, was not above 0 (nor NaN).
 
     Parameters
     ----------
@@ -906,21 +990,21 @@ def batch_norm_backward(dy, cache, *, out=None):
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
     cdef cnp.npy_intp[2] two_channels = [2, channels]
     cdef double *dots
-    cdef bint wide = out_of_range(x, c.rstd)
+    cdef cnp.ndarray scale = out_of_range(x, c.rstd), rstd = c.rstd if scale is None else c.rstd / scale
     dx = gradient_array(out, c, dy_)
     sums = cnp.PyArray_EMPTY(2, two_channels, cnp.NPY_DOUBLE, 0)
     dots = doubles(sums) + channels
     if cnp.PyArray_SIZE(x) == 0:
         sums[...] = 0
-    elif not wide and batch_layout((x, dy_, dx), c.axis, &layout):
+    elif scale is None and batch_layout((x, dy_, dx), c.axis, &layout):
         batch_backward(&layout, x, c.gamma, c.beta, c.training, c.activation is not None, False,
-                       <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean), doubles(c.rstd), doubles(sums), dots)
+                       <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean), doubles(c.rstd), NULL, doubles(sums), dots)
     else:
-        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd,
-                                 sums[0], sums[1], wide, (False, True), <double> (cnp.PyArray_SIZE(x) // channels))
+        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd, scale,
+                                 sums[0], sums[1], (False, True), <double> (cnp.PyArray_SIZE(x) // channels))
     return (
         dx,
-        None if c.gamma is None else parameter_gradient(dots, doubles(c.rstd), 1, &channels, x),
+        None if c.gamma is None else parameter_gradient(dots, doubles(rstd), 1, &channels, x),
         None if c.beta is None else parameter_gradient(doubles(sums), NULL, 1, &channels, x),
     )
 
@@ -943,7 +1027,7 @@ def batch_moments(x, axis):
         layout.operands[1].data = NULL
         batch_forward(&layout, x_, None, None, True, 0.0, False, doubles(mean), doubles(rstd), doubles(var), NULL)
     else:
-        moments_by_blocks(x_, axis_, mean, var)
+        moments_by_blocks(x_, axis_, 0, mean, rstd, var)
     return mean, var
 
 
@@ -952,16 +1036,18 @@ def batch_backward_sums(dy, cache):
     cdef Cache c = checked_cache(cache, "batch_norm")
     cdef BatchLayout layout
     cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), sums = np.zeros((2, x.shape[c.axis]))
-    cdef bint wide = out_of_range(x, c.rstd)
+    cdef cnp.ndarray scale = out_of_range(x, c.rstd)
     if cnp.PyArray_SIZE(x) == 0:
         return sums
-    if not wide and batch_layout((x, dy_, x), c.axis, &layout):
+    if scale is None and batch_layout((x, dy_, x), c.axis, &layout):
         layout.operands[2].data = NULL
         batch_backward(&layout, x, c.gamma, c.beta, True, c.activation is not None, False, 1.0, doubles(c.mean), doubles(c.rstd),
-                       doubles(sums), doubles(sums) + x.shape[c.axis])
+                       NULL, doubles(sums), doubles(sums) + x.shape[c.axis])
     else:
-        batch_backward_by_blocks(x, dy_, dy_, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, sums[0], sums[1],
-                                 wide, (False,), 1.0)
+        batch_backward_by_blocks(x, dy_, dy_, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, scale, sums[0],
+                                 sums[1], (False,), 1.0)
+        if scale is not None:
+            sums[1] /= scale
     return sums
 
 
@@ -970,15 +1056,15 @@ def batch_backward_apply(dy, cache, sums, count, *, out=None):
     cdef Cache c = checked_cache(cache, "batch_norm")
     cdef BatchLayout layout
     cdef cnp.ndarray x = c.x, dy_ = like_x(dy, "dy", x), dx = gradient_array(out, c, dy_), sums_ = np.ascontiguousarray(sums)
-    cdef bint wide = out_of_range(x, c.rstd)
+    cdef cnp.ndarray scale = out_of_range(x, c.rstd)
     if cnp.PyArray_SIZE(x) == 0:
         return dx
-    if not wide and batch_layout((x, dy_, dx), c.axis, &layout):
+    if scale is None and batch_layout((x, dy_, dx), c.axis, &layout):
         batch_backward(&layout, x, c.gamma, c.beta, True, c.activation is not None, True, count, doubles(c.mean), doubles(c.rstd),
-                       doubles(sums_), doubles(sums_) + x.shape[c.axis])
+                       NULL, doubles(sums_), doubles(sums_) + x.shape[c.axis])
     else:
-        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, sums_[0], sums_[1],
-                                 wide, (True,), count)
+        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, scale, sums_[0],
+                                 sums_[1] if scale is None else sums_[1] * scale, (True,), count)
     return dx
 
 
@@ -998,26 +1084,30 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         row_layout((x_block, y_block), axis, &shape, operands)
         normalize_runs(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], data(gamma), data(beta), ALONG_RUN,
                        statistics, eps, False, doubles(block_mean), doubles(block_rstd), NULL)
-        y[index], mean[index[:axis]], rstd[index[:axis]] = y_block, block_mean, block_rstd
+        put_block(y, index, y_block)
+        mean[index[:axis]], rstd[index[:axis]] = block_mean, block_rstd
     return 0
 
 
 cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma,
-                                  Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray dsum, double *dbeta,
-                                  double *dgamma, bint wide) except -1:
+                                  Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray scale, cnp.ndarray dsum,
+                                  double *dbeta, double *dgamma) except -1:
+    """Rows that cannot be walked, or are out of range."""
     cdef Runs shape
     cdef Operand[3] operands
     cdef cnp.ndarray x_block, dy_block, dx_block
+    cdef bint wide = scale is not None
     if wide:
-        gamma = float64(gamma)
+        gamma, mean, rstd = float64(gamma), mean * scale, rstd / scale
     for index in blocks((<object> x).shape, range(axis)):
-        x_block, dy_block = block_copy(x, index, wide), block_copy(dy, index, wide)
+        block_scale = (<object> scale[index[:axis]]).reshape((<object> x[index]).shape[:axis] + (1,) * (x.ndim - axis)) if wide else None
+        x_block, dy_block = scaled_copy(x, index, block_scale), block_copy(dy, index, wide)
         dx_block = empty_like(x_block)
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
         layer_backward(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2],
                        data(gamma), statistics, doubles(np.ascontiguousarray(mean[index[:axis]])),
                        doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta, dgamma)
-        dx[index] = dx_block if dsum is None else dx_block + block_copy(dsum, index, wide)
+        put_block(dx, index, dx_block, block_scale, None if dsum is None else block_copy(dsum, index, wide))
     return 0
 
 
@@ -1071,7 +1161,7 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
     cdef cnp.npy_intp[2] sums_shape = [2, 1]
     cdef double *dgamma
     cdef int i
-    cdef bint wide = out_of_range(x, c.rstd)
+    cdef cnp.ndarray scale = out_of_range(x, c.rstd)
     if dsum is not None:
         dsum_ = like_x(dsum, "dsum", x)
     dx = gradient_array(out, c, dy_, dsum_)
@@ -1082,11 +1172,11 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
     operands[3] = Operand(NULL, 0, 0)
     if cnp.PyArray_SIZE(x) == 0:
         pass
-    elif not wide and row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
+    elif scale is None and row_layout((x, dy_, dx) if dsum_ is None else (x, dy_, dx, dsum_), c.axis, &shape, operands):
         layer_backward(kernels_of(x, shape.n, operands[1].data, operands[2].data), shape, operands[0], operands[1], operands[3],
                        operands[2], data(c.gamma), statistics, doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
     else:
-        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, dsum_, doubles(sums), dgamma, wide)
+        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, scale, dsum_, doubles(sums), dgamma)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, x),
@@ -1139,6 +1229,10 @@ def layer_norm(x, gamma=None, beta=None, *, axis=-1, eps=1e-5, residual=None, ou
     See Also
     --------
     batch_norm : normalizes each channel over the batch, and says how the statistics are taken.
+
+    Notes
+    -----
+    A row that holds a NaN or an infinity becomes NaN; the others do not change. A constant row gives beta without an eps too.
 
     References
     ----------
@@ -1245,6 +1339,11 @@ def rms_norm(x, gamma=None, *, axis=-1, eps=1e-6, residual=None, out=None):
     ValueError
         If a shape does not fit, a row has no numbers, `out` is read-only or overlaps an argument other than as said, or eps is
         negative. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+
+    Notes
+    -----
+    A row that holds a NaN becomes NaN. One with an infinity has an infinite root mean square, and what is divided by it is 0, or NaN
+    where x is infinite itself; its gradients are NaN.
 
     References
     ----------
@@ -1400,7 +1499,7 @@ cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t grou
                        runs_operand(y_block, runs), data(gamma), data(beta), PER_RUN, CENTRED, eps, False, doubles(mean[piece]),
                        doubles(rstd[piece]), NULL)
         if layout == COPIED:
-            y_view[piece] = y_block
+            put_block(y_view, piece, y_block)
     return mean, rstd
 
 
@@ -1418,12 +1517,14 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
     cdef cnp.ndarray work, x_view, dy_view, dx_view, x_block, dy_block, dx_block
     cdef Runs runs
     cdef ColumnGroups columns
-    cdef bint wide = out_of_range(x, rstd)
+    cdef cnp.ndarray scale = out_of_range(x, rstd), block_scale = None
+    cdef bint wide = scale is not None
     cdef double *sums  # sum(dy) and sum(dy * xhat) of every channel of every example
     cdef double *dots
     layout, (x_view, dy_view, dx_view) = group_layout((x, dy, dx), axis)
     if wide:
         layout, (x_view, dy_view, dx_view), gamma = COPIED, [np.moveaxis(a, axis, 1) for a in (x, dy, dx)], float64(gamma)
+        mean, rstd = mean * scale, rstd / scale
     if layout == ONE_PIXEL:
         mean, rstd = np.ascontiguousarray(mean.T), np.ascontiguousarray(rstd.T)
         for group in range(groups):
@@ -1444,14 +1545,16 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
         for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
             if layout == COPIED:
-                x_block, dy_block = block_copy(x_view, (piece,), wide), block_copy(dy_view, (piece,), wide)
+                if wide:
+                    block_scale = np.repeat(scale[piece], per_group, axis=1).reshape((-1, groups * per_group) + (1,) * (x.ndim - 2))
+                x_block, dy_block = scaled_copy(x_view, (piece,), block_scale), block_copy(dy_view, (piece,), wide)
                 dx_block = empty_like(x_block)
             runs = channel_runs(x_block, groups)
             grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs),
                              runs_operand(dy_block, runs), runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]),
                              doubles(rstd[piece]), doubles(work[0, piece]), doubles(work[1, piece]))
             if layout == COPIED:
-                dx_view[piece] = dx_block
+                put_block(dx_view, piece, dx_block, block_scale)
     add_rows(N, groups * per_group, sums, doubles(dbeta))
     add_rows(N, groups * per_group, dots, doubles(dgamma))
     return 0
@@ -1536,6 +1639,10 @@ def group_norm(x, num_groups, gamma=None, beta=None, *, axis=1, eps=1e-5, out=No
     ValueError
         If num_groups does not divide the channels, a shape does not fit, a group has no numbers, `out` is read-only or overlaps an
         argument other than as said, or eps is negative. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
+
+    Notes
+    -----
+    A group that holds a NaN or an infinity becomes NaN; the others do not change. A constant group gives beta without an eps too.
 
     References
     ----------

@@ -94,7 +94,7 @@ def batch_norm_backward(dy: Any, cache: Cache) -> tuple[np.ndarray, np.ndarray |
     _, channels, others = _batch_axes(cache.x, cache.axis)
     mean, rstd, gamma, beta = (_reshape(p, channels) for p in (cache.mean, cache.rstd, cache.gamma, cache.beta))
     if cache.activation is not None:
-        dy = dy * (_affine(cache.x, mean, rstd, gamma, beta) > 0)
+        dy = np.where(_affine(cache.x, mean, rstd, gamma, beta) <= 0, 0, dy)  # where y is NaN, dy passes
     return _gradients(dy, cache, mean, rstd, gamma, stat_axes=others, param_axes=others)
 
 

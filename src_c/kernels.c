@@ -35,8 +35,9 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define EC f32
 #define T_SQRT sqrtf
 #define T_INT int32_t /* as wide as T, so that comparisons of one choose among the other */
-#define T_TINY 1e-30f /* a mean square below this has lost digits to denormals */
-#define T_RESCALE 0x1p80f /* multiplied or divided by it, a number out of that range has a square in it */
+#define T_RANGE {1e-30, 0x1p100, 0x1p-80}
+#define T_LARGE 1e30 /* statistics up to this, and from its inverse on, are applied in C */
+#define T_UNDERFLOW 0 /* a result up to this becomes 0 when it is stored */
 #include "kernels_template.h"
 
 #define T double
@@ -45,22 +46,25 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define EC f64
 #define T_SQRT sqrt
 #define T_INT int64_t
-#define T_TINY 1e-290
-#define T_RESCALE 0x1p520
+#define T_RANGE {1e-290, 0x1p600, 0x1p-540}
+#define T_LARGE 1e290
+#define T_UNDERFLOW 0
 #include "kernels_template.h"
 
 #define T uint16_t
 #define E f16
 #define C float
 #define EC f32
-#define T_TINY 1e-30f
-#define T_RESCALE 0x1p80f
+#define T_RANGE {1e-30, 0x1p100, 0x1p-80}
+#define T_LARGE 1e30
+#define T_UNDERFLOW 0x1p-25f /* half the smallest number, which rounds to even */
 #include "kernels_template.h"
 
 #define T uint16_t
 #define E bf16
 #define C float
 #define EC f32
-#define T_TINY 1e-30f
-#define T_RESCALE 0x1p80f
+#define T_RANGE {1e-30, 0x1p100, 0x1p-80}
+#define T_LARGE 1e30
+#define T_UNDERFLOW 0x1p-134f
 #include "kernels_template.h"

@@ -37,7 +37,8 @@ NX_INLINE C FN(sum_lanes)(V *lanes)
     return OP(sum)(lanes[0]);
 }
 
-NX_INLINE double FN(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, C scale)
+/* The mean, roughly. */
+NX_INLINE double FN(run_mean)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, C scale)
 {
     V s[NV], factor = OP(set)(scale), zero = ZERO;
     for (int k = 0; k < NV; k++) s[k] = zero;
@@ -47,7 +48,7 @@ NX_INLINE double FN(run_sum)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptr
             for (int k = 0; k < NV; k++) s[k] = OP(fma)(FN(load)(x + i + k * W), factor, s[k]);
         for (int k = 0; k < NV && i < n; k++, i += W) s[k] = OP(fma)(FN(some)(x + i, n - i, n - i >= W, zero), factor, s[k]);
     }
-    return (double)FN(sum_lanes)(s) / scale;
+    return (double)FN(sum_lanes)(s) / ((double)runs * (double)n) / scale;
 }
 
 /* How many runs make up a piece: adding up in two levels, within a piece and over the pieces, keeps the rounding error of long sums
@@ -99,44 +100,55 @@ NX_INLINE void FN(run_powers)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, pt
     *squares = FN(sum_lanes)(q);
 }
 
-/* Moments from powers. */
-NX_INLINE nx_moments FN(moments)(double count, C pivot, C scale, double sum, double squares)
+/* Moments of x * scale, from powers about a pivot, or about zero. */
+NX_INLINE nx_moments FN(moments)(double count, int centred, C pivot, C scale, double sum, double squares)
 {
     double mean = sum / count, m2 = squares - sum * mean;
-    return (nx_moments){count, pivot + mean / scale, m2 < 0 ? 0 : m2 / scale / scale};
+    if (!centred) return (nx_moments){count, 0, squares};
+    return (nx_moments){count, (double)pivot * scale + mean, m2 < 0 ? 0 : m2};
 }
 
-/* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later ones' the mean so far, whose
- * distance to the block's mean then enters the merged m2 anyway, with a larger factor than its rounding error has.
- * `scale`, a power of two, keeps the squares in range. */
-NX_INLINE nx_moments FN(run_moments_scaled)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, const nx_moments *m, C scale)
+/* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later ones' the mean so far, whose distance to
+ * the block's mean then enters the merged m2 anyway, with a larger factor than its rounding error has. */
+NX_INLINE void FN(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, int centred, C scale, nx_moments *m)
 {
     double count = (double)runs * (double)n, sum, squares;
-    C pivot = (C)(m->count > 0 ? m->mean : FN(run_sum)(x, x_stride, runs, n, scale) / count);
+    C pivot = 0;
+    if (centred) pivot = (C)(m->count > 0 ? m->mean / scale : FN(run_mean)(x, x_stride, runs, n, scale));
     FN(run_powers)(x, x_stride, runs, n, pivot, scale, &sum, &squares);
-    return FN(moments)(count, pivot, scale, sum, squares);
+    nx_merge(m, FN(moments)(count, centred, pivot, scale, sum, squares));
 }
 
-/* The power of two that brings the squares of a block into the range of C; 1 where they are in it. With a mean of 1 or more there is no
- * underflow to mend: a deviation is 0 or some 1e-8 of the mean, and the rescaled mean itself could overflow. */
-NX_INLINE C FN(rescale)(nx_moments block)
+static void FN(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, int centred, double scale, nx_moments *m)
+{ FN(add_moments)(x, x_stride, runs, n, centred, (C)scale, m); }
+
+static const nx_range FN(range) = T_RANGE;
+
+/* Whether a map's mean and scale are at the ends of the range of C: a deviation from the mean may overflow, or the scale. */
+NX_INLINE int FN(far_out)(double mean, double scale)
+{ return (fabs(mean) > T_LARGE) | (fabs(scale) > T_LARGE) | ((fabs(scale) < 1 / T_LARGE) & (scale != 0)); }
+
+/* How many of n maps come before the first that is. */
+NX_INLINE ptrdiff_t FN(ordinary)(const double *mean, const double *scale, ptrdiff_t n)
 {
-    if (!isfinite(block.m2)) return 1 / T_RESCALE;
-    return block.m2 < T_TINY * block.count && fabs(block.mean) < 1 ? T_RESCALE : 1;
+    int any = 0;
+    for (ptrdiff_t j = 0; j < n; j++) any |= FN(far_out)(mean[j], scale[j]);
+    if (!any) return n;
+    for (ptrdiff_t j = 0; j < n; j++)
+        if (FN(far_out)(mean[j], scale[j])) return j;
+    return n;
 }
 
-NX_INLINE void FN(add_moments)(const T *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
+NX_INLINE double FN(element)(const T *p)
 {
-    nx_moments block = FN(run_moments_scaled)(x, x_stride, runs, n, m, 1);
-    /* Far from the mean so far, the distance is what enters the variance: rescaled, it would overflow. */
-    double distance = m->count > 0 ? block.mean - m->mean : 0;
-    C scale = isfinite(block.m2) && distance * distance >= T_TINY ? 1 : FN(rescale)(block);
-    if (scale != 1) block = FN(run_moments_scaled)(x, x_stride, runs, n, m, scale);
-    nx_merge(m, block);
+#ifdef T_INT
+    return *p;
+#else
+    C lanes[W];
+    OP(store)(lanes, FN(load_n)(p, 1, ZERO));
+    return lanes[0];
+#endif
 }
-
-static void FN(run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m)
-{ FN(add_moments)(x, x_stride, runs, n, m); }
 
 /* (x - mean) * scale + shift = (x - pivot) * scale + rest, with the mean rounded to C for a pivot. */
 NX_INLINE C FN(rest)(double mean, double scale, double shift) { return (C)(shift - (mean - (C)mean) * scale); }
@@ -147,29 +159,49 @@ typedef struct {
     V scale, rest;
 } FN(gate);
 
-NX_INLINE V FN(through)(V g, V d, FN(gate) gate) { return OP(keep_positive)(g, OP(fma)(d, gate.scale, gate.rest)); }
+NX_INLINE V FN(through)(V g, V d, FN(gate) gate)
+{
+    V y = OP(fma)(d, gate.scale, gate.rest);
+    return OP(keep_positive)(g, T_UNDERFLOW ? OP(sub)(y, OP(set)(T_UNDERFLOW)) : y);
+}
+
+/* What a relu or gamma, and a pivot, make of a vector of dy: each of them may be NULL. The pivot comes with its sign changed. */
+NX_INLINE V FN(gradient)(V dy, V d, const V *gamma, const FN(gate) * gate, const V *minus_pivot)
+{
+    if (gamma && minus_pivot) return OP(fma)(dy, *gamma, *minus_pivot); /* before a far product is rounded */
+    V g = gamma ? OP(mul)(dy, *gamma) : gate ? FN(through)(dy, d, *gate) : dy;
+    return minus_pivot ? OP(add)(g, *minus_pivot) : g;
+}
+
+/* v with zeros from lane n on. */
+NX_INLINE V FN(first_lanes)(V v, ptrdiff_t n)
+{
+    static const C ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    return OP(keep_positive)(v, OP(load_n)(ones, n, ZERO));
+}
 
 NX_INLINE void FN(dots_piece)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, V p,
-                              const C *gamma, const FN(gate) * gate, V *sum, V *dot)
+                              const V *minus_pivot, const C *gamma, const FN(gate) * gate, V *sum, V *dot)
 {
-    V s[NV], q[NV], zero = ZERO;
+    V s[NV], q[NV], zero = ZERO, c = ZERO;
     for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride) {
         ptrdiff_t i = 0;
         for (; i + LANES <= n; i += LANES)
             for (int k = 0; k < NV; k++) {
-                V g = FN(load)(dy + i + k * W), d = OP(sub)(FN(load)(x + i + k * W), p);
-                if (gamma) g = OP(mul)(g, OP(load)(gamma + i + k * W));
-                if (gate) g = FN(through)(g, d, *gate);
+                V d = OP(sub)(FN(load)(x + i + k * W), p);
+                if (gamma) c = OP(load)(gamma + i + k * W);
+                V g = FN(gradient)(FN(load)(dy + i + k * W), d, gamma ? &c : NULL, gate, minus_pivot);
                 s[k] = OP(add)(s[k], g);
                 q[k] = OP(fma)(g, d, q[k]);
             }
         for (int k = 0; k < NV && i < n; k++, i += W) {
             ptrdiff_t left = n - i;
             int whole = left >= W;
-            V g = FN(some)(dy + i, left, whole, zero), d = OP(sub)(FN(some)(x + i, left, whole, p), p);
-            if (gamma) g = OP(mul)(g, FN(coefficients)(gamma + i, left, whole));
-            if (gate) g = FN(through)(g, d, *gate);
+            V d = OP(sub)(FN(some)(x + i, left, whole, p), p);
+            if (gamma) c = FN(coefficients)(gamma + i, left, whole);
+            V g = FN(gradient)(FN(some)(dy + i, left, whole, zero), d, gamma ? &c : NULL, gate, minus_pivot);
+            if (minus_pivot) g = FN(first_lanes)(g, left);
             s[k] = OP(add)(s[k], g);
             q[k] = OP(fma)(g, d, q[k]);
         }
@@ -181,35 +213,62 @@ NX_INLINE void FN(dots_piece)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdi
 }
 
 NX_INLINE void FN(dots_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                             const C *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step)
+                             const double *pivot, const C *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step)
 {
-    C pivot = (C)mean;
-    V s[NV], q[NV], p = OP(set)(pivot);
+    const C x_pivot = (C)mean, g_pivot = pivot ? (C)*pivot : 0;
+    const V p = OP(set)(x_pivot), minus_pivot = OP(set)(-g_pivot);
+    V s[NV], q[NV];
     FN(gate) gate;
     if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
+    const double numbers = (double)(step ? 1 : runs) * (double)n;
     for (ptrdiff_t count; runs > 0; runs -= count, x += count * x_stride, dy += count * dy_stride) {
         count = step ? 1 : FN(runs_together)(runs, n);
         for (ptrdiff_t i = 0; i < n; i += PIECE)
-            FN(dots_piece)(x + i, x_stride, dy + i, dy_stride, count, n - i < PIECE ? n - i : PIECE, p, gamma ? gamma + i : NULL,
-                           relu ? &gate : NULL, s, q);
+            FN(dots_piece)(x + i, x_stride, dy + i, dy_stride, count, n - i < PIECE ? n - i : PIECE, p, pivot ? &minus_pivot : NULL,
+                           gamma ? gamma + i : NULL, relu ? &gate : NULL, s, q);
         if (!step && count < runs) continue;
         double block_sum = FN(sum_lanes)(s);
-        *sum += block_sum;
-        *dot += FN(sum_lanes)(q) - (mean - pivot) * block_sum;
+        *sum += pivot ? numbers * g_pivot + block_sum : block_sum;
+        *dot += FN(sum_lanes)(q) - (mean - x_pivot) * block_sum;
         for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
         sum += step;
         dot += step;
     }
 }
 
-static void FN(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step)
+/* The same about a pivot: out of line, for it is rare. */
+NX_OUTLINE void FN(dots_about)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
+                               double mean, const double *pivot, const C *gamma, const nx_relu *relu, double *sum, double *dot,
+                               ptrdiff_t step)
 {
-    if (gamma) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, gamma, NULL, sum, dot, step);
-    else if (relu) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, relu, sum, dot, step);
-    else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, sum, dot, step);
+    if (gamma) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, pivot, gamma, NULL, sum, dot, step);
+    else if (relu) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, pivot, NULL, relu, sum, dot, step);
+    else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, pivot, NULL, NULL, sum, dot, step);
 }
+
+static void FN(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
+                         double mean, const double *pivot, const void *gamma, const nx_relu *relu, double *sum, double *dot,
+                         ptrdiff_t step)
+{
+    if (pivot) FN(dots_about)(x, x_stride, dy, dy_stride, runs, n, mean, pivot, gamma, relu, sum, dot, step);
+    else if (gamma) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, gamma, NULL, sum, dot, step);
+    else if (relu) FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, relu, sum, dot, step);
+    else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, NULL, sum, dot, step);
+}
+
+/* Whether gradients with this mean are far from zero, by some of a run. */
+NX_INLINE int FN(is_far)(const T *dy, ptrdiff_t n, const C *gamma, double mean)
+{
+    if (n == 1) return 0;
+    for (int i = 1; i < 8; i += 2) {
+        ptrdiff_t j = i * n / 8;
+        if (!nx_near(gamma ? FN(element)(dy + j) * (double)gamma[j] : FN(element)(dy + j), mean)) return 0;
+    }
+    return 1;
+}
+
+static int FN(run_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean) { return FN(is_far)(dy, n, gamma, mean); }
 
 /* Some rows go through each step together, and while in the L1 cache: what one has to wait for in its statistics (a dozen additions,
  * divisions and a root, each needing the one before) the others fill with work. */
@@ -225,15 +284,16 @@ NX_INLINE void FN(statistics_abreast)(const T *x, ptrdiff_t x_stride, ptrdiff_t 
 {
     C pivot[ABREAST];
     double sum[ABREAST], squares[ABREAST];
-    for (ptrdiff_t r = 0; r < rows; r++) pivot[r] = (C)(FN(run_sum)(x + r * x_stride, 0, 1, n, 1) / (double)n);
+    for (ptrdiff_t r = 0; r < rows; r++) pivot[r] = centred ? (C)FN(run_mean)(x + r * x_stride, 0, 1, n, 1) : 0;
     for (ptrdiff_t r = 0; r < rows; r++) FN(run_powers)(x + r * x_stride, 0, 1, n, pivot[r], 1, sum + r, squares + r);
     for (ptrdiff_t r = 0; r < rows; r++) {
-        nx_moments m = FN(moments)((double)n, pivot[r], 1, sum[r], squares[r]);
-        if (FN(rescale)(m) != 1) {
+        nx_moments m = FN(moments)((double)n, centred, pivot[r], 1, sum[r], squares[r]);
+        double scale = nx_rescale(&FN(range), m);
+        if (scale != 1) {
             m = (nx_moments){0, 0, 0};
-            FN(add_moments)(x + r * x_stride, 0, 1, n, &m);
+            FN(add_moments)(x + r * x_stride, 0, 1, n, centred, (C)scale, &m);
         }
-        nx_finish_moments(m, centred, eps, mean + r, rstd + r, NULL);
+        nx_finish_moments(m, scale, eps, mean + r, rstd + r, NULL);
     }
 }
 
@@ -328,10 +388,6 @@ NX_INLINE void FN(col_moments_group)(const T *x, ptrdiff_t x_stride, int rows, p
     }
 }
 
-/* Whether the squares of a block's column left the range of C. */
-NX_INLINE int FN(out_of_range)(C squares, C pivot, ptrdiff_t rows)
-{ return (!isfinite(squares)) | ((squares < T_TINY * (C)rows) & (pivot < 1) & (pivot > -1)); }
-
 /* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
 NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *NX_RESTRICT pivot, const C *NX_RESTRICT factor,
                                  const double *NX_RESTRICT sum, const double *NX_RESTRICT squares, double count,
@@ -339,9 +395,8 @@ NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *NX_RES
 {
     double n = (double)rows, each = 1 / n, share = n / (count + n);
     for (ptrdiff_t j = 0; j < cols; j++) {
-        double back = 1 / (double)factor[j], block_m2 = squares[j] - sum[j] * (sum[j] * each);
-        double block_mean = pivot[j] + sum[j] * each * back;
-        block_m2 = block_m2 < 0 ? 0 : block_m2 * back * back;
+        double block_m2 = squares[j] - sum[j] * (sum[j] * each), block_mean = (double)pivot[j] * factor[j] + sum[j] * each;
+        block_m2 = block_m2 < 0 ? 0 : block_m2;
         if (count == 0) {
             mean[j] = block_mean;
             m2[j] = block_m2;
@@ -351,55 +406,40 @@ NX_INLINE void FN(merge_columns)(ptrdiff_t cols, ptrdiff_t rows, const C *NX_RES
     }
 }
 
-/* The moments of a strip's block of rows, merged into mean and m2; see run_moments_scaled. Where a column is found out of range with
- * factor 1, all are done again, with a factor for each. */
-static void FN(col_moments_strip)(const T *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean,
-                                  double *m2, C *factor, int again)
+/* The pivots are as those of add_moments. */
+static void FN(col_moments)(const void *x_, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, const double *scale, double count,
+                            double *mean, double *m2)
 {
-    C pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
+    C factor[STRIP], pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
     double sum[STRIP], squares[STRIP];
-    nx_fold folded = fold_rows(rows, cols, x_stride == cols, UNIT, STRIP);
-    const ptrdiff_t step = folded.fold * x_stride, padded = (folded.lanes + W - 1) / W * W;
-    int bad = 0;
-    FN(spread)(factor, folded);
-    for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
-    if (count == 0) {
-#define SUM_GROUP(i, n, width) FN(col_sum_group)(x + i * step, step, n, width, factor, s)
-        ROW_GROUPS(folded, SUM_GROUP);
-#undef SUM_GROUP
-        FN(lane_sums)(s, folded, sum);
-        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)(sum[j] / ((double)factor[j] * (double)rows));
-    } else {
-        for (ptrdiff_t j = 0; j < cols; j++) pivot[j] = (C)mean[j];
-    }
-    FN(spread)(pivot, folded);
-    for (ptrdiff_t j = folded.lanes; j < padded; j++) pivot[j] = factor[j] = 0;
-    for (ptrdiff_t j = 0; j < padded; j++) {
-        offset[j] = -pivot[j] * factor[j];
-        s[j] = 0;
-    }
-#define MOMENTS_GROUP(i, n, width) FN(col_moments_group)(x + i * step, step, n, width, pivot, factor, offset, s, q)
-    ROW_GROUPS(folded, MOMENTS_GROUP);
-#undef MOMENTS_GROUP
-    FN(lane_sums)(s, folded, sum);
-    FN(lane_sums)(q, folded, squares);
-    if (!again)
-        for (ptrdiff_t j = 0; j < cols; j++) bad |= FN(out_of_range)((C)squares[j], pivot[j], rows);
-    if (!bad) {
-        FN(merge_columns)(cols, rows, pivot, factor, sum, squares, count, mean, m2);
-        return;
-    }
-    for (ptrdiff_t j = 0; j < cols; j++)
-        if (FN(out_of_range)((C)squares[j], pivot[j], rows)) factor[j] = isfinite((C)squares[j]) ? T_RESCALE : 1 / T_RESCALE;
-    FN(col_moments_strip)(x, x_stride, rows, cols, count, mean, m2, factor, 1);
-}
-
-static void FN(col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean, double *m2)
-{
-    C factor[STRIP];
     STRIPS (j0, width) {
-        for (ptrdiff_t j = 0; j < width; j++) factor[j] = 1;
-        FN(col_moments_strip)((const T *)x + j0, x_stride, rows, width, count, mean + j0, m2 + j0, factor, 0);
+        const T *x = (const T *)x_ + j0;
+        nx_fold folded = fold_rows(rows, width, x_stride == width, UNIT, STRIP);
+        const ptrdiff_t step = folded.fold * x_stride, padded = (folded.lanes + W - 1) / W * W;
+        for (ptrdiff_t j = 0; j < width; j++) factor[j] = scale ? (C)scale[j0 + j] : 1;
+        FN(spread)(factor, folded);
+        for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
+        if (count == 0) {
+#define SUM_GROUP(i, n, width) FN(col_sum_group)(x + i * step, step, n, width, factor, s)
+            ROW_GROUPS(folded, SUM_GROUP);
+#undef SUM_GROUP
+            FN(lane_sums)(s, folded, sum);
+            for (ptrdiff_t j = 0; j < width; j++) pivot[j] = (C)(sum[j] / ((double)factor[j] * (double)rows));
+        } else {
+            for (ptrdiff_t j = 0; j < width; j++) pivot[j] = (C)(mean[j0 + j] / factor[j]);
+        }
+        FN(spread)(pivot, folded);
+        for (ptrdiff_t j = folded.lanes; j < padded; j++) pivot[j] = factor[j] = 0;
+        for (ptrdiff_t j = 0; j < padded; j++) {
+            offset[j] = -pivot[j] * factor[j];
+            s[j] = 0;
+        }
+#define MOMENTS_GROUP(i, n, width) FN(col_moments_group)(x + i * step, step, n, width, pivot, factor, offset, s, q)
+        ROW_GROUPS(folded, MOMENTS_GROUP);
+#undef MOMENTS_GROUP
+        FN(lane_sums)(s, folded, sum);
+        FN(lane_sums)(q, folded, squares);
+        FN(merge_columns)(width, rows, pivot, factor, sum, squares, count, mean + j0, m2 + j0);
     }
 }
 
@@ -415,17 +455,19 @@ NX_INLINE void FN(gates)(const nx_relu *relu, const double *mean, ptrdiff_t j0, 
 }
 
 NX_INLINE void FN(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
-                                  const C *pivot, const C *scale, const C *rest, C *s, C *q)
+                                  const C *x_pivot, const C *minus_pivot, const C *scale, const C *rest, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < cols; j += W) {
-        V sum = ZERO, dot = ZERO, p = OP(load)(pivot + j);
+        V sum = ZERO, dot = ZERO, p = OP(load)(x_pivot + j), minus = ZERO;
         FN(gate) gate;
+        if (minus_pivot) minus = OP(load)(minus_pivot + j);
         if (scale) gate = (FN(gate)){OP(load)(scale + j), OP(load)(rest + j)};
         for (int r = 0; r < rows; r++) {
             const T *xr = x + r * x_stride + j, *gr = dy + r * dy_stride + j;
             V d = OP(sub)(cols - j >= W ? FN(load)(xr) : FN(load_n)(xr, cols - j, p), p);
             V g = cols - j >= W ? FN(load)(gr) : FN(load_n)(gr, cols - j, ZERO);
-            if (scale) g = FN(through)(g, d, gate);
+            g = FN(gradient)(g, d, NULL, scale ? &gate : NULL, minus_pivot ? &minus : NULL);
+            if (minus_pivot && cols - j < W) g = FN(first_lanes)(g, cols - j);
             sum = OP(add)(sum, g);
             dot = OP(fma)(g, d, dot);
         }
@@ -435,35 +477,65 @@ NX_INLINE void FN(col_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, p
 }
 
 static void FN(col_dots)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
-                         const double *mean, const nx_relu *relu, double *sum, double *dot)
+                         const double *mean, const double *pivot, const nx_relu *relu, double *sum, double *dot)
 {
-    C pivot[STRIP], scale[STRIP], rest[STRIP], s[STRIP], q[STRIP];
+    C x_pivot[STRIP], minus[PADDED], scale[STRIP], rest[STRIP], s[STRIP], q[STRIP];
     double block_sum[STRIP], block_dot[STRIP];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         nx_fold folded = fold_rows(rows, width, x_stride == width && dy_stride == width, UNIT, STRIP);
         const ptrdiff_t x_step = folded.fold * x_stride, dy_step = folded.fold * dy_stride;
-        for (ptrdiff_t j = 0; j < width; j++) pivot[j] = (C)mean[j0 + j];
-        FN(spread)(pivot, folded);
+        for (ptrdiff_t j = 0; j < width; j++) x_pivot[j] = (C)mean[j0 + j];
+        for (ptrdiff_t j = 0; j < width; j++) minus[j] = pivot ? -(C)pivot[j0 + j] : 0;
+        FN(spread)(x_pivot, folded);
+        FN(spread)(minus, folded);
         for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
-#define DOTS_GROUP(i, n, width) FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, NULL, NULL, s, q)
-#define GATED_GROUP(i, n, width) \
-    FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, pivot, scale, rest, s, q)
-        if (relu) {
-            FN(gates)(relu, mean, j0, width, folded, scale, rest);
-            ROW_GROUPS(folded, GATED_GROUP);
-        } else {
-            ROW_GROUPS(folded, DOTS_GROUP);
-        }
+        if (relu) FN(gates)(relu, mean, j0, width, folded, scale, rest);
+#define DOTS(i, n, width, minus, scale) \
+    FN(col_dots_group)(x + i * x_step, x_step, dy + i * dy_step, dy_step, n, width, x_pivot, minus, scale, rest, s, q)
+#define DOTS_GROUP(i, n, width) DOTS(i, n, width, NULL, NULL)
+#define GATED_GROUP(i, n, width) DOTS(i, n, width, NULL, scale)
+#define PIVOTED_GROUP(i, n, width) DOTS(i, n, width, minus, NULL)
+#define PIVOTED_GATED_GROUP(i, n, width) DOTS(i, n, width, minus, scale)
+        if (pivot && relu) ROW_GROUPS(folded, PIVOTED_GATED_GROUP);
+        else if (pivot) ROW_GROUPS(folded, PIVOTED_GROUP);
+        else if (relu) ROW_GROUPS(folded, GATED_GROUP);
+        else ROW_GROUPS(folded, DOTS_GROUP);
+#undef DOTS
 #undef DOTS_GROUP
 #undef GATED_GROUP
+#undef PIVOTED_GROUP
+#undef PIVOTED_GATED_GROUP
         FN(lane_sums)(s, folded, block_sum);
         FN(lane_sums)(q, folded, block_dot);
         for (ptrdiff_t j = 0; j < width; j++) {
-            sum[j0 + j] += block_sum[j];
-            dot[j0 + j] += block_dot[j] - (mean[j0 + j] - pivot[j]) * block_sum[j];
+            sum[j0 + j] += block_sum[j] - (double)rows * (double)minus[j];
+            dot[j0 + j] += block_dot[j] - (mean[j0 + j] - x_pivot[j]) * block_sum[j];
         }
     }
+}
+
+static int FN(cols_are_far)(const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols, const double *sum, double count,
+                            double *pivot)
+{
+    C sample[PADDED];
+    int any = 0;
+    STRIPS (j0, width) {
+        const T *dy = (const T *)dy_ + j0, *middle = dy + rows / 2 * dy_stride;
+        double near = 0;
+        for (ptrdiff_t j = 0; j < width; j += W) OP(store)(sample + j, FN(some)(middle + j, width - j, width - j >= W, ZERO));
+        for (ptrdiff_t j = 0; j < width; j++) {
+            pivot[j0 + j] = sum[j0 + j] / count;
+            near += nx_near(sample[j], pivot[j0 + j]) ? 1.0 : 0.0;
+        }
+        for (ptrdiff_t j = 0; j < width; j++) {
+            int far = near > 0 && rows > 1 && nx_near(sample[j], pivot[j0 + j]);
+            for (int i = 1; i < 8 && far; i += 2) far = nx_near(FN(element)(dy + i * rows / 8 * dy_stride + j), pivot[j0 + j]);
+            if (!far) pivot[j0 + j] = 0;
+            any |= far;
+        }
+    }
+    return any;
 }
 
 NX_INLINE void FN(row_dots_group)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, int rows, ptrdiff_t cols,
@@ -611,5 +683,6 @@ static void FN(adam)(const void *NX_RESTRICT w_, const void *NX_RESTRICT dw_, co
 #undef T_INT
 #undef T_SQRT
 #undef POOL_BLOCK
-#undef T_TINY
-#undef T_RESCALE
+#undef T_RANGE
+#undef T_LARGE
+#undef T_UNDERFLOW

@@ -28,12 +28,36 @@ NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V 
     WR(put)(y, left, whole, relu ? OP(max)(ZERO, v) : v);
 }
 
+/* The same by way of double, for means and scales at the ends of the range of C: rare, and slow. */
+NX_OUTLINE void WR(affine_far_out)(const T *x, T *y, ptrdiff_t n, double mean, double scale, double shift, const C *gamma,
+                                   const C *beta, int relu)
+{
+    const double half = fabs(scale) < 1 ? 0.5 : 1; /* of what may overflow before it is scaled down */
+    C lanes[W];
+    for (ptrdiff_t i = 0; i < n; i += W) {
+        ptrdiff_t left = n - i;
+        OP(store)(lanes, FN(some)(x + i, left, left >= W, ZERO));
+        for (ptrdiff_t k = 0; k < W && k < left; k++) {
+            double v = ((double)lanes[k] * half - mean * half) * scale / half + shift;
+            if (gamma) v *= (double)gamma[i + k];
+            if (beta) v += (double)beta[i + k];
+            lanes[k] = (C)(relu && v <= 0 ? 0 : v);
+        }
+        if (left >= W) FN(store)(y + i, OP(load)(lanes));
+        else FN(store_n)(y + i, left, OP(load)(lanes));
+    }
+}
+
 NX_INLINE void WR(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
                                const double *mean, const double *scale, const double *shift, ptrdiff_t step, const C *gamma,
                                const C *beta, int relu)
 {
     V p = ZERO, a = ZERO, b = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, y += y_stride, mean += step, scale += step, shift += step) {
+        if (FN(far_out)(*mean, *scale)) {
+            WR(affine_far_out)(x, y, n, *mean, *scale, *shift, gamma, beta, relu);
+            continue;
+        }
         if (r == 0 || step) {
             p = OP(set)((C)*mean);
             a = OP(set)((C)*scale);
@@ -60,34 +84,37 @@ static void WR(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t
 #undef AFFINE
 }
 
-NX_INLINE void WR(combine_vector)(const T *x, const T *dy, T *dx, ptrdiff_t left, int whole, V x_pivot, V g_pivot, V a, V b, V rest,
-                                  const C *gamma, const FN(gate) * gate, const T *more)
+/* Unless dy is far from zero, a product with gamma is rounded as it was when the pivot was found: a row of one number gives exactly 0. */
+NX_INLINE void WR(combine_vector)(const T *x, const T *dy, T *dx, ptrdiff_t left, int whole, V x_pivot, V minus_pivot, V a, V b, V rest,
+                                  const C *gamma, const FN(gate) * gate, int far, const T *more)
 {
-    V g = FN(some)(dy, left, whole, ZERO), d = OP(sub)(FN(some)(x, left, whole, ZERO), x_pivot);
-    if (gamma) g = OP(mul)(g, FN(coefficients)(gamma, left, whole));
-    if (gate) g = FN(through)(g, d, *gate);
-    V v = OP(fma)(OP(sub)(g, g_pivot), a, OP(fma)(d, b, rest));
+    V d = OP(sub)(FN(some)(x, left, whole, ZERO), x_pivot), c = ZERO;
+    if (gamma) c = FN(coefficients)(gamma, left, whole);
+    V g = FN(some)(dy, left, whole, ZERO);
+    if (far) g = FN(gradient)(g, d, gamma ? &c : NULL, gate, &minus_pivot);
+    else g = OP(add)(FN(gradient)(g, d, gamma ? &c : NULL, gate, NULL), minus_pivot);
+    V v = OP(fma)(g, a, OP(fma)(d, b, rest));
     if (more) v = OP(add)(v, FN(some)(more, left, whole, ZERO));
     WR(put)(dx, left, whole, v);
 }
 
 NX_INLINE void WR(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a, ptrdiff_t step, double b,
-                                double c, const C *gamma, const nx_relu *relu, const T *more, ptrdiff_t more_stride)
+                                ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a, ptrdiff_t step, double b,
+                                double c, const C *gamma, const nx_relu *relu, int far, const T *more, ptrdiff_t more_stride)
 {
-    const C x_pivot = (C)mean, g_pivot = (C)g_mean;
-    const V xp = OP(set)(x_pivot), gp = OP(set)(g_pivot), vb = OP(set)((C)b);
+    const C x_pivot = (C)mean, g_pivot = (C)pivot;
+    const V xp = OP(set)(x_pivot), minus = OP(set)(-g_pivot), vb = OP(set)((C)b);
     FN(gate) gate;
     if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
     V va = ZERO, rest = ZERO;
     for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride, dx += dx_stride, a += step) {
         if (r == 0 || step) {
             va = OP(set)((C)*a);
-            rest = OP(set)((C)(c - *a * (g_mean - g_pivot) - b * (mean - x_pivot)));
+            rest = OP(set)((C)(c + *a * g_pivot - b * (mean - x_pivot)));
         }
-#define VECTOR(i, left, whole)                                                                                                  \
-    WR(combine_vector)(x + i, dy + i, dx + i, left, whole, xp, gp, va, vb, rest, gamma ? gamma + i : NULL, relu ? &gate : NULL, \
-                       more ? more + i : NULL)
+#define VECTOR(i, left, whole)                                                                                                     \
+    WR(combine_vector)(x + i, dy + i, dx + i, left, whole, xp, minus, va, vb, rest, gamma ? gamma + i : NULL, relu ? &gate : NULL, \
+                       far, more ? more + i : NULL)
         EACH_VECTOR(dx, n, VECTOR);
 #undef VECTOR
         if (more) more += more_stride;
@@ -95,11 +122,11 @@ NX_INLINE void WR(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptr
 }
 
 static void WR(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                            ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a, ptrdiff_t step, double b,
-                            double c, const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride)
+                            ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a, ptrdiff_t step, double b, double c,
+                            const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride)
 {
 #define COMBINE(gamma, relu, more) \
-    WR(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, g_mean, a, step, b, c, gamma, relu, more, more_stride)
+    WR(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, pivot, a, step, b, c, gamma, relu, 1, more, more_stride)
     if (gamma && more) COMBINE(gamma, NULL, more);
     else if (gamma) COMBINE(gamma, NULL, NULL);
     else if (more) COMBINE(NULL, NULL, more);
@@ -139,13 +166,25 @@ NX_INLINE void WR(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *d
         for (ptrdiff_t i = 0; i < count; i++) {
             ptrdiff_t r = first + i;
             sum[i] = dot[i] = 0;
-            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[r], gamma, NULL, sum + i, dot + i, 0);
+            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[r], NULL, gamma, NULL, sum + i, dot + i, 0);
         }
         for (ptrdiff_t i = 0; i < count; i++) {
             ptrdiff_t r = first + i;
-            WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[r],
-                             centred ? sum[i] * each : 0, rstd + r, 0, -rstd[r] * rstd[r] * rstd[r] * (dot[i] * each), 0, gamma, NULL,
-                             more ? more + r * more_stride : NULL, 0);
+            double g_mean = centred ? sum[i] * each : 0;
+            const T *more_row = more ? more + r * more_stride : NULL;
+            int far = FN(is_far)(dy + r * dy_stride, n, gamma, g_mean);
+            if (far) {
+                sum[i] = dot[i] = 0;
+                FN(dots_about)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[r], &g_mean, gamma, NULL, sum + i, dot + i, 0);
+                g_mean = sum[i] * each;
+            }
+            double slope = -rstd[r] * rstd[r] * rstd[r] * (dot[i] * each), constant = -rstd[r] * g_mean;
+            if (far)
+                WR(run_combine)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[r], g_mean, rstd + r, 0,
+                                slope, constant, gamma, NULL, more_row, 0);
+            else
+                WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[r], g_mean, rstd + r, 0,
+                                 slope, constant, gamma, NULL, 0, more_row, 0);
         }
     }
 }
@@ -163,41 +202,38 @@ static void WR(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy,
 #undef ROWS
 }
 
-NX_INLINE void WR(groups_backward_loop)(const T *x, ptrdiff_t x_group, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_group,
-                                        ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
-                                        ptrdiff_t runs, ptrdiff_t n, const C *gamma, ptrdiff_t channel, ptrdiff_t channels,
-                                        const double *mean, const double *rstd, double *sum, double *dot)
+static ptrdiff_t WR(groups_backward)(const void *x_, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_group,
+                                     ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
+                                     ptrdiff_t runs, ptrdiff_t n, const void *gamma_, ptrdiff_t channel, ptrdiff_t channels,
+                                     const double *mean, const double *rstd, double *sum, double *dot)
 {
+    const T *x = x_, *dy = dy_;
+    T *dx = dx_;
+    const C *gamma = gamma_;
     const double each = 1 / ((double)runs * (double)n);
     for (ptrdiff_t g = 0; g < groups; g++, x += x_group, dy += dy_group, dx += dx_group, sum += runs, dot += runs) {
-        double g_sum = 0, g_dot = 0;
+        double dy_sum = 0, g_sum = 0, g_dot = 0;
         for (ptrdiff_t r = 0; r < runs; r++) {
             double factor = gamma ? (double)gamma[channel + r] : 1;
             double run_sum = 0, run_dot = 0;
-            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[g], NULL, NULL, &run_sum, &run_dot, 0);
+            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[g], NULL, NULL, NULL, &run_sum, &run_dot, 0);
             sum[r] = run_sum;
             dot[r] = run_dot * rstd[g];
+            dy_sum += sum[r];
             g_sum += factor * sum[r];
             g_dot += factor * dot[r];
         }
+        if (FN(is_far)(dy, n, NULL, dy_sum * each)) return g;
         double slope = -rstd[g] * rstd[g] * (g_dot * each), constant = -rstd[g] * (g_sum * each);
         for (ptrdiff_t r = 0; r < runs; r++) {
             double a = gamma ? rstd[g] * (double)gamma[channel + r] : rstd[g];
             WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[g], 0, &a, 0, slope,
-                             constant, NULL, NULL, NULL, 0);
+                             constant, NULL, NULL, 0, NULL, 0);
         }
         channel += runs;
         if (channel == channels) channel = 0;
     }
-}
-
-static void WR(groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
-                                ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
-                                ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
-                                const double *mean, const double *rstd, double *sum, double *dot)
-{
-    WR(groups_backward_loop)(x, x_group, x_stride, dy, dy_group, dy_stride, dx, dx_group, dx_stride, groups, runs, n, gamma, channel,
-                             channels, mean, rstd, sum, dot);
+    return groups;
 }
 
 NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale, const C *rest, int relu)
@@ -216,9 +252,16 @@ static void WR(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff
                            const double *mean, const double *scale, const double *shift, int relu)
 {
     C pivot[PADDED], a[PADDED], b[PADDED];
-    STRIPS (j0, width) {
+    for (ptrdiff_t j0 = 0, width; j0 < cols; j0 += width) {
         const T *x = (const T *)x_ + j0;
         T *y = (T *)y_ + j0;
+        width = FN(ordinary)(mean + j0, scale + j0, cols - j0 < STRIP ? cols - j0 : STRIP);
+        if (width == 0) {
+            width = 1;
+            for (ptrdiff_t i = 0; i < rows; i++)
+                WR(affine_far_out)(x + i * x_stride, y + i * y_stride, 1, mean[j0], scale[j0], shift[j0], NULL, NULL, relu);
+            continue;
+        }
         nx_fold folded = fold_rows(rows, width, x_stride == width && y_stride == width, UNIT, STRIP);
         const ptrdiff_t x_step = folded.fold * x_stride, y_step = folded.fold * y_stride;
         for (ptrdiff_t j = 0; j < width; j++) {
@@ -238,25 +281,26 @@ static void WR(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff
     }
 }
 
-NX_INLINE void WR(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const C *x_pivot, const C *dy_pivot, const C *a,
+NX_INLINE void WR(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const C *x_pivot, const C *minus_pivot, const C *a,
                                    const C *b, const C *rest, const C *gate_scale, const C *gate_rest)
 {
-#define VECTOR(j, left, whole)                                                                                             \
-    do {                                                                                                                   \
-        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(x_pivot + j)), g = FN(some)(dy + j, left, whole, ZERO); \
-        if (gate_scale) g = FN(through)(g, d, (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)});              \
-        g = OP(sub)(g, OP(load)(dy_pivot + j));                                                                            \
-        WR(put)(dx + j, left, whole, OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j))));        \
+#define VECTOR(j, left, whole)                                                                                       \
+    do {                                                                                                             \
+        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(x_pivot + j)), minus = OP(load)(minus_pivot + j); \
+        FN(gate) gate;                                                                                               \
+        if (gate_scale) gate = (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)};                        \
+        V g = FN(gradient)(FN(some)(dy + j, left, whole, ZERO), d, NULL, gate_scale ? &gate : NULL, &minus);         \
+        WR(put)(dx + j, left, whole, OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j))));  \
     } while (0)
     EACH_VECTOR(dx, cols, VECTOR);
 #undef VECTOR
 }
 
 static void WR(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_stride,
-                            ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean, const double *a, const double *b,
+                            ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *pivot, const double *a, const double *b,
                             const double *c, const nx_relu *relu)
 {
-    C x_pivot[PADDED], dy_pivot[PADDED], ta[PADDED], tb[PADDED], rest[PADDED], gate_scale[PADDED], gate_rest[PADDED];
+    C x_pivot[PADDED], minus[PADDED], ta[PADDED], tb[PADDED], rest[PADDED], gate_scale[PADDED], gate_rest[PADDED];
     STRIPS (j0, width) {
         const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
         T *dx = (T *)dx_ + j0;
@@ -264,18 +308,18 @@ static void WR(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_,
         const ptrdiff_t x_step = folded.fold * x_stride, dy_step = folded.fold * dy_stride, dx_step = folded.fold * dx_stride;
         for (ptrdiff_t j = 0; j < width; j++) {
             x_pivot[j] = (C)mean[j0 + j];
-            dy_pivot[j] = (C)dy_mean[j0 + j];
+            minus[j] = -(C)pivot[j0 + j];
             ta[j] = (C)a[j0 + j];
             tb[j] = (C)b[j0 + j];
-            rest[j] = (C)((c ? c[j0 + j] : 0) - a[j0 + j] * (dy_mean[j0 + j] - dy_pivot[j]) - b[j0 + j] * (mean[j0 + j] - x_pivot[j]));
+            rest[j] = (C)(c[j0 + j] - a[j0 + j] * minus[j] - b[j0 + j] * (mean[j0 + j] - x_pivot[j]));
         }
         FN(spread)(x_pivot, folded);
-        FN(spread)(dy_pivot, folded);
+        FN(spread)(minus, folded);
         FN(spread)(ta, folded);
         FN(spread)(tb, folded);
         FN(spread)(rest, folded);
 #define COMBINE(i, n, scale, shift) \
-    WR(col_combine_row)(x + i * x_step, dy + i * dy_step, dx + i * dx_step, n, x_pivot, dy_pivot, ta, tb, rest, scale, shift)
+    WR(col_combine_row)(x + i * x_step, dy + i * dy_step, dx + i * dx_step, n, x_pivot, minus, ta, tb, rest, scale, shift)
 #define COMBINE_ROW(i, n) COMBINE(i, n, NULL, NULL)
 #define GATED_ROW(i, n) COMBINE(i, n, gate_scale, gate_rest)
         if (relu) {
@@ -291,15 +335,32 @@ static void WR(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_,
 }
 
 const nx_kernels TABLE = {
-    sizeof(T),          sizeof(C),          RUN_BLOCK,         COL_BLOCK,           COL_ROWS,     FN(run_moments), FN(col_moments),
-    WR(run_affine),     WR(col_affine),     FN(run_dots),      FN(col_dots),        FN(row_dots), WR(run_combine), WR(col_combine),
-    FN(row_statistics), WR(normalize_rows), WR(rows_backward), WR(groups_backward), FN(add_runs),
+    .itemsize = sizeof(T),
+    .parameter_size = sizeof(C),
+    .run_block = RUN_BLOCK,
+    .col_block = COL_BLOCK,
+    .col_rows = COL_ROWS,
+    .range = T_RANGE,
+    .run_moments = FN(run_moments),
+    .col_moments = FN(col_moments),
+    .run_affine = WR(run_affine),
+    .col_affine = WR(col_affine),
+    .run_is_far = FN(run_is_far),
+    .cols_are_far = FN(cols_are_far),
+    .run_dots = FN(run_dots),
+    .col_dots = FN(col_dots),
+    .row_dots = FN(row_dots),
+    .run_combine = WR(run_combine),
+    .col_combine = WR(col_combine),
+    .row_statistics = FN(row_statistics),
+    .normalize_rows = WR(normalize_rows),
+    .rows_backward = WR(rows_backward),
+    .groups_backward = WR(groups_backward),
+    .add_runs = FN(add_runs),
 #ifdef T_INT
-    FN(transpose_rows), FN(pool_row),       FN(adam),
-#else
-    NULL,
-    NULL,
-    NULL,
+    .transpose = FN(transpose_rows),
+    .pool_row = FN(pool_row),
+    .adam = FN(adam),
 #endif
 };
 

@@ -117,12 +117,12 @@ cdef int channels_backward(int type, Py_ssize_t outer, Py_ssize_t channels, Py_s
         if inner == 1:
             columns_backward(norm_kernels(type, size, channels, dy, dx), outer, channels, Operand(<char *> x, 0, channels),
                              Operand(<char *> dy, 0, channels), Operand(<char *> dx, 0, channels), <const char *> gamma, NULL, training,
-                             False, False, count, mean, rstd, dbeta, dgamma)
+                             False, False, count, mean, rstd, NULL, dbeta, dgamma)
         else:
             runs_backward(norm_kernels(type, size, inner, dy, dx), Runs(channels, outer, inner, 0),
                           Operand(<char *> x, inner, channels * inner), Operand(<char *> dy, inner, channels * inner),
                           Operand(NULL, 0, 0), Operand(<char *> dx, inner, channels * inner), <const char *> gamma, NULL, PER_GROUP,
-                          CENTRED if training else GIVEN, False, False, count, mean, rstd, dbeta, dgamma)
+                          CENTRED if training else GIVEN, False, False, count, mean, rstd, NULL, dbeta, dgamma)
     except MemoryError:
         return NORMEXT_NO_MEMORY
     for j in range(channels):

@@ -23,7 +23,10 @@ from normext._core.kernels cimport (
     nx_merge,
     nx_moments,
     nx_relu,
+    nx_rescale,
+    nx_rescale_columns,
     read_moments,
+    restore_pivot,
     update_moments,
 )
 from normext._core.runtime cimport threads_for
@@ -64,26 +67,33 @@ cdef inline char *at(Operand x, Py_ssize_t itemsize, Py_ssize_t row, Py_ssize_t 
 # Forward ---------------------------------------------------------------------------------------------------------------------
 
 
-cdef void tile_moments(const nx_kernels *k, Tile t, Operand x, double *mean, double *m2) noexcept nogil:
+cdef void tile_moments(const nx_kernels *k, Tile t, Operand x, const double *scale, double *mean, double *m2) noexcept nogil:
     cdef Py_ssize_t block, start, j
     for j in range(t.cols):
         mean[j] = m2[j] = 0
     for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
         start = block * block_rows(k, t.cols)
         k.col_moments(at(x, k.itemsize, t.row + start, t.col), x.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
-                      <double> start, mean, m2)
+                      scale, <double> start, mean, m2)
 
 
-cdef inline void finish_moments(double rows, Py_ssize_t col, Py_ssize_t cols, double eps, const double *mean, double *m2_to_rstd,
-                                double *var, const Running *running) noexcept nogil:
+cdef inline void finish_moments(double rows, Py_ssize_t col, Py_ssize_t cols, double eps, double *scale, double *mean,
+                                double *m2_to_rstd, double *var, const Running *running) noexcept nogil:
+    """`scale`, NULL for 1, is of the columns from `col` on, and written over."""
     cdef Py_ssize_t j
     for j in range(col, col + cols):
-        m2_to_rstd[j] /= rows
+        if scale == NULL:
+            m2_to_rstd[j] /= rows
+        else:  # rstd may be a number where the variance is none
+            nx_finish_moments(nx_moments(rows, mean[j], m2_to_rstd[j]), scale[j - col], eps, mean + j, scale + j - col, m2_to_rstd + j)
     if var != NULL:
         memcpy(var + col, m2_to_rstd + col, cols * sizeof(double))
     if running != NULL:
         update_moments(running, col, cols, mean + col, m2_to_rstd + col)
-    nx_inverse_stds(m2_to_rstd + col, cols, eps)
+    if scale == NULL:
+        nx_inverse_stds(m2_to_rstd + col, cols, eps)
+    else:
+        memcpy(m2_to_rstd + col, scale, cols * sizeof(double))
 
 
 cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
@@ -103,9 +113,14 @@ cdef void normalize_tile(const nx_kernels *k, Tile t, Operand x, Operand y, cons
                          bint training, double eps, bint relu, double *mean, double *rstd, double *var,
                          const Running *running) noexcept nogil:
     """All rows of a strip."""
+    cdef double scale[STRIP]
+    cdef bint again
     if training:
-        tile_moments(k, t, x, mean + t.col, rstd + t.col)
-        finish_moments(<double> t.rows, t.col, t.cols, eps, mean, rstd, var, running)
+        tile_moments(k, t, x, NULL, mean + t.col, rstd + t.col)
+        again = nx_rescale_columns(&k.range, t.cols, <double> t.rows, mean + t.col, rstd + t.col, scale)
+        if again:
+            tile_moments(k, t, x, scale, mean + t.col, rstd + t.col)
+        finish_moments(<double> t.rows, t.col, t.cols, eps, scale if again else NULL, mean, rstd, var, running)
     elif running != NULL:
         read_moments(running, t.col, t.cols, eps, mean + t.col, rstd + t.col)
     if y.data != NULL:
@@ -125,6 +140,8 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
     cdef Py_ssize_t task, chunk, j
     cdef int threads = threads_for(tasks, rows * cols)
     cdef double[:, :, ::1] partial
+    cdef double[::1] work
+    cdef double *scale = NULL
     cdef nx_moments m
     if tasks == 1:  # so little work that letting go of the GIL, and a parallel region of one thread, would show
         normalize_tile(k, tile_at(0, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var, running)
@@ -134,17 +151,21 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
             normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var, running)
         return 0
     if training:
-        partial = np.empty((chunks, 2, cols))
-        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            tile_moments(k, tile_at(task, chunks, rows, cols), x, &partial[task // strips, 0, task % strips * STRIP],
-                         &partial[task // strips, 1, task % strips * STRIP])
-        for j in range(cols):
-            m = nx_moments(0, 0, 0)
-            for chunk in range(chunks):
-                nx_merge(&m, nx_moments(<double> ((chunk + 1) * rows // chunks - chunk * rows // chunks),
-                                        partial[chunk, 0, j], partial[chunk, 1, j]))
-            mean[j], rstd[j] = m.mean, m.m2
-        finish_moments(<double> rows, 0, cols, eps, mean, rstd, var, running)
+        partial, work = np.empty((chunks, 2, cols)), np.empty(cols)
+        for attempt in range(2):  # the second with scales that the first has found
+            for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+                tile_moments(k, tile_at(task, chunks, rows, cols), x, scale + task % strips * STRIP if scale != NULL else NULL,
+                             &partial[task // strips, 0, task % strips * STRIP], &partial[task // strips, 1, task % strips * STRIP])
+            for j in range(cols):
+                m = nx_moments(0, 0, 0)
+                for chunk in range(chunks):
+                    nx_merge(&m, nx_moments(<double> ((chunk + 1) * rows // chunks - chunk * rows // chunks),
+                                            partial[chunk, 0, j], partial[chunk, 1, j]))
+                mean[j], rstd[j] = m.mean, m.m2
+            if scale != NULL or not nx_rescale_columns(&k.range, cols, <double> rows, mean, rstd, &work[0]):
+                break
+            scale = &work[0]
+        finish_moments(<double> rows, 0, cols, eps, scale, mean, rstd, var, running)
     elif running != NULL:
         read_moments(running, 0, cols, eps, mean, rstd)
     if y.data == NULL:
@@ -158,7 +179,8 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
 
 
 cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const char *gamma, const char *beta, bint relu,
-                    const double *mean, const double *rstd, double *sums, double *dots) noexcept nogil:
+                    const double *mean, const double *rstd, const double *pivots, double *sums, double *dots) noexcept nogil:
+    """`pivots`, of the tile's columns, may be NULL."""
     cdef double scale[STRIP]
     cdef double shift[STRIP]
     cdef nx_relu gate = nx_relu(&scale[0], &shift[0])
@@ -170,7 +192,8 @@ cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const ch
     for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
         start = block * block_rows(k, t.cols)
         k.col_dots(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
-                   dy.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, &gate if relu else NULL, sums, dots)
+                   dy.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, pivots,
+                   &gate if relu else NULL, sums, dots)
 
 
 cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Operand dy, Operand dx, const char *gamma,
@@ -181,6 +204,7 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
     cdef double shift[STRIP]
     cdef double slope[STRIP]
     cdef double dy_mean[STRIP]
+    cdef double constant[STRIP]
     cdef double each = 1 / count
     cdef nx_relu gate = nx_relu(&a[0], &shift[0])
     cdef Py_ssize_t j, c, block, start
@@ -189,12 +213,13 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
         c = t.col + j
         slope[j] = -a[j] * rstd[c] * rstd[c] * (dots[c] * each) if training else 0
         dy_mean[j] = sums[c] * each if training else 0
+        constant[j] = -a[j] * dy_mean[j]
     for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
         start = block * block_rows(k, t.cols)
         if training or relu:
             k.col_combine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
                           dy.run_stride, at(dx, k.itemsize, t.row + start, t.col), dx.run_stride,
-                          min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, NULL,
+                          min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, constant,
                           &gate if relu else NULL)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
             k.col_affine(at(dy, k.itemsize, t.row + start, t.col), dy.run_stride, at(dx, k.itemsize, t.row + start, t.col),
@@ -202,42 +227,52 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
 
 
 cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Operand dx, const char *gamma, const char *beta,
-                        bint training, bint relu, bint given, double count, const double *mean, const double *rstd, double *sums,
-                        double *dots) noexcept nogil:
+                        bint training, bint relu, bint given, double count, const double *mean, const double *rstd,
+                        const double *pivots, double *sums, double *dots) noexcept nogil:
     """All rows of a strip."""
+    cdef double found[STRIP]
     if not given:
-        tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, sums + t.col, dots + t.col)
+        tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, pivots + t.col if pivots != NULL else NULL, sums + t.col, dots + t.col)
+        if training and dx.data != NULL and k.cols_are_far(at(dy, k.itemsize, t.row, t.col), dy.run_stride, t.rows,
+                                                                      t.cols, sums + t.col, count, found):
+            tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, found, sums + t.col, dots + t.col)
     if dx.data != NULL:
         tile_combine(k, t, count, x, dy, dx, gamma, beta, training, relu, mean, rstd, sums, dots)
 
 
 cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand dy, Operand dx,
                           const char *gamma, const char *beta, bint training, bint relu, bint given, double count,
-                          const double *mean, const double *rstd, double *sums, double *dots) except -1:
+                          const double *mean, const double *rstd, const double *pivots, double *sums, double *dots) except -1:
     """The gradient dx and, for each column, sum(dy) and sum(dy * (x - mean)); see `runs.runs_backward`."""
     cdef Py_ssize_t chunks = chunk_count(rows, cols, block_rows(k, cols)), strips = ceil_div(cols, STRIP), tasks = chunks * strips
     cdef Py_ssize_t task, chunk, j
     cdef int threads = threads_for(tasks, rows * cols)
     cdef double[:, :, ::1] partial
+    cdef double[::1] found
     if tasks == 1:
-        backward_tile(k, tile_at(0, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, sums, dots)
+        backward_tile(k, tile_at(0, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, pivots, sums, dots)
         return 0
     if chunks == 1:
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_tile(k, tile_at(task, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, sums,
-                          dots)
+            backward_tile(k, tile_at(task, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, pivots,
+                          sums, dots)
         return 0
     if not given:
-        partial = np.empty((chunks, 2, cols))
-        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            tile_dots(k, tile_at(task, chunks, rows, cols), x, dy, gamma, beta, relu, mean, rstd,
-                      &partial[task // strips, 0, task % strips * STRIP],
-                      &partial[task // strips, 1, task % strips * STRIP])
-        for j in range(cols):
-            sums[j] = dots[j] = 0
-            for chunk in range(chunks):
-                sums[j] += partial[chunk, 0, j]
-                dots[j] += partial[chunk, 1, j]
+        partial, found = np.empty((chunks, 2, cols)), np.empty(cols)
+        for attempt in range(2):  # the second about pivots that the first has found
+            for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+                tile_dots(k, tile_at(task, chunks, rows, cols), x, dy, gamma, beta, relu, mean, rstd,
+                          pivots + task % strips * STRIP if pivots != NULL else NULL, &partial[task // strips, 0, task % strips * STRIP],
+                          &partial[task // strips, 1, task % strips * STRIP])
+            for j in range(cols):
+                sums[j] = dots[j] = 0
+                for chunk in range(chunks):
+                    sums[j] += partial[chunk, 0, j]
+                    dots[j] += partial[chunk, 1, j]
+            if attempt == 1 or not training or dx.data == NULL or not k.cols_are_far(dy.data, dy.run_stride, rows, cols,
+                                                                                               sums, count, &found[0]):
+                break
+            pivots = &found[0]
     if dx.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -293,18 +328,29 @@ cdef nx_moments moments_of_columns(Py_ssize_t rows, Py_ssize_t columns, const do
 
 cdef void normalize_example(const nx_kernels *k, ColumnGroups shape, Operand x, Operand y, const char *gamma, const char *beta,
                             double eps, Py_ssize_t first, Py_ssize_t last, double *mean, double *rstd, double *column_mean,
-                            double *column_rstd) noexcept nogil:
+                            double *column_rstd, double *column_scale) noexcept nogil:
     """Groups first to last of an example; the columns' arrays are work space."""
-    cdef Py_ssize_t group, index
+    cdef Py_ssize_t group, index, j, c, attempt
+    cdef double *scales = NULL  # of the columns, a group's all alike
     cdef nx_moments m
     cdef Tile t
-    for index in range(tile_count(shape, first, last)):
-        t = group_tile(shape, first, last, index)
-        tile_moments(k, t, x, column_mean + t.col, column_rstd + t.col)
-    for group in range(first, last):
-        m = moments_of_columns(shape.rows, shape.per_group, column_mean + group * shape.per_group,
-                               column_rstd + group * shape.per_group)
-        nx_finish_moments(m, True, eps, mean + group, rstd + group, NULL)
+    cdef bint again
+    for attempt in range(2):  # the second with scales that the first has found
+        for index in range(tile_count(shape, first, last)):
+            t = group_tile(shape, first, last, index)
+            tile_moments(k, t, x, scales + t.col if scales != NULL else NULL, column_mean + t.col, column_rstd + t.col)
+        again = False
+        for group in range(first, last):
+            j = group * shape.per_group
+            m = moments_of_columns(shape.rows, shape.per_group, column_mean + j, column_rstd + j)
+            nx_finish_moments(m, scales[j] if scales != NULL else 1, eps, mean + group, rstd + group, NULL)
+            if attempt == 0:
+                for c in range(j, j + shape.per_group):
+                    column_scale[c] = nx_rescale(&k.range, m)
+                again |= column_scale[j] != 1
+        if not again:
+            break
+        scales = column_scale
     spread(shape, first, last, mean, rstd, column_mean, column_rstd)
     for index in range(tile_count(shape, first, last)):
         tile_affine(k, group_tile(shape, first, last, index), x, y, gamma, beta, False, column_mean, column_rstd)
@@ -316,37 +362,59 @@ cdef int normalize_column_groups(const nx_kernels *k, ColumnGroups shape, Operan
     cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
     cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
     cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
-    cdef double[:, :, ::1] work = np.empty((shape.examples, 2, cols))
+    cdef double[:, :, ::1] work = np.empty((shape.examples, 3, cols))
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
         n, group = task // strips, task % strips * step
         normalize_example(k, shape, example(x, k.itemsize, n), example(y, k.itemsize, n), gamma, beta, eps, group,
                           min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, &work[n, 0, 0],
-                          &work[n, 1, 0])
+                          &work[n, 1, 0], &work[n, 2, 0])
     return 0
 
 
 cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
                            Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *sums, double *dots,
-                           double *column_mean, double *column_rstd, double *slope, double *rest) noexcept nogil:
+                           double *column_mean, double *column_rstd, double *slope, double *rest, double *pivots,
+                           double *deviations) noexcept nogil:
     """The formula of `runs.group_combine`, where every column of a group has a gamma of its own."""
     cdef double scale[STRIP]
     cdef double zero[STRIP]
     cdef double sum, dot, n = <double> shape.rows * <double> shape.per_group
-    cdef Py_ssize_t group, index, j, block, start
+    cdef Py_ssize_t group, index, j, c, block, start
+    cdef bint far
     cdef Tile t
     spread(shape, first, last, mean, rstd, column_mean, column_rstd)
     for index in range(tile_count(shape, first, last)):
         t = group_tile(shape, first, last, index)
-        tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, sums + t.col, dots + t.col)
+        tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, NULL, sums + t.col, dots + t.col)
+    far = False
     for group in range(first, last):
+        j = group * shape.per_group
+        sum = 0
+        for c in range(j, j + shape.per_group):
+            sum += sums[c]
+        far |= k.cols_are_far(at(dy, k.itemsize, 0, j), dy.run_stride, shape.rows, 1, &sum, n, pivots + j)
+        for c in range(j + 1, j + shape.per_group):
+            pivots[c] = pivots[j]
+    if far:
+        for index in range(tile_count(shape, first, last)):
+            t = group_tile(shape, first, last, index)
+            tile_moments(k, t, x, NULL, deviations + t.col, slope + t.col)
+            tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, pivots + t.col, sums + t.col, dots + t.col)
+        for j in range(first * shape.per_group, last * shape.per_group):
+            deviations[j] = shape.rows * (deviations[j] - column_mean[j])
+    for group in range(first, last):
+        j = group * shape.per_group
         sum = dot = 0
-        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
-            dots[j] *= rstd[group]
-            sum += sums[j] if gamma == NULL else sums[j] * element(k, gamma, j)
-            dot += dots[j] if gamma == NULL else dots[j] * element(k, gamma, j)
-        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
-            slope[j] = -rstd[group] * rstd[group] * (dot / n)
-            rest[j] = -rstd[group] * (sum / n)
+        if far:
+            dot = restore_pivot(k, gamma, j, shape.per_group, pivots[j], deviations + j, dots + j)
+        for c in range(j, j + shape.per_group):
+            sum += sums[c] if gamma == NULL else sums[c] * element(k, gamma, c)
+            if not far:
+                dot += dots[c] if gamma == NULL else dots[c] * element(k, gamma, c)
+            dots[c] *= rstd[group]
+        for c in range(j, j + shape.per_group):
+            slope[c] = -rstd[group] * rstd[group] * rstd[group] * (dot / n)
+            rest[c] = -rstd[group] * (sum / n)
     for index in range(tile_count(shape, first, last)):
         t = group_tile(shape, first, last, index)
         affines_of(k, gamma, NULL, t.col, t.cols, column_rstd + t.col, scale, zero)
@@ -354,7 +422,7 @@ cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, O
             start = block * block_rows(k, t.cols)
             k.col_combine(at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
                           at(dx, k.itemsize, start, t.col), dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
-                          column_mean + t.col, zero, scale, slope + t.col, rest + t.col, NULL)
+                          column_mean + t.col, pivots + t.col, scale, slope + t.col, rest + t.col, NULL)
 
 
 cdef int column_groups_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
@@ -363,10 +431,10 @@ cdef int column_groups_backward(const nx_kernels *k, ColumnGroups shape, Operand
     cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
     cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
     cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
-    cdef double[:, :, ::1] work = np.empty((shape.examples, 4, cols))
+    cdef double[:, :, ::1] work = np.empty((shape.examples, 6, cols))
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
         n, group = task // strips, task % strips * step
         example_backward(k, shape, example(x, k.itemsize, n), example(dy, k.itemsize, n), example(dx, k.itemsize, n), gamma, group,
                          min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, sums + n * cols,
-                         dots + n * cols, &work[n, 0, 0], &work[n, 1, 0], &work[n, 2, 0], &work[n, 3, 0])
+                         dots + n * cols, &work[n, 0, 0], &work[n, 1, 0], &work[n, 2, 0], &work[n, 3, 0], &work[n, 4, 0], &work[n, 5, 0])
     return 0

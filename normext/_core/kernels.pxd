@@ -8,9 +8,14 @@ cdef extern from "kernels.h" nogil:
         double count, mean, m2
 
     void nx_merge(nx_moments *m, nx_moments other)
+    ctypedef struct nx_range:
+        double tiny, enlarge, shrink
+
+    double nx_rescale(const nx_range *range, nx_moments m)
+    bint nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count, const double *mean, const double *m2, double *scale)
     void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
     bint nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
-    void nx_finish_moments(nx_moments m, bint centred, double eps, double *mean, double *rstd, double *var)
+    void nx_finish_moments(nx_moments m, double scale, double eps, double *mean, double *rstd, double *var)
 
     ctypedef struct nx_relu:
         const double *scale
@@ -18,27 +23,33 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct nx_kernels:
         ptrdiff_t itemsize, parameter_size, run_block, col_block, col_rows
-        void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, nx_moments *m) noexcept nogil
-        void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, double count, double *mean,
-                            double *m2) noexcept nogil
+        nx_range range
+        void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, bint centred, double scale,
+                            nx_moments *m) noexcept nogil
+        void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, const double *scale, double count,
+                            double *mean, double *m2) noexcept nogil
         void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
                            const double *mean, const double *scale, const double *shift, ptrdiff_t step, const void *gamma,
                            const void *beta, bint relu) noexcept nogil
         void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
                            const double *mean, const double *scale, const double *shift, bint relu) noexcept nogil
+        bint (*run_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean) noexcept nogil
+        bint (*cols_are_far)(const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols, const double *sum, double count,
+                             double *pivot) noexcept nogil
         void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const void *gamma, const nx_relu *relu, double *sum, double *dot,
+                         double mean, const double *pivot, const void *gamma, const nx_relu *relu, double *sum, double *dot,
                          ptrdiff_t step) noexcept nogil
         void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
-                         ptrdiff_t cols, const double *mean, const nx_relu *relu, double *sum, double *dot) noexcept nogil
+                         ptrdiff_t cols, const double *mean, const double *pivot, const nx_relu *relu, double *sum,
+                         double *dot) noexcept nogil
         void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
                          ptrdiff_t cols, const double *mean, const double *scale, double *sum, double *dot) noexcept nogil
         void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
-                            ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double g_mean, const double *a,
+                            ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a,
                             ptrdiff_t step, double b, double c, const void *gamma, const nx_relu *relu, const void *more,
                             ptrdiff_t more_stride) noexcept nogil
         void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
-                            ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *dy_mean,
+                            ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *pivot,
                             const double *a, const double *b, const double *c, const nx_relu *relu) noexcept nogil
         void (*row_statistics)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, double eps,
                                double *mean, double *rstd) noexcept nogil
@@ -49,7 +60,7 @@ cdef extern from "kernels.h" nogil:
                               ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, const void *gamma,
                               const double *mean, const double *rstd, const void *more,
                               ptrdiff_t more_stride) noexcept nogil
-        void (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
+        ptrdiff_t (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
                                 ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
                                 ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
                                 const double *mean, const double *rstd, double *sum, double *dot) noexcept nogil
@@ -120,6 +131,26 @@ cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *
     else:
         for j in range(channels):
             shift[j] = (<const double *> beta)[channel + j]
+
+
+cdef inline double restore_pivot(const nx_kernels *k, const char *gamma, Py_ssize_t channel, Py_ssize_t channels, double pivot,
+                                 double *deviations, double *dots) noexcept nogil:
+    """Add what a pivot took from the sums of dy * (x - mean) of a group's channels, and return the sum of gamma times them.
+
+    `deviations` are the channels' sums of x - mean. In theory those of a group add up to 0, and the mean of gamma does not matter to
+    what they are multiplied by: both are taken out before rounding errors are multiplied by a large pivot.
+    """
+    cdef Py_ssize_t c
+    cdef double sum = 0, middle = 0, excess = 0, factor, rest
+    for c in range(channels):
+        excess += deviations[c] / channels
+        middle += (1 if gamma == NULL else element(k, gamma, channel + c)) / channels
+    for c in range(channels):
+        factor = 1 if gamma == NULL else element(k, gamma, channel + c)
+        rest = pivot * (deviations[c] - excess)
+        sum += factor * dots[c] + (factor - middle) * rest
+        dots[c] += rest
+    return sum
 
 
 # A running statistic, contiguous; its data are NULL where there is none.

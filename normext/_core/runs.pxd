@@ -28,7 +28,7 @@ cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand resi
                         const char *beta, Statistics statistics, double eps, double *mean, double *rstd) except -1
 cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                        const char *beta, Parameters kind, Statistics statistics, bint relu, bint given, double count,
-                       const double *mean, const double *rstd, double *sums, double *dots) except -1
+                       const double *mean, const double *rstd, const double *pivots, double *sums, double *dots) except -1
 cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                         Statistics statistics, const double *mean, const double *rstd, double *dbeta,
                         double *dgamma) except -1

@@ -22,6 +22,8 @@ from normext._core.kernels cimport (
     nx_merge,
     nx_moments,
     nx_relu,
+    nx_rescale,
+    restore_pivot,
 )
 from normext._core.runtime cimport threads_for
 
@@ -87,8 +89,8 @@ cdef inline Runs joined(Runs shape, Operand x) noexcept nogil:
     return Runs(shape.groups, 1, shape.runs * shape.n, shape.channels) if x.run_stride == shape.n else shape
 
 
-cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t group, Py_ssize_t part, Py_ssize_t parts,
-                        nx_moments *m) noexcept nogil:
+cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, bint centred, double scale, Py_ssize_t group, Py_ssize_t part,
+                        Py_ssize_t parts, nx_moments *m) noexcept nogil:
     cdef Py_ssize_t index, blocks
     cdef Block b
     shape = joined(shape, x)
@@ -96,7 +98,7 @@ cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t g
     m.count = m.mean = m.m2 = 0
     for index in range(part * blocks // parts, (part + 1) * blocks // parts):
         b = block_at(shape, k.run_block, index)
-        k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, m)
+        k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, centred, scale, m)
 
 
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
@@ -137,9 +139,13 @@ cdef void normalize_group(const nx_kernels *k, Runs shape, Operand x, Operand y,
                           Parameters kind, Statistics statistics, double eps, bint relu, Py_ssize_t group, Py_ssize_t blocks,
                           double *mean, double *rstd, double *var) noexcept nogil:
     cdef nx_moments m
+    cdef double scale
     if statistics != GIVEN:
-        group_moments(k, shape, x, group, 0, 1, &m)
-        nx_finish_moments(m, statistics == CENTRED, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+        group_moments(k, shape, x, statistics == CENTRED, 1, group, 0, 1, &m)
+        scale = nx_rescale(&k.range, m)
+        if scale != 1:
+            group_moments(k, shape, x, statistics == CENTRED, scale, group, 0, 1, &m)
+        nx_finish_moments(m, scale, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
     if y.data != NULL:
         group_affine(k, shape, x, y, gamma, beta, kind, relu, group, 0, blocks, mean[group], rstd[group])
 
@@ -181,6 +187,8 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     cdef Py_ssize_t group, part, task, tasks = shape.groups * parts
     cdef int threads = threads_for(tasks, tasks // parts * shape.runs * shape.n)
     cdef double[:, :, ::1] partial
+    cdef double[::1] scale
+    cdef bint again
     cdef nx_moments m
     if kind == ALONG_RUN and statistics != GIVEN and blocks == 1 and y.data != NULL:
         if shape.groups * shape.n < GROUP_PARTED // 2:  # so little that letting go of the GIL would show
@@ -200,14 +208,22 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
             normalize_group(k, shape, x, y, gamma, beta, kind, statistics, eps, relu, group, blocks, mean, rstd, var)
         return 0
     if statistics != GIVEN:
-        partial = np.empty((shape.groups, parts, 3))
-        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            group_moments(k, shape, x, task // parts, task % parts, parts, <nx_moments *> &partial[task // parts, task % parts, 0])
-        for group in range(shape.groups):
-            m = nx_moments(0, 0, 0)
-            for part in range(parts):
-                nx_merge(&m, (<nx_moments *> &partial[group, part, 0])[0])
-            nx_finish_moments(m, statistics == CENTRED, eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+        partial, scale = np.empty((shape.groups, parts, 3)), np.ones(shape.groups)
+        for attempt in range(2):  # the second with scales that the first has found
+            for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+                group_moments(k, shape, x, statistics == CENTRED, scale[task // parts], task // parts, task % parts, parts,
+                              <nx_moments *> &partial[task // parts, task % parts, 0])
+            again = False
+            for group in range(shape.groups):
+                m = nx_moments(0, 0, 0)
+                for part in range(parts):
+                    nx_merge(&m, (<nx_moments *> &partial[group, part, 0])[0])
+                nx_finish_moments(m, scale[group], eps, mean + group, rstd + group, NULL if var == NULL else var + group)
+                if attempt == 0:
+                    scale[group] = nx_rescale(&k.range, m)
+                    again = again or scale[group] != 1
+            if not again:
+                break
     if y.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -280,8 +296,8 @@ cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand resi
 
 
 cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, const char *gamma, const char *beta, Parameters kind,
-                     bint relu, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean, double rstd, double *sum,
-                     double *dot) noexcept nogil:
+                     bint relu, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double mean, double rstd, const double *pivot,
+                     double *sum, double *dot) noexcept nogil:
     cdef Py_ssize_t index
     cdef Block b
     cdef double scale, shift
@@ -293,7 +309,14 @@ cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, con
     for index in range(first, last):
         b = block_at(shape, k.run_block, index)
         k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean,
-                   along(k, gamma, b), &gate if relu else NULL, sum, dot, 0)
+                   pivot, along(k, gamma, b), &gate if relu else NULL, sum, dot, 0)
+
+
+cdef bint is_far(const nx_kernels *k, Operand dy, const char *gamma, Parameters kind, Statistics statistics, Py_ssize_t group,
+                 Py_ssize_t n, double mean) noexcept nogil:
+    """Whether the sums of a group's gradients, with this mean, are to be taken about it (nx_near in kernels.h says why)."""
+    return statistics == CENTRED and k.run_is_far(dy.data + group * dy.group_stride * k.itemsize, n, gamma if kind == ALONG_RUN else NULL,
+                                                  mean)
 
 
 cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
@@ -315,7 +338,7 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
         b = block_at(shape, k.run_block, index)
         if statistics != GIVEN or relu:
             k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
-                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, &a, 0, slope, 0,
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, &a, 0, slope, -a * g_mean,
                           along(k, gamma, b), &gate if relu else NULL, maybe_at(more, k.itemsize, group, b), more.run_stride)
         else:  # the statistics are constants, and x does not matter
             k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
@@ -324,9 +347,15 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
 
 cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                          const char *beta, Parameters kind, Statistics statistics, bint relu, bint given, double count,
-                         Py_ssize_t group, Py_ssize_t blocks, double mean, double rstd, double *sum, double *dot) noexcept nogil:
+                         Py_ssize_t group, Py_ssize_t blocks, double mean, double rstd, const double *pivots, double *sum,
+                         double *dot) noexcept nogil:
+    cdef double pivot
     if not given:
-        group_dots(k, shape, x, dy, gamma, beta, kind, relu, group, 0, blocks, mean, rstd, sum, dot)
+        group_dots(k, shape, x, dy, gamma, beta, kind, relu, group, 0, blocks, mean, rstd, pivots + group if pivots != NULL else NULL, sum,
+                   dot)
+        pivot = sum[0] / count
+        if dx.data != NULL and is_far(k, dy, gamma, kind, statistics, group, shape.n, pivot):
+            group_dots(k, shape, x, dy, gamma, beta, kind, relu, group, 0, blocks, mean, rstd, &pivot, sum, dot)
     if dx.data != NULL:
         group_combine(k, shape, x, dy, more, dx, gamma, beta, kind, statistics, relu, count, group, 0, blocks, mean, rstd, sum[0],
                       dot[0])
@@ -334,7 +363,7 @@ cdef void backward_group(const nx_kernels *k, Runs shape, Operand x, Operand dy,
 
 cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand more, Operand dx, const char *gamma,
                        const char *beta, Parameters kind, Statistics statistics, bint relu, bint given, double count,
-                       const double *mean, const double *rstd, double *sums, double *dots) except -1:
+                       const double *mean, const double *rstd, const double *pivots, double *sums, double *dots) except -1:
     """The gradient dx and, for each group, sum(g) and sum(g * (x - mean)).
 
     Parameters
@@ -344,28 +373,40 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     relu : whether dy counts as 0 where y was not above 0 (PER_GROUP only).
     given : whether sums and dots hold the sums already, or they are to be computed and stored.
     count : how many numbers share a statistic.
-    dx : no more than the sums is done where its data is NULL.
+    pivots : subtracted from each group's g in the second sum; may be NULL. Where all numbers of a group are here, its own is found.
+    dx : no more than the sums, of what may be parts of groups, is done where its data is NULL.
     """
     cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
     cdef Py_ssize_t group, part, task, tasks = shape.groups * parts
     cdef int threads = threads_for(tasks, shape.groups * shape.runs * shape.n)
     cdef double[:, :, ::1] partial
+    cdef double[::1] pivot
+    cdef const double *about
+    cdef bint again
     if parts == 1:
         for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             backward_group(k, shape, x, dy, more, dx, gamma, beta, kind, statistics, relu, given, count, group, blocks, mean[group],
-                           rstd[group], sums + group, dots + group)
+                           rstd[group], pivots, sums + group, dots + group)
         return 0
     if not given:
-        partial = np.empty((shape.groups, parts, 2))
-        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            group_dots(k, shape, x, dy, gamma, beta, kind, relu, task // parts, task % parts * blocks // parts,
-                       (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts],
-                       &partial[task // parts, task % parts, 0], &partial[task // parts, task % parts, 1])
-        for group in range(shape.groups):
-            sums[group] = dots[group] = 0
-            for part in range(parts):
-                sums[group] += partial[group, part, 0]
-                dots[group] += partial[group, part, 1]
+        partial, pivot, about = np.empty((shape.groups, parts, 2)), np.zeros(shape.groups), pivots
+        for attempt in range(2):  # the second about pivots that the first has found
+            for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
+                group_dots(k, shape, x, dy, gamma, beta, kind, relu, task // parts, task % parts * blocks // parts,
+                           (task % parts + 1) * blocks // parts, mean[task // parts], rstd[task // parts],
+                           about + task // parts if about != NULL else NULL,
+                           &partial[task // parts, task % parts, 0], &partial[task // parts, task % parts, 1])
+            again = False
+            for group in range(shape.groups):
+                sums[group] = dots[group] = 0
+                for part in range(parts):
+                    sums[group] += partial[group, part, 0]
+                    dots[group] += partial[group, part, 1]
+                if attempt == 0 and dx.data != NULL and is_far(k, dy, gamma, kind, statistics, group, shape.n, sums[group] / count):
+                    pivot[group], again = sums[group] / count, True
+            if not again:
+                break
+            about = &pivot[0]
     if dx.data == NULL:
         return 0
     for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -392,7 +433,7 @@ cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
         else:
             for row in range(start, end):
                 backward_group(k, shape, x, dy, more, dx, gamma, NULL, ALONG_RUN, statistics, False, False, <double> shape.n, row,
-                               blocks, mean[row], rstd[row], &sum, &dot)
+                               blocks, mean[row], rstd[row], NULL, &sum, &dot)
         start = end
 
 
@@ -430,7 +471,7 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
             sum_rows(k, shape, x, dy, task * STRIP, mean, rstd, dbeta, dgamma)
         sums = np.empty((2, shape.groups))
         return runs_backward(k, shape, x, dy, more, dx, gamma, NULL, ALONG_RUN, statistics, False, False, <double> shape.n, mean, rstd,
-                             &sums[0, 0], &sums[1, 0])
+                             NULL, &sums[0, 0], &sums[1, 0])
     partial = np.zeros((chunks, 2, shape.n))
     threads = threads_for(chunks, elements)
     for task in prange(chunks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
@@ -443,23 +484,53 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
     return 0
 
 
-cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                                 Py_ssize_t group, double mean, double rstd, double *sums, double *dots) noexcept nogil:
-    """group_combine's formula where every run of a group has a gamma of its own; `groups_backward` does the same to short groups."""
-    cdef Py_ssize_t r, index, end, channel = group * shape.runs % shape.channels, blocks = block_count(shape, k.run_block)
-    cdef double scale, sum = 0, dot = 0, n = <double> shape.runs * <double> shape.n
-    cdef double a[RUNS_AT_ONCE]
+cdef void run_dots_of_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Py_ssize_t group, double mean, const double *pivot,
+                            double *sums, double *dots) noexcept nogil:
+    cdef Py_ssize_t r, index
     cdef Block b
     for r in range(shape.runs):
         sums[r] = dots[r] = 0
-    for index in range(blocks):
+    for index in range(block_count(shape, k.run_block)):
         b = block_at(shape, k.run_block, index)
-        k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean, NULL,
-                   NULL, sums + b.run, dots + b.run, 1)
+        k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean, pivot,
+                   NULL, NULL, sums + b.run, dots + b.run, 1)
+
+
+cdef void run_deviations(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t group, double mean, double *deviations) noexcept nogil:
+    """Each run's sum of x - mean."""
+    cdef Py_ssize_t r, index, blocks
+    cdef nx_moments m
+    cdef Runs one = Runs(shape.groups, 1, shape.n, shape.channels)
+    cdef Operand run = Operand(x.data, x.group_stride, 0)
     for r in range(shape.runs):
-        scale = 1 if gamma == NULL else element(k, gamma, channel + r)
-        sum += scale * sums[r]
-        dot += scale * dots[r]
+        run.data = x.data + r * x.run_stride * k.itemsize
+        group_moments(k, one, run, True, 1, group, 0, 1, &m)
+        deviations[r] = m.count * (m.mean - mean)
+
+
+cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
+                                 Py_ssize_t group, double mean, double rstd, double *sums, double *dots,
+                                 double *deviations) noexcept nogil:
+    """group_combine's formula where every run of a group has a gamma of its own; `groups_backward` does the same to short groups.
+
+    `deviations` is work space, a number for each run.
+    """
+    cdef Py_ssize_t r, index, end, channel = group * shape.runs % shape.channels, blocks = block_count(shape, k.run_block)
+    cdef double sum = 0, dot = 0, n = <double> shape.runs * <double> shape.n, pivot = 0
+    cdef double a[RUNS_AT_ONCE]
+    cdef Block b
+    run_dots_of_group(k, shape, x, dy, group, mean, NULL, sums, dots)
+    for r in range(shape.runs):
+        pivot += sums[r] / n
+    if is_far(k, dy, NULL, PER_RUN, CENTRED, group, shape.n, pivot):
+        run_deviations(k, shape, x, group, mean, deviations)
+        run_dots_of_group(k, shape, x, dy, group, mean, &pivot, sums, dots)
+        dot = restore_pivot(k, gamma, channel, shape.runs, pivot, deviations, dots)
+    else:
+        for r in range(shape.runs):
+            dot += dots[r] if gamma == NULL else dots[r] * element(k, gamma, channel + r)
+    for r in range(shape.runs):
+        sum += sums[r] if gamma == NULL else sums[r] * element(k, gamma, channel + r)
     for index in range(blocks - 1, -1, -1):
         b = block_at(shape, k.run_block, index)
         end = b.run + b.runs
@@ -468,20 +539,27 @@ cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Ope
             for r in range(b.runs):
                 a[r] = rstd if gamma == NULL else rstd * element(k, gamma, channel + b.run + r)
             k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
-                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, 0, a, 1,
+                          at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, pivot, a, 1,
                           -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL, NULL, NULL, 0)
             b.run += b.runs
     for r in range(shape.runs):
         dots[r] *= rstd
 
 
-cdef void backward_some_groups(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma, Py_ssize_t task,
-                               Py_ssize_t tasks, const double *mean, const double *rstd, double *sums, double *dots) noexcept nogil:
-    cdef Py_ssize_t first = task * shape.groups // tasks, groups = (task + 1) * shape.groups // tasks - first
-    k.groups_backward(row_at(x, k.itemsize, first), x.group_stride, x.run_stride, row_at(dy, k.itemsize, first), dy.group_stride,
-                      dy.run_stride, row_at(dx, k.itemsize, first), dx.group_stride, dx.run_stride, groups, shape.runs, shape.n, gamma,
-                      first * shape.runs % shape.channels, shape.channels, mean + first, rstd + first, sums + first * shape.runs,
-                      dots + first * shape.runs)
+cdef void backward_some_groups(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma, Py_ssize_t first,
+                               Py_ssize_t last, const double *mean, const double *rstd, double *sums, double *dots,
+                               double *deviations) noexcept nogil:
+    """Short groups, in one go but for those that are far from zero."""
+    while True:
+        first += k.groups_backward(row_at(x, k.itemsize, first), x.group_stride, x.run_stride, row_at(dy, k.itemsize, first),
+                                   dy.group_stride, dy.run_stride, row_at(dx, k.itemsize, first), dx.group_stride, dx.run_stride,
+                                   last - first, shape.runs, shape.n, gamma, first * shape.runs % shape.channels, shape.channels,
+                                   mean + first, rstd + first, sums + first * shape.runs, dots + first * shape.runs)
+        if first == last:
+            return
+        backward_runs_of_group(k, shape, x, dy, dx, gamma, first, mean[first], rstd[first], sums + first * shape.runs,
+                               dots + first * shape.runs, deviations + first * shape.runs)
+        first += 1
 
 
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
@@ -489,12 +567,15 @@ cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy
     """The gradient dx and, for each run of each group, sum(dy) and sum(dy * xhat); gamma is PER_RUN."""
     cdef Py_ssize_t group, task, tasks
     cdef int threads = threads_for(shape.groups, shape.groups * shape.runs * shape.n)
+    cdef double[::1] work = np.empty(shape.groups * shape.runs)
+    cdef double *deviations = &work[0]
     if block_count(shape, k.run_block) == 1:
         tasks = threads  # each group is on its own, and no bit depends on the split
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_some_groups(k, shape, x, dy, dx, gamma, task, tasks, mean, rstd, sums, dots)
+            backward_some_groups(k, shape, x, dy, dx, gamma, task * shape.groups // tasks, (task + 1) * shape.groups // tasks, mean, rstd,
+                                 sums, dots, deviations)
         return 0
     for group in prange(shape.groups, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
         backward_runs_of_group(k, shape, x, dy, dx, gamma, group, mean[group], rstd[group], sums + group * shape.runs,
-                               dots + group * shape.runs)
+                               dots + group * shape.runs, deviations + group * shape.runs)
     return 0
