@@ -1,7 +1,7 @@
 """Exactness on data where textbook formulas lose their digits, and with it ``normext check --accuracy``.
 
-float32 data far from zero, with wild outliers, constant, or at the ends of float32's range: what batch and layer norm
-make of them, forward and backward, against the same in float64; beside it the textbook formula in NumPy (in float32),
+float32 data far from zero, with wild outliers, constant, or at the ends of float32's range, and gradients far from zero:
+what batch and layer norm make of them, forward and backward, against the same in float64; beside it the textbook formula in NumPy (in float32),
 and PyTorch and JAX where they are installed.
 """
 
@@ -36,12 +36,13 @@ class Case(NamedTuple):
     draw: Callable[[], np.ndarray]  # x in float32, two axes
     eps: float = 1e-5
     dy_size: float = 1.0  # standard deviation of dy
+    dy_offset: float = 0.0  # its mean
     limit: float = LIMIT  # of y; that of gradients is LIMIT
 
     def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """x, dy, gamma and beta in float32, always the same; gamma is 1, so that y is what tables of errors show."""
         x = self.draw()
-        dy = self.dy_size * np.random.default_rng(1).standard_normal(x.shape)
+        dy = self.dy_offset + self.dy_size * np.random.default_rng(1).standard_normal(x.shape)
         gamma = np.ones(x.shape[1])
         return tuple(a.astype(np.float32) for a in (x, dy, gamma, 0 * gamma))
 
@@ -99,8 +100,11 @@ def _cases() -> Iterator[Case]:
                 norm,
                 lambda shape=shape, huge=huge, tiny=tiny: _alternating(*shape, huge=huge, tiny=tiny),
             )
-        # The smallest are mostly denormals; there a dy of size 1 would have gradients beyond float32.
-        for scale, dy_size in ((1e37, 1.0), (1e19, 1.0), (1e-19, 1.0), (1e-36, 1e-6), (1e-38, 1e-6)):
+        for dy_offset in (1e2, 1e4, 1e6):
+            yield Case(f"dy offset {dy_offset:g}", norm, lambda shape=shape: _normal(*shape), dy_offset=dy_offset)
+        # The smallest are denormals; there a dy of size 1 would have gradients beyond float32.
+        scales = ((1e37, 1.0), (1e19, 1.0), (1e-19, 1.0), (1e-36, 1e-6), (1e-38, 1e-6), (1e-42, 1e-10))
+        for scale, dy_size in scales:
             yield Case(
                 f"scale {scale:g}, eps 0",
                 norm,

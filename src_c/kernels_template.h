@@ -168,7 +168,7 @@ NX_INLINE V FN(through)(V g, V d, FN(gate) gate)
 /* What a relu or gamma, and a pivot, make of a vector of dy: each of them may be NULL. The pivot comes with its sign changed. */
 NX_INLINE V FN(gradient)(V dy, V d, const V *gamma, const FN(gate) * gate, const V *minus_pivot)
 {
-    if (gamma && minus_pivot) return OP(fma)(dy, *gamma, *minus_pivot); /* before a far product is rounded */
+    if (gamma && minus_pivot) return OP(fma_once)(dy, *gamma, *minus_pivot); /* before a far product is rounded */
     V g = gamma ? OP(mul)(dy, *gamma) : gate ? FN(through)(dy, d, *gate) : dy;
     return minus_pivot ? OP(add)(g, *minus_pivot) : g;
 }
@@ -522,14 +522,15 @@ static int FN(cols_are_far)(const void *dy_, ptrdiff_t dy_stride, ptrdiff_t rows
     int any = 0;
     STRIPS (j0, width) {
         const T *dy = (const T *)dy_ + j0, *middle = dy + rows / 2 * dy_stride;
-        double near = 0;
+        double near = 0, each = 1 / count;
         for (ptrdiff_t j = 0; j < width; j += W) OP(store)(sample + j, FN(some)(middle + j, width - j, width - j >= W, ZERO));
         for (ptrdiff_t j = 0; j < width; j++) {
-            pivot[j0 + j] = sum[j0 + j] / count;
-            near += nx_near(sample[j], pivot[j0 + j]) ? 1.0 : 0.0;
+            double mean = sum[j0 + j] * each, is_near = nx_near(sample[j], mean) ? 1.0 : 0.0;
+            pivot[j0 + j] = is_near != 0 ? mean : 0;
+            near += is_near;
         }
-        for (ptrdiff_t j = 0; j < width; j++) {
-            int far = near > 0 && rows > 1 && nx_near(sample[j], pivot[j0 + j]);
+        for (ptrdiff_t j = 0; j < width && near > 0; j++) {
+            int far = pivot[j0 + j] != 0 && rows > 1;
             for (int i = 1; i < 8 && far; i += 2) far = nx_near(FN(element)(dy + i * rows / 8 * dy_stride + j), pivot[j0 + j]);
             if (!far) pivot[j0 + j] = 0;
             any |= far;

@@ -10,6 +10,7 @@
  *     E##_set            one number in every lane
  *     E##_add, _sub, _mul
  *     E##_fma            a * b + c, rounded once where the instruction set can (everywhere but on baseline x86-64)
+ *     f32_fma_once, f64_fma_once   the same, and of float rounded once everywhere, if slowly
  *     E##_max            the larger, and b where either is NaN
  *     E##_keep_positive  a where b > 0 (or is NaN), elsewhere 0
  *     E##_sum            sum of the lanes, always in the same order: lane i + lane (i + W/2), and so on by halves
@@ -89,6 +90,7 @@ NX_X86(f64, double, __m512d, _mm512, pd, 8)
 #define NX_MASK(n, W) ((n) >= (W) ? (1u << (W)) - 1u : (n) <= 0 ? 0u : (1u << (n)) - 1u)
 #define NX_AVX512(E, T, V, S, M)                                                                                             \
     NX_INLINE V E##_fma(V a, V b, V c) { return _mm512_fmadd_##S(a, b, c); }                                                 \
+    NX_INLINE V E##_fma_once(V a, V b, V c) { return _mm512_fmadd_##S(a, b, c); }                                            \
     NX_INLINE V E##_keep_positive(V a, V b)                                                                                  \
     { return _mm512_maskz_mov_##S(_mm512_cmp_##S##_mask(b, _mm512_setzero_##S(), _CMP_NLE_UQ), a); }                         \
     NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill) { return _mm512_mask_loadu_##S(fill, (M)NX_MASK(n, E##_W), p); } \
@@ -138,6 +140,7 @@ static const int64_t nx_mask64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
         return _mm256_loadu_si256((const __m256i *)(MASKS + E##_W - n));                                                        \
     }                                                                                                                           \
     NX_INLINE V E##_fma(V a, V b, V c) { return _mm256_fmadd_##S(a, b, c); }                                                    \
+    NX_INLINE V E##_fma_once(V a, V b, V c) { return _mm256_fmadd_##S(a, b, c); }                                               \
     NX_INLINE V E##_keep_positive(V a, V b) { return _mm256_and_##S(a, _mm256_cmp_##S(b, _mm256_setzero_##S(), _CMP_NLE_UQ)); } \
     NX_INLINE V E##_load_n(const T *p, ptrdiff_t n, V fill)                                                                     \
     {                                                                                                                           \
@@ -187,6 +190,14 @@ NX_X86(f32, float, __m128, _mm, ps, 4)
 NX_X86(f64, double, __m128d, _mm, pd, 2)
 NX_INLINE __m128 f32_fma(__m128 a, __m128 b, __m128 c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 NX_INLINE __m128d f64_fma(__m128d a, __m128d b, __m128d c) { return _mm_add_pd(_mm_mul_pd(a, b), c); }
+NX_INLINE __m128 f32_fma_once(__m128 a, __m128 b, __m128 c)
+{
+    __m128 a_high = _mm_movehl_ps(a, a), b_high = _mm_movehl_ps(b, b), c_high = _mm_movehl_ps(c, c);
+    __m128d low = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(a), _mm_cvtps_pd(b)), _mm_cvtps_pd(c));
+    __m128d high = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(a_high), _mm_cvtps_pd(b_high)), _mm_cvtps_pd(c_high));
+    return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+}
+NX_INLINE __m128d f64_fma_once(__m128d a, __m128d b, __m128d c) { return f64_fma(a, b, c); }
 NX_INLINE __m128 f32_keep_positive(__m128 a, __m128 b) { return _mm_and_ps(a, _mm_cmpnle_ps(b, _mm_setzero_ps())); }
 NX_INLINE __m128d f64_keep_positive(__m128d a, __m128d b) { return _mm_and_pd(a, _mm_cmpnle_pd(b, _mm_setzero_pd())); }
 NX_INLINE float f32_sum(__m128 v) { return nx_sum4(v); }
@@ -264,6 +275,14 @@ NX_INLINE f64_t f64_fma(f64_t a, f64_t b, f64_t c) { return (f64_t)vfmaq_f64((fl
 NX_INLINE f32_t f32_fma(f32_t a, f32_t b, f32_t c) { return a * b + c; }
 NX_INLINE f64_t f64_fma(f64_t a, f64_t b, f64_t c) { return a * b + c; }
 #endif
+NX_INLINE f32_t f32_fma_once(f32_t a, f32_t b, f32_t c)
+{
+    float x[f32_W], y[f32_W], z[f32_W];
+    f32_store(x, a), f32_store(y, b), f32_store(z, c);
+    for (int i = 0; i < f32_W; i++) x[i] = (float)((double)x[i] * y[i] + z[i]);
+    return f32_load(x);
+}
+NX_INLINE f64_t f64_fma_once(f64_t a, f64_t b, f64_t c) { return f64_fma(a, b, c); }
 #define NX_PARTIAL_BY_ELEMENT
 
 #endif

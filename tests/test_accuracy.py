@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import normext
-from normext import accuracy
+from normext import accuracy, reference
 
 LAYOUTS = {
     "N,D": lambda x: (x, 1),
@@ -118,6 +118,210 @@ def test_a_stretch_of_equal_numbers_among_others(dtype, fill, reverse):
         )
         for y in rows:
             assert np.abs(y - exact(x, 1)).max() <= 2e-6
+
+
+# Other norms and all their layouts -----------------------------------------------------------------------------------
+
+GEOMETRIES = {  # norm, shape, options; and whether the arrays are strided, so that the loops get copies
+    "columns": ("batch", (60, 7), {}, False),
+    "many columns": ("batch", (20, 700), {}, False),
+    "tall columns": ("batch", (40_000, 5), {}, False),
+    "channels first": ("batch", (6, 5, 9, 7), {}, False),
+    "channels last": ("batch", (6, 9, 7, 5), {"axis": -1}, False),
+    "large channels": ("batch", (2, 3, 200, 300), {}, False),
+    "copied channels": ("batch", (40, 6, 30, 9), {}, True),
+    "layer": ("layer", (50, 33), {}, False),
+    "few long rows": ("layer", (3, 100_001), {}, False),
+    "many rows": ("layer", (3000, 16), {}, False),
+    "copied rows": ("layer", (9, 30), {}, True),
+    "rms": ("rms", (50, 33), {}, False),
+    "long rms": ("rms", (3, 70_001), {}, False),
+    "groups": ("group", (4, 6, 9, 7), {"num_groups": 3}, False),
+    "groups, channels last": ("group", (4, 9, 7, 6), {"num_groups": 3, "axis": -1}, False),
+    "groups of one pixel": ("group", (40, 12), {"num_groups": 3}, False),
+    "large groups": ("group", (2, 6, 80, 90), {"num_groups": 2}, False),
+    "copied groups": ("group", (4, 6, 5, 5), {"num_groups": 3}, True),
+    "instance": ("instance", (4, 6, 9, 7), {}, False),
+    "instance, channels last": ("instance", (4, 9, 7, 6), {"axis": -1}, False),
+}
+
+
+def in_layout(a, strided):
+    if strided:
+        a = np.repeat(a, 2, axis=-1)[..., ::2]
+    return a
+
+
+def parameters_of(geometry, dtype, rng):
+    """gamma, and beta where there is one, by name."""
+    norm, shape, options, _ = GEOMETRIES[geometry]
+    axis = options.get("axis", -1 if norm in ("layer", "rms") else 1)
+    gamma = (1 + 0.3 * rng.standard_normal(shape[axis])).astype(dtype)
+    return {"gamma": gamma} if norm == "rms" else {"gamma": gamma, "beta": np.full_like(gamma, 0.3)}
+
+
+def run(module, geometry, x, dy, parameters, **options):
+    """y, dx and the gradients of the parameters."""
+    name = GEOMETRIES[geometry][0] + "_norm"
+    y, cache = getattr(module, name)(x, **parameters, **options, **GEOMETRIES[geometry][2])
+    return y, *getattr(module, name + "_backward")(dy, cache)
+
+
+def worst(results, wanted):
+    """The largest error of each, relative to its largest number."""
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [1e6, -1e4])
+def test_gradients_far_from_zero(geometry, dtype, offset, rng):
+    _, shape, _, strided = GEOMETRIES[geometry]
+    x = in_layout(rng.standard_normal(shape).astype(dtype), strided)
+    dy = in_layout((offset + rng.standard_normal(shape)).astype(dtype), strided)
+    for parameters in (parameters_of(geometry, dtype, rng), parameters_of(geometry, dtype, rng)):
+        if parameters["gamma"].flags.writeable:
+            wanted = run(
+                reference,
+                geometry,
+                *(a.astype(np.float64) for a in (x, dy)),
+                {n: a.astype(np.float64) for n, a in parameters.items()},
+            )
+            assert worst(run(normext, geometry, x, dy, parameters), wanted) <= (2e-6 if dtype == np.float32 else 1e-9)
+        parameters["gamma"][:] = 1
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (np.float32, 2.0**-138),
+        (np.float32, 2.0**-130),
+        (np.float32, 2.0**125),
+        (np.float64, 2.0**-1000),
+        (np.float64, 2.0**-520),
+        (np.float64, 2.0**513),
+        (np.float64, 2.0**1020),
+    ],
+)
+def test_numbers_of_any_size(geometry, dtype, scale, rng):
+    """Normalized with eps 0, they are what they are near 1, which needs no more than float64; dx has their inverse size."""
+    norm, shape, _, strided = GEOMETRIES[geometry]
+    small = np.float64(1 / scale if scale > 1 else min(1.0, scale * 2**100))  # of dy: dx is in range
+    x = in_layout((np.clip(rng.standard_normal(shape), -4, 4) * scale).astype(dtype), strided)
+    dy = in_layout((rng.standard_normal(shape) * (small if scale < 1 else 1)).astype(dtype), strided)
+    parameters = parameters_of(geometry, dtype, rng)
+    y, dx, *gradients = run(normext, geometry, x, dy, parameters, eps=0.0)
+    with np.errstate(over="ignore"):
+        ordinary = x.astype(np.float64) / scale
+    wanted_y, wanted_dx, *wanted = run(
+        reference,
+        geometry,
+        ordinary,
+        dy.astype(np.float64) / small if scale < 1 else dy.astype(np.float64),
+        {n: a.astype(np.float64) for n, a in parameters.items()},
+        eps=0.0,
+    )
+    limit = 2e-6 if dtype == np.float32 else 1e-12
+    assert worst([y], [wanted_y]) <= limit
+    if scale < 1:
+        dx, gradients = dx.astype(np.float64) * scale / small, [g.astype(np.float64) / small for g in gradients]
+    if scale > 1:
+        dx = dx.astype(np.float64) * scale
+        limit_dx = 1e-4 if 1 / scale < np.finfo(dtype).smallest_normal * 1e4 else limit  # of denormals
+    else:
+        limit_dx = limit
+    assert worst([dx], [wanted_dx]) <= limit_dx
+    assert worst(gradients, wanted) <= limit
+
+
+def test_running_variance_beyond_float64():
+    x = np.random.default_rng(0).standard_normal((50, 3)) * 1e200
+    running_mean, running_var = np.zeros(3), np.ones(3)
+    y, _ = normext.batch_norm(x, running_mean=running_mean, running_var=running_var)
+    assert np.isinf(running_var).all() and np.isfinite(running_mean).all()
+    assert np.abs(y - exact(x / 1e200, 0, eps=0.0)).max() <= 1e-13
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_rule_of_what_is_not_finite(geometry, dtype, value, eps, rng):
+    """What shares a statistic with it is NaN (RMS norm of an infinity: 0, and NaN in its place), and nothing else changes."""
+    norm, shape, _, strided = GEOMETRIES[geometry]
+    x = rng.standard_normal(shape).astype(dtype)
+    dy = in_layout(rng.standard_normal(shape).astype(dtype), strided)
+    parameters = parameters_of(geometry, np.float64 if dtype == np.float64 else np.float32, rng)
+    clean = run(normext, geometry, in_layout(x, strided), dy, parameters, eps=eps)
+    x.flat[x.size // 2 + 1] = value
+    results = run(normext, geometry, in_layout(x, strided), dy, parameters, eps=eps)
+    with np.errstate(all="ignore"):
+        wanted = run(reference, geometry, x.astype(np.float64), dy.astype(np.float64), parameters, eps=eps)
+    for a, b, before in zip(results, wanted, clean, strict=True):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        assert np.isnan(a).any() or a is results[-1]  # dbeta does not depend on x
+    for a, before in zip(results[:2], clean, strict=False):
+        kept = np.isfinite(a) & (a != 0)
+        np.testing.assert_array_equal(a[kept], before[kept])
+        assert norm == "rms" or not (a[np.isfinite(a)] == 0).all()
+
+
+def test_constant_rows_do_not_divide_by_zero():
+    for norm in (normext.layer_norm, normext.batch_norm):
+        y, _ = norm(np.full((4, 4), 3, np.float32), beta=np.arange(4, dtype=np.float32), eps=0.0)
+        np.testing.assert_array_equal(y, np.broadcast_to(np.arange(4), (4, 4)))
+
+
+def test_one_far_gradient_leaves_its_neighbours(rng):
+    x, dy = (rng.standard_normal((64, 30)).astype(np.float32) for _ in range(2))
+    far = dy.copy()
+    far[:, 7] += 1e6
+    for columns in (True, False):
+        a, b, c = (x, dy, far) if columns else (x.T.copy(), dy.T.copy(), far.T.copy())
+        norm, backward = (
+            (normext.batch_norm, normext.batch_norm_backward)
+            if columns
+            else (normext.layer_norm, normext.layer_norm_backward)
+        )
+        alone, together = (backward(g, norm(a)[1])[0] for g in (b, c))
+        np.testing.assert_array_equal(
+            np.delete(alone, 7, axis=columns * 1), np.delete(together, 7, axis=columns * 1)
+        )
+
+
+@pytest.mark.parametrize("outlier", [0, 1e12, -1e30])
+def test_an_outlier_among_the_first_gradients(outlier, rng):
+    """It is one of the numbers that tell where the others are, at most."""
+    for shape in ((5000, 3), (3, 5000)):
+        x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+        dy[:1, :1] = outlier
+        norm = "batch" if shape[0] > shape[1] else "layer"
+        cache = getattr(normext, norm + "_norm")(x, gamma=np.ones(shape[1], np.float32))[1]
+        wanted = getattr(reference, norm + "_norm")(x.astype(np.float64), gamma=np.ones(shape[1]))[1]
+        results = getattr(normext, norm + "_norm_backward")(dy, cache)[:2]
+        assert worst(results, getattr(reference, norm + "_norm_backward")(dy.astype(np.float64), wanted)[:2]) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("geometry", ["columns", "channels first", "channels last", "copied channels"])
+def test_relu_gate_where_y_underflows(geometry, dtype, rng):
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype) if dtype == "bfloat16" else dtype)
+    _, shape, options, strided = GEOMETRIES[geometry]
+    least = 2.0**-24 if dtype == np.float16 else 2.0**-133
+    x = in_layout(rng.standard_normal(shape).astype(dtype), strided)
+    axis = options.get("axis", 1)
+    gamma = np.full(shape[axis], least, np.float32)  # y is some of the smallest numbers, or half of one
+    y, cache = normext.batch_norm(x, gamma, axis=axis, activation="relu")
+    assert 0.6 < (np.asarray(y, np.float32) == 0).mean() < 0.8
+    _, dgamma, _ = normext.batch_norm_backward(np.ones(shape, dtype), cache)
+    _, channels, _ = normext.batch_norm_backward((np.asarray(y, np.float32) > 0).astype(dtype), cache)
+    np.testing.assert_array_equal(dgamma, channels)
+    beta = np.zeros(shape[axis], np.float32)
+    y, cache = normext.batch_norm(x, gamma, beta, axis=axis, activation="relu")
+    dbeta = normext.batch_norm_backward(np.ones(shape, dtype), cache)[2]
+    others = tuple(i for i in range(len(shape)) if i != axis % len(shape))
+    np.testing.assert_array_equal(dbeta, (np.asarray(y, np.float32) > 0).sum(others))
 
 
 def test_one_channel_out_of_range_leaves_its_neighbours():
