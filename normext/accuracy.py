@@ -1,8 +1,8 @@
 """Exactness on data where textbook formulas lose their digits, and with it ``normext check --accuracy``.
 
-float32 data far from zero, with wild outliers, constant, or at the ends of float32's range, and gradients far from zero:
-what batch and layer norm make of them, forward and backward, against the same in float64; beside it the textbook formula in NumPy (in float32),
-and PyTorch and JAX where they are installed.
+float32 data far from zero, with wild outliers, constant, or at the ends of float32's range, and gradients far from
+zero: what batch and layer norm make of them, forward and backward, against the same in float64; beside it the textbook
+formula in NumPy (in float32), and PyTorch and JAX where they are installed.
 """
 
 import contextlib

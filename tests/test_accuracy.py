@@ -14,6 +14,11 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
 def exact(x, axis, eps=1e-5):
     deviation = x.astype(np.float64)
     deviation -= deviation.mean(axis, keepdims=True)
@@ -179,16 +184,13 @@ def test_gradients_far_from_zero(geometry, dtype, offset, rng):
     _, shape, _, strided = GEOMETRIES[geometry]
     x = in_layout(rng.standard_normal(shape).astype(dtype), strided)
     dy = in_layout((offset + rng.standard_normal(shape)).astype(dtype), strided)
-    for parameters in (parameters_of(geometry, dtype, rng), parameters_of(geometry, dtype, rng)):
-        if parameters["gamma"].flags.writeable:
-            wanted = run(
-                reference,
-                geometry,
-                *(a.astype(np.float64) for a in (x, dy)),
-                {n: a.astype(np.float64) for n, a in parameters.items()},
-            )
-            assert worst(run(normext, geometry, x, dy, parameters), wanted) <= (2e-6 if dtype == np.float32 else 1e-9)
-        parameters["gamma"][:] = 1
+    parameters = parameters_of(geometry, dtype, rng)
+    for gamma in (parameters["gamma"], np.full_like(parameters["gamma"], 1.1)):  # with the latter most of dy cancels
+        parameters["gamma"] = gamma
+        wide = {name: a.astype(np.longdouble) for name, a in parameters.items()}
+        wanted = run(reference, geometry, x.astype(np.longdouble), dy.astype(np.longdouble), wide)
+        # Where a long double is but a double, the twin is no better than the latter limit.
+        assert worst(run(normext, geometry, x, dy, parameters), wanted) <= (2e-6 if dtype == np.float32 else 1e-7)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -205,34 +207,20 @@ def test_gradients_far_from_zero(geometry, dtype, offset, rng):
     ],
 )
 def test_numbers_of_any_size(geometry, dtype, scale, rng):
-    """Normalized with eps 0, they are what they are near 1, which needs no more than float64; dx has their inverse size."""
+    """Normalized with eps 0, they are what they are near 1; dx has their inverse size."""
     norm, shape, _, strided = GEOMETRIES[geometry]
-    small = np.float64(1 / scale if scale > 1 else min(1.0, scale * 2**100))  # of dy: dx is in range
+    dy_scale = min(scale, 1) * (2.0**100 if scale < 1 else 1)  # so that dx is in range
     x = in_layout((np.clip(rng.standard_normal(shape), -4, 4) * scale).astype(dtype), strided)
-    dy = in_layout((rng.standard_normal(shape) * (small if scale < 1 else 1)).astype(dtype), strided)
+    dy = in_layout((rng.standard_normal(shape) * dy_scale).astype(dtype), strided)
     parameters = parameters_of(geometry, dtype, rng)
-    y, dx, *gradients = run(normext, geometry, x, dy, parameters, eps=0.0)
-    with np.errstate(over="ignore"):
-        ordinary = x.astype(np.float64) / scale
-    wanted_y, wanted_dx, *wanted = run(
-        reference,
-        geometry,
-        ordinary,
-        dy.astype(np.float64) / small if scale < 1 else dy.astype(np.float64),
-        {n: a.astype(np.float64) for n, a in parameters.items()},
-        eps=0.0,
-    )
+    y, dx, *gradients = (a.astype(np.float64) for a in run(normext, geometry, x, dy, parameters, eps=0.0))
+    wide = {name: a.astype(np.float64) for name, a in parameters.items()}
+    ordinary, unit = (a.astype(np.float64) / by for a, by in ((x, scale), (dy, dy_scale)))
+    wanted_y, wanted_dx, *wanted = run(reference, geometry, ordinary, unit, wide, eps=0.0)
     limit = 2e-6 if dtype == np.float32 else 1e-12
-    assert worst([y], [wanted_y]) <= limit
-    if scale < 1:
-        dx, gradients = dx.astype(np.float64) * scale / small, [g.astype(np.float64) / small for g in gradients]
-    if scale > 1:
-        dx = dx.astype(np.float64) * scale
-        limit_dx = 1e-4 if 1 / scale < np.finfo(dtype).smallest_normal * 1e4 else limit  # of denormals
-    else:
-        limit_dx = limit
-    assert worst([dx], [wanted_dx]) <= limit_dx
-    assert worst(gradients, wanted) <= limit
+    assert worst([y, *(a / dy_scale for a in gradients)], [wanted_y, *wanted]) <= limit
+    if dy_scale / scale > np.finfo(dtype).smallest_normal * 2**30:  # or dx has lost its digits to denormals
+        assert worst([dx / dy_scale * scale], [wanted_dx]) <= limit
 
 
 def test_running_variance_beyond_float64():
@@ -248,7 +236,7 @@ def test_running_variance_beyond_float64():
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
 def test_rule_of_what_is_not_finite(geometry, dtype, value, eps, rng):
-    """What shares a statistic with it is NaN (RMS norm of an infinity: 0, and NaN in its place), and nothing else changes."""
+    """What shares a statistic with it is NaN (RMS norm of an infinity: 0, and NaN in its place), and nothing else."""
     norm, shape, _, strided = GEOMETRIES[geometry]
     x = rng.standard_normal(shape).astype(dtype)
     dy = in_layout(rng.standard_normal(shape).astype(dtype), strided)
@@ -258,19 +246,13 @@ def test_rule_of_what_is_not_finite(geometry, dtype, value, eps, rng):
     results = run(normext, geometry, in_layout(x, strided), dy, parameters, eps=eps)
     with np.errstate(all="ignore"):
         wanted = run(reference, geometry, x.astype(np.float64), dy.astype(np.float64), parameters, eps=eps)
-    for a, b, before in zip(results, wanted, clean, strict=True):
+    for a, b in zip(results, wanted, strict=True):
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         assert np.isnan(a).any() or a is results[-1]  # dbeta does not depend on x
     for a, before in zip(results[:2], clean, strict=False):
         kept = np.isfinite(a) & (a != 0)
         np.testing.assert_array_equal(a[kept], before[kept])
         assert norm == "rms" or not (a[np.isfinite(a)] == 0).all()
-
-
-def test_constant_rows_do_not_divide_by_zero():
-    for norm in (normext.layer_norm, normext.batch_norm):
-        y, _ = norm(np.full((4, 4), 3, np.float32), beta=np.arange(4, dtype=np.float32), eps=0.0)
-        np.testing.assert_array_equal(y, np.broadcast_to(np.arange(4), (4, 4)))
 
 
 def test_one_far_gradient_leaves_its_neighbours(rng):
@@ -285,9 +267,7 @@ def test_one_far_gradient_leaves_its_neighbours(rng):
             else (normext.layer_norm, normext.layer_norm_backward)
         )
         alone, together = (backward(g, norm(a)[1])[0] for g in (b, c))
-        np.testing.assert_array_equal(
-            np.delete(alone, 7, axis=columns * 1), np.delete(together, 7, axis=columns * 1)
-        )
+        np.testing.assert_array_equal(np.delete(alone, 7, axis=columns * 1), np.delete(together, 7, axis=columns * 1))
 
 
 @pytest.mark.parametrize("outlier", [0, 1e12, -1e30])

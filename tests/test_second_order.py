@@ -280,3 +280,16 @@ def test_gradient_penalty_of_a_critic(norm):
     assert relative_error(penalty_W, numerical_gradient(penalty, W)) < 1e-7
     assert relative_error(penalty_gamma + gamma_through_y, numerical_gradient(penalty, gamma)) < 1e-7
     assert relative_error(penalty_beta, numerical_gradient(penalty, beta)) < 1e-7
+
+
+@pytest.mark.parametrize("norm", [BATCH, LAYER])
+def test_gradients_far_from_zero(norm):
+    """What all ddx have in common drops out, and so does what all dy of a channel have, in digits too."""
+    forward, _, second = norm
+    rng = np.random.default_rng(0)
+    x, dy, ddx = (np.round(rng.standard_normal((5000, 6)) * 2**16) / 2**16 for _ in range(3))
+    x, dy, ddx = (x, dy, ddx) if norm is BATCH else (x.T.copy(), dy.T.copy(), ddx.T.copy())
+    _, cache = forward(x, gamma=np.linspace(1, 2, x.shape[1]))
+    near = second(ddx, dy, cache, ddgamma=np.ones(x.shape[1]))
+    far = second(ddx + 2**20, dy + 2**20 if norm is BATCH else dy, cache, ddgamma=np.ones(x.shape[1]))
+    assert max(relative_error(a, b) for a, b in zip(far, near, strict=True)) <= 1e-8
