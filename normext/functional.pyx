@@ -1534,7 +1534,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
                            doubles(dbeta) + group * per_group, doubles(dgamma) + group * per_group)
         return 0
     mean, rstd = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
-    work = np.empty((2, N, groups * per_group))
+    work = np.empty((3, N, groups * per_group))
     sums, dots = doubles(work), doubles(work) + N * groups * per_group
     if layout == CHANNELS_LAST:
         columns = channel_columns(x_view, groups)
@@ -1552,7 +1552,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
             runs = channel_runs(x_block, groups)
             grouped_backward(kernels_of(x_block, runs.n, data(dy_block), data(dx_block)), runs, runs_operand(x_block, runs),
                              runs_operand(dy_block, runs), runs_operand(dx_block, runs), data(gamma), doubles(mean[piece]),
-                             doubles(rstd[piece]), doubles(work[0, piece]), doubles(work[1, piece]))
+                             doubles(rstd[piece]), doubles(work[0, piece]), doubles(work[1, piece]), doubles(work[2, piece]))
             if layout == COPIED:
                 put_block(dx_view, piece, dx_block, block_scale)
     add_rows(N, groups * per_group, sums, doubles(dbeta))

@@ -159,14 +159,15 @@ cdef int groups_backward(int type, Py_ssize_t outer, Py_ssize_t groups, Py_ssize
     zero(dbeta, channels)
     if size == 0:
         return NORMEXT_OK
-    sums = <double *> PyMem_Malloc(2 * outer * channels * sizeof(double))
+    sums = <double *> PyMem_Malloc(3 * outer * channels * sizeof(double))
     if sums == NULL:
         return NORMEXT_NO_MEMORY
     dots = sums + outer * channels
     try:
         grouped_backward(norm_kernels(type, size, inner, dy, dx), Runs(outer * groups, per_group, inner, channels),
                          Operand(<char *> x, per_group * inner, inner), Operand(<char *> dy, per_group * inner, inner),
-                         Operand(<char *> dx, per_group * inner, inner), <const char *> gamma, mean, rstd, sums, dots)
+                         Operand(<char *> dx, per_group * inner, inner), <const char *> gamma, mean, rstd, sums, dots,
+                         dots + outer * channels)
         for i in range(outer):
             for j in range(channels):
                 dbeta[j] += sums[i * channels + j]

@@ -152,7 +152,7 @@ cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols
         return 0
     if training:
         partial, work = np.empty((chunks, 2, cols)), np.empty(cols)
-        for attempt in range(2):  # the second with scales that the first has found
+        for _attempt in range(2):  # the second with scales that the first has found
             for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
                 tile_moments(k, tile_at(task, chunks, rows, cols), x, scale + task % strips * STRIP if scale != NULL else NULL,
                              &partial[task // strips, 0, task % strips * STRIP], &partial[task // strips, 1, task % strips * STRIP])
@@ -233,8 +233,8 @@ cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Oper
     cdef double found[STRIP]
     if not given:
         tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, pivots + t.col if pivots != NULL else NULL, sums + t.col, dots + t.col)
-        if training and dx.data != NULL and k.cols_are_far(at(dy, k.itemsize, t.row, t.col), dy.run_stride, t.rows,
-                                                                      t.cols, sums + t.col, count, found):
+        if training and dx.data != NULL and k.cols_are_far(at(dy, k.itemsize, t.row, t.col), dy.run_stride, t.rows, t.cols,
+                                                           sums + t.col, count, found):
             tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, found, sums + t.col, dots + t.col)
     if dx.data != NULL:
         tile_combine(k, t, count, x, dy, dx, gamma, beta, training, relu, mean, rstd, sums, dots)
@@ -269,8 +269,9 @@ cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols,
                 for chunk in range(chunks):
                     sums[j] += partial[chunk, 0, j]
                     dots[j] += partial[chunk, 1, j]
-            if attempt == 1 or not training or dx.data == NULL or not k.cols_are_far(dy.data, dy.run_stride, rows, cols,
-                                                                                               sums, count, &found[0]):
+            if attempt == 1 or not training or dx.data == NULL:
+                break
+            if not k.cols_are_far(dy.data, dy.run_stride, rows, cols, sums, count, &found[0]):
                 break
             pivots = &found[0]
     if dx.data == NULL:

@@ -61,9 +61,9 @@ cdef extern from "kernels.h" nogil:
                               const double *mean, const double *rstd, const void *more,
                               ptrdiff_t more_stride) noexcept nogil
         ptrdiff_t (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
-                                ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
-                                ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
-                                const double *mean, const double *rstd, double *sum, double *dot) noexcept nogil
+                                     ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
+                                     ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
+                                     const double *mean, const double *rstd, double *sum, double *dot) noexcept nogil
         void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum,
                          ptrdiff_t sum_stride, ptrdiff_t runs, ptrdiff_t n) noexcept nogil
         void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y,

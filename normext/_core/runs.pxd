@@ -33,4 +33,4 @@ cdef int layer_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                         Statistics statistics, const double *mean, const double *rstd, double *dbeta,
                         double *dgamma) except -1
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                          const double *mean, const double *rstd, double *sums, double *dots) except -1
+                          const double *mean, const double *rstd, double *sums, double *dots, double *deviations) except -1

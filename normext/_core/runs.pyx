@@ -498,7 +498,7 @@ cdef void run_dots_of_group(const nx_kernels *k, Runs shape, Operand x, Operand 
 
 cdef void run_deviations(const nx_kernels *k, Runs shape, Operand x, Py_ssize_t group, double mean, double *deviations) noexcept nogil:
     """Each run's sum of x - mean."""
-    cdef Py_ssize_t r, index, blocks
+    cdef Py_ssize_t r
     cdef nx_moments m
     cdef Runs one = Runs(shape.groups, 1, shape.n, shape.channels)
     cdef Operand run = Operand(x.data, x.group_stride, 0)
@@ -563,12 +563,13 @@ cdef void backward_some_groups(const nx_kernels *k, Runs shape, Operand x, Opera
 
 
 cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                          const double *mean, const double *rstd, double *sums, double *dots) except -1:
-    """The gradient dx and, for each run of each group, sum(dy) and sum(dy * xhat); gamma is PER_RUN."""
+                          const double *mean, const double *rstd, double *sums, double *dots, double *deviations) except -1:
+    """The gradient dx and, for each run of each group, sum(dy) and sum(dy * xhat); gamma is PER_RUN.
+
+    `deviations` is work space, a number for each run of each group.
+    """
     cdef Py_ssize_t group, task, tasks
     cdef int threads = threads_for(shape.groups, shape.groups * shape.runs * shape.n)
-    cdef double[::1] work = np.empty(shape.groups * shape.runs)
-    cdef double *deviations = &work[0]
     if block_count(shape, k.run_block) == 1:
         tasks = threads  # each group is on its own, and no bit depends on the split
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
