@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ import normext
 from normext import accuracy, gradcheck
 from normext._version import how_to_install
 from normext.cli import main
+
+needs_studies = pytest.mark.skipif(
+    not all(map(find_spec, ("matplotlib", "sklearn", "tqdm"))), reason="needs the packages of the extra study"
+)
 
 
 def error_line(capsys, *argv):
@@ -147,6 +152,7 @@ def test_too_few_cifar10_images_are_one_line(capsys, tmp_path):
     )
 
 
+@needs_studies
 def test_cifar10_in_its_published_layout_is_studied(capsys, tmp_path):
     folder = write_cifar10(tmp_path / "cifar")
     argv = ["study", "deep", "--quick", "--data", "cifar10", "--data-dir", str(folder), "--out", str(tmp_path / "out")]
@@ -155,6 +161,7 @@ def test_cifar10_in_its_published_layout_is_studied(capsys, tmp_path):
     assert "CIFAR-10, 1000 training and 1000 validation images" in report
 
 
+@needs_studies
 @pytest.mark.parametrize("place", ["", "out", "out/deep", "out/deep/trainings"])
 def test_results_that_cannot_be_written_are_found_before_any_training(capsys, tmp_path, place):
     obstacle = tmp_path / "file" / place if place else tmp_path / "file"
@@ -164,6 +171,7 @@ def test_results_that_cannot_be_written_are_found_before_any_training(capsys, tm
     assert f"cannot write results into {tmp_path / 'file' / 'out' / 'deep'}" in line
 
 
+@needs_studies
 @pytest.mark.parametrize(
     "module, package", [("tqdm", "tqdm"), ("matplotlib.figure", "matplotlib"), ("sklearn.datasets", "scikit-learn")]
 )

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from normext.cs231n import fast_layers, im2col, layer_utils, layers
 from normext.cs231n.classifiers.cnn import ThreeLayerConvNet
 from normext.cs231n.im2col_cython import col2im_cython, im2col_cython
 from normext.cs231n.solver import Solver
 from normext.gradcheck import numerical_gradient, relative_error
+
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 LIMIT = 1e-7  # for centred differences in float64
 NORMALIZATIONS = [None, "batchnorm", "layernorm", "groupnorm", "instancenorm"]

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from normext._core import updates
 from normext.cs231n import layer_utils, optim
@@ -15,6 +14,8 @@ from normext.cs231n.classifiers.fc_net import FullyConnectedNet, TwoLayerNet
 from normext.cs231n.gradient_check import eval_numerical_gradient
 from normext.cs231n.solver import Solver
 from normext.gradcheck import numerical_gradient
+
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 NORMALIZATIONS = [None, "batchnorm", "layernorm", "rmsnorm", "groupnorm"]
 

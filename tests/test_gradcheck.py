@@ -1,5 +1,7 @@
 """normext.gradcheck: right results pass, and each kind of wrong one is caught."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,8 @@ def test_every_layer_passes_with_room():
     rows = check_layers()
     assert {row.layer for row in rows} == {layer.name for layer in LAYERS}
     assert [row for row in rows if not row.ok] == []
-    assert {row.comparison for row in rows} == set(LIMITS)
+    without = set() if find_spec("ml_dtypes") else {"bfloat16"}
+    assert {row.comparison for row in rows} == set(LIMITS) - without
 
 
 def test_a_layer_is_compared_in_all_its_results():

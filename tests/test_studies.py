@@ -16,9 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
-from sklearn.datasets import load_digits
 
 import normext
 from normext._files import new_file
@@ -33,6 +30,11 @@ from normext.studies.plots import NORM_STYLES
 from normext.studies.study import Result, run_studies
 from normext.studies.training import History, Training, load_history, save_history
 from normext.studies.weight_scale import WeightScale
+
+to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
+imread = pytest.importorskip("matplotlib.image").imread
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
+pytest.importorskip("tqdm")
 
 ALL = [study for studies in STUDIES.values() for study in studies]
 TINY = Training(
