@@ -59,7 +59,7 @@ class BuildExt(build_ext):
 
     def finalize_options(self):
         super().finalize_options()
-        if self.editable_mode:  # for which setuptools names folders that it removes afterwards
+        if getattr(self, "editable_mode", False):  # since setuptools 64, which then names folders that it removes
             build = type(self.get_finalized_command("build"))(self.distribution)
             build.ensure_finalized()
             self.build_temp, self.build_lib = build.build_temp, build.build_platlib
