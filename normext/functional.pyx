@@ -58,6 +58,8 @@ from normext._core.runs cimport (
 )
 from normext._core.runtime cimport norm_kernels
 
+from normext._core.blocks import blocks, close_gate, merge_block, put_block, scaled
+
 cnp.import_array()
 
 __all__ = [
@@ -72,9 +74,6 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
 ]
-
-cdef enum:
-    COPY_BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked
 
 # Whether backward passes look for a change of what their caches refer to. That reads it once more in each pass.
 cdef bint debugging = os.environ.get("NORMEXT_DEBUG", "0") not in ("", "0")
@@ -482,27 +481,6 @@ cdef bint row_layout(tuple arrays, int axis, Runs *shape, Operand *operands) exc
     return True
 
 
-def blocks(tuple shape, axes):
-    """Indices that cut an array into blocks of about COPY_BLOCK elements, along the longest of `axes`, then the next."""
-    index = [slice(None)] * len(shape)
-
-    def cut(axes, size):
-        if size <= COPY_BLOCK or not axes:
-            yield tuple(index)
-            return
-        axis = axes[0]
-        step = max(1, shape[axis] * COPY_BLOCK // size)
-        for start in range(0, shape[axis], step):
-            index[axis] = slice(start, min(start + step, shape[axis]))
-            yield from cut(axes[1:], size // shape[axis] * step)
-        index[axis] = slice(None)
-
-    size = 1
-    for length in shape:
-        size *= length
-    return cut(sorted(axes, key=lambda i: -shape[i]), size)
-
-
 cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index, bint wide=False):
     """A block as the kernels want it: contiguous and native, and in the type that it is computed in, or in float64."""
     return np.array(a[index], dtype=np.float64 if wide else computing_dtype(a), order="C")
@@ -523,25 +501,11 @@ cdef cnp.ndarray out_of_range(cnp.ndarray x, cnp.ndarray rstd):
 
 cdef cnp.ndarray scaled_copy(cnp.ndarray a, tuple index, object scale):
     """A block, in float64 and times a scale of as many axes, if there is one."""
-    if scale is None:
-        return block_copy(a, index)
-    with np.errstate(all="ignore"):
-        return block_copy(a, index, True) * scale
+    return block_copy(a, index) if scale is None else scaled(block_copy(a, index, True), scale)
 
 
 cdef cnp.ndarray float64(cnp.ndarray p):
     return None if p is None else p.astype(np.float64)
-
-
-cdef int put_block(cnp.ndarray to, object index, cnp.ndarray block, object scale=None, object more=None) except -1:
-    """Store a block, times a scale and plus what else there is; what overflows does so in silence, as in the kernels."""
-    with np.errstate(all="ignore"):
-        if scale is not None:
-            block *= scale
-        if more is not None:
-            block += more
-        to[index] = block
-    return 0
 
 
 # Batch norm ------------------------------------------------------------------------------------------------------------------
@@ -598,20 +562,14 @@ cdef int moments_by_blocks(cnp.ndarray x, int axis, double eps, cnp.ndarray mean
         for index in blocks((<object> x).shape, range(x.ndim)):
             x_block, channels = block_copy(x, index), index[axis]
             if scale is not None:
-                x_block *= per_channel(scale[channels], x.ndim, axis)
+                scaled(x_block, per_channel(scale[channels], x.ndim, axis))
             block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
             batch_layout((x_block,), axis, &layout)
             layout.operands[1].data = NULL
             batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd), doubles(block_var),
                           NULL)
-            # The merge of kernels.h, for all channels of the block at once.
             n = x_block.size // x_block.shape[axis]
-            total = count[channels] + n
-            with np.errstate(all="ignore"):
-                delta = block_mean - mean[channels]
-                m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
-                mean[channels] += delta * (n / total)
-            count[channels] = total
+            merge_block(count[channels], mean[channels], m2[channels], n, block_mean, block_var)
         if attempt == 0:
             scale = np.ones(all_channels)
             if not nx_rescale_columns(&kernels_of(x, 0, NULL, NULL).range, all_channels, size, doubles(mean), doubles(m2),
@@ -654,8 +612,7 @@ cdef int gate_block(cnp.ndarray x, tuple index, int axis, cnp.ndarray gamma, cnp
     cdef cnp.ndarray x_block = block_copy(x, index), y_block = empty_like(x_block)
     batch_layout((x_block, y_block), axis, &layout)
     batch_forward(&layout, x_block, gamma, beta, False, 0, True, doubles(mean), doubles(rstd), NULL, NULL)
-    with np.errstate(all="ignore"):
-        dy_block[y_block.astype(x.dtype) <= 0] = 0
+    close_gate(dy_block, y_block, x.dtype)
     return 0
 
 
@@ -724,8 +681,11 @@ cdef Statistic statistic(cnp.ndarray s) noexcept:
 
 
 cdef void copy_numbers(cnp.ndarray source, cnp.ndarray to) noexcept:
-    """From a contiguous array to one of the same dtype and any stride, with nothing that could fail."""
-    cdef Py_ssize_t i, size = cnp.PyArray_ITEMSIZE(to)
+    """From a contiguous array to one of the same dtype and any stride, with nothing that could fail. None is nothing to copy."""
+    cdef Py_ssize_t i, size
+    if to is None:
+        return
+    size = cnp.PyArray_ITEMSIZE(to)
     for i in range(cnp.PyArray_DIM(to, 0)):
         memcpy(data(to) + i * cnp.PyArray_STRIDE(to, 0), data(source) + i * size, size)
 
@@ -894,9 +854,10 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
     else:
         batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, relu, mean, rstd, &running)
     if training_ and not (plain_mean is running_mean_ and plain_var is running_var_):
-        pairs = ((running_mean_, plain_mean), (running_var_, plain_var))
-        for numbers, array in [(plain.astype(array.dtype), array) for array, plain in pairs if array is not None]:
-            copy_numbers(numbers, array)
+        new_mean = None if running_mean_ is None else plain_mean.astype(running_mean_.dtype)
+        new_var = None if running_var_ is None else plain_var.astype(running_var_.dtype)
+        copy_numbers(new_mean, running_mean_)
+        copy_numbers(new_var, running_var_)
     finished(cache)
     return result
 
@@ -1415,16 +1376,26 @@ cdef enum GroupLayout:
     COPIED
 
 
+cdef tuple moved(tuple arrays, int axis, int to):
+    cdef list views = []
+    if axis == to:
+        return arrays
+    for a in arrays:  # a comprehension of Cython 3.3 frees its item twice where there is no memory for the list
+        view = np.moveaxis(a, axis, to)
+        views.append(view)
+    return tuple(views)
+
+
 cdef tuple group_layout(tuple arrays, int axis):
     """The layout of all arrays, and views of them with the channel axis where it wants them."""
     cdef tuple first, last
     cdef cnp.ndarray x = arrays[0]
     if cnp.PyArray_SIZE(x) == x.shape[0] * x.shape[axis] and all([is_plain(a) for a in arrays]):
         return ONE_PIXEL, arrays
-    first = arrays if axis == 1 else tuple([np.moveaxis(a, axis, 1) for a in arrays])
+    first = moved(arrays, axis, 1)
     if all([is_plain(a) for a in first]):
         return CHANNELS_FIRST, first
-    last = arrays if axis == x.ndim - 1 else tuple([np.moveaxis(a, axis, -1) for a in arrays])
+    last = moved(arrays, axis, x.ndim - 1)
     if all([is_plain(a) for a in last]):
         return CHANNELS_LAST, last
     return COPIED, first
@@ -1432,8 +1403,7 @@ cdef tuple group_layout(tuple arrays, int axis):
 
 cdef list example_blocks(cnp.ndarray x):
     """Slices along the first axis, a block each."""
-    cdef Py_ssize_t N = x.shape[0], step = max(1, COPY_BLOCK * N // x.size)
-    return [slice(start, min(start + step, N)) for start in range(0, N, step)]
+    return [index[0] for index in blocks((<object> x).shape, (0,))]
 
 
 cdef Runs channel_runs(cnp.ndarray x, Py_ssize_t num_groups):
@@ -1523,7 +1493,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
     cdef double *dots
     layout, (x_view, dy_view, dx_view) = group_layout((x, dy, dx), axis)
     if wide:
-        layout, (x_view, dy_view, dx_view), gamma = COPIED, [np.moveaxis(a, axis, 1) for a in (x, dy, dx)], float64(gamma)
+        layout, (x_view, dy_view, dx_view), gamma = COPIED, moved((x, dy, dx), axis, 1), float64(gamma)
         mean, rstd = mean * scale, rstd / scale
     if layout == ONE_PIXEL:
         mean, rstd = np.ascontiguousarray(mean.T), np.ascontiguousarray(rstd.T)
