@@ -257,18 +257,24 @@ static void FN(run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrd
     else FN(dots_loop)(x, x_stride, dy, dy_stride, runs, n, mean, NULL, NULL, NULL, sum, dot, step);
 }
 
-/* Whether gradients with this mean are far from zero, by some of a run. */
-NX_INLINE int FN(is_far)(const T *dy, ptrdiff_t n, const C *gamma, double mean)
+static int FN(run_is_far)(const void *dy_, ptrdiff_t n, const void *gamma_, double mean)
 {
-    if (n == 1) return 0;
+    const T *dy = dy_;
+    const C *gamma = gamma_;
     for (int i = 1; i < 8; i += 2) {
         ptrdiff_t j = i * n / 8;
         if (!nx_near(gamma ? FN(element)(dy + j) * (double)gamma[j] : FN(element)(dy + j), mean)) return 0;
     }
-    return 1;
+    return n > 1;
 }
 
-static int FN(run_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean) { return FN(is_far)(dy, n, gamma, mean); }
+/* The same where it is asked of many short runs: one number most often tells. */
+NX_INLINE int FN(is_far)(const T *dy, ptrdiff_t n, const C *gamma, double mean)
+{
+    ptrdiff_t j = n / 2;
+    double g = gamma ? FN(element)(dy + j) * (double)gamma[j] : FN(element)(dy + j);
+    return nx_near(g, mean) && FN(run_is_far)(dy, n, gamma, mean);
+}
 
 /* Some rows go through each step together, and while in the L1 cache: what one has to wait for in its statistics (a dozen additions,
  * divisions and a root, each needing the one before) the others fill with work. */

@@ -125,13 +125,15 @@ static void WR(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, p
                             ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a, ptrdiff_t step, double b, double c,
                             const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride)
 {
-#define COMBINE(gamma, relu, more) \
-    WR(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, pivot, a, step, b, c, gamma, relu, 1, more, more_stride)
-    if (gamma && more) COMBINE(gamma, NULL, more);
-    else if (gamma) COMBINE(gamma, NULL, NULL);
-    else if (more) COMBINE(NULL, NULL, more);
-    else if (relu) COMBINE(NULL, relu, NULL);
-    else COMBINE(NULL, NULL, NULL);
+#define COMBINE(gamma, relu, far, more)                                                                                      \
+    WR(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, pivot, a, step, b, c, gamma, relu, far, more, \
+                     more_stride)
+    if (gamma && n == 1) COMBINE(gamma, NULL, 0, more);
+    else if (gamma && more) COMBINE(gamma, NULL, 1, more);
+    else if (gamma) COMBINE(gamma, NULL, 1, NULL);
+    else if (more) COMBINE(NULL, NULL, 1, more);
+    else if (relu) COMBINE(NULL, relu, 1, NULL);
+    else COMBINE(NULL, NULL, 1, NULL);
 #undef COMBINE
 }
 

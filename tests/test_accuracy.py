@@ -313,3 +313,12 @@ def test_one_channel_out_of_range_leaves_its_neighbours():
     y, _ = normext.batch_norm(x)
     np.testing.assert_array_equal(np.delete(y, [7, 11], axis=1), np.delete(alone, [7, 11], axis=1))
     np.testing.assert_array_equal(y[:, 11], 0)
+
+
+def test_copied_constant_channels():
+    """Blocks of copies are merged here too; a mean of the first, times its scale, has no square."""
+    for value in (0.125, 0, 1e-300, 1e300):
+        x = in_layout(np.full((3, 2, 4), value), True)
+        y, cache = normext.batch_norm(x)
+        np.testing.assert_array_equal(y, 0)
+        np.testing.assert_array_equal(cache.mean, value)

@@ -54,6 +54,7 @@ def merge_block(
 ) -> None:
     """Add n numbers of each channel to its moments: the merge of kernels.h, for all channels of a block at once."""
     total = count + n
+    np.copyto(mean, block_mean, where=count == 0)  # as it is
     with np.errstate(all="ignore"):
         delta = block_mean - mean
         m2 += n * block_var + delta * delta * (count * (n / total))
