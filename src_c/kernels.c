@@ -35,7 +35,7 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define EC f32
 #define T_SQRT sqrtf
 #define T_INT int32_t /* as wide as T, so that comparisons of one choose among the other */
-#define T_RANGE {1e-30, 0x1p100, 0x1p-80}
+#define T_RANGE {1e-30, 0x1p100, 0x1p-80, 0x1p-22}
 #define T_LARGE 1e30 /* statistics up to this, and from its inverse on, are applied in C */
 #define T_UNDERFLOW 0 /* a result up to this becomes 0 when it is stored */
 #include "kernels_template.h"
@@ -46,7 +46,7 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define EC f64
 #define T_SQRT sqrt
 #define T_INT int64_t
-#define T_RANGE {1e-290, 0x1p600, 0x1p-540}
+#define T_RANGE {1e-290, 0x1p600, 0x1p-540, 0x1p-300}
 #define T_LARGE 1e290
 #define T_UNDERFLOW 0
 #include "kernels_template.h"
@@ -55,7 +55,7 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define E f16
 #define C float
 #define EC f32
-#define T_RANGE {1e-30, 0x1p100, 0x1p-80}
+#define T_RANGE {1e-30, 0x1p100, 0x1p-80, 0x1p-22}
 #define T_LARGE 1e30
 #define T_UNDERFLOW 0x1p-25f /* half the smallest number, which rounds to even */
 #include "kernels_template.h"
@@ -64,7 +64,7 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
 #define E bf16
 #define C float
 #define EC f32
-#define T_RANGE {1e-30, 0x1p100, 0x1p-80}
+#define T_RANGE {1e-30, 0x1p100, 0x1p-80, 0x1p-22}
 #define T_LARGE 1e30
 #define T_UNDERFLOW 0x1p-134f
 #include "kernels_template.h"

@@ -34,7 +34,7 @@ typedef struct {
 /* The squares of an element type: a variance below `tiny` has lost digits to denormals, and is taken anew of numbers `enlarge` times as
  * large; one that has overflowed, of numbers `shrink` times as large. Any number times one of both has a square in range. */
 typedef struct {
-    double tiny, enlarge, shrink;
+    double tiny, enlarge, shrink, near_zero;
 } nx_range;
 
 /* Merges the moments of two sets of numbers: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm
@@ -57,12 +57,12 @@ static inline void nx_merge(nx_moments *m, nx_moments other)
     m->count += other.count;
 }
 
-/* The scale that moments taken with scale 1 need. With a mean of 1 or more there is no underflow to mend: a deviation is 0 or some 1e-8 of
- * the mean, and the enlarged mean itself could overflow. */
+/* The scale that moments taken with scale 1 need. With a mean that is not near zero there is no underflow to mend: a deviation is 0 or an
+ * ulp of the mean at least, whose square is a normal number. Enlarged, the square of an ulp could overflow. */
 static inline double nx_rescale(const nx_range *range, nx_moments m)
 {
     if (!(m.m2 <= DBL_MAX)) return range->shrink;
-    return (m.m2 < range->tiny * m.count) & (fabs(m.mean) < 1) ? range->enlarge : 1;
+    return (m.m2 < range->tiny * m.count) & (fabs(m.mean) < range->near_zero) ? range->enlarge : 1;
 }
 
 /* Whether any of n columns needs another than 1, and then all their scales. */
@@ -71,7 +71,8 @@ static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double 
 {
     double any = 0; /* in the type of the numbers, to become vectors */
     for (ptrdiff_t j = 0; j < n; j++)
-        any += (m2[j] <= DBL_MAX ? 0.0 : 1.0) + (m2[j] < range->tiny * count ? 1.0 : 0.0) * (fabs(mean[j]) < 1 ? 1.0 : 0.0);
+        any +=
+            (m2[j] <= DBL_MAX ? 0.0 : 1.0) + (m2[j] < range->tiny * count ? 1.0 : 0.0) * (fabs(mean[j]) < range->near_zero ? 1.0 : 0.0);
     if (any == 0) return 0;
     for (ptrdiff_t j = 0; j < n; j++) scale[j] = nx_rescale(range, (nx_moments){count, mean[j], m2[j]});
     return 1;

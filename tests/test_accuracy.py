@@ -322,3 +322,25 @@ def test_copied_constant_channels():
         y, cache = normext.batch_norm(x)
         np.testing.assert_array_equal(y, 0)
         np.testing.assert_array_equal(cache.mean, value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("number", [0.1, 1 / 3, -0.9, 1e-3, 1e-5, 1e-30])
+def test_a_constant_gives_exactly_zero_however_its_mean_is_rounded(dtype, number):
+    """Its deviations from the mean are 0 or an ulp, and no scale may make something of that."""
+    for n in [*range(1, 40), 100, 1000, 4097]:
+        for norm, shape, options in (
+            ("batch_norm", (n, 3), {}),
+            ("batch_norm", (2, 3, n), {}),
+            ("batch_norm", (n, 3, 2), {"axis": 0}),
+            ("layer_norm", (3, n), {}),
+            ("group_norm", (3, 4, n), {"num_groups": 2}),
+            ("group_norm", (3, n, 4), {"num_groups": 2, "axis": -1}),
+            ("group_norm", (3, n), {"num_groups": 1}),
+            ("instance_norm", (3, 4, n), {}),
+        ):
+            x = np.full(shape, number, dtype)
+            for constant in (x, np.repeat(x, 2, -1)[..., ::2]):
+                for eps in (0.0, 1e-5):
+                    y, _ = getattr(normext, norm)(constant, eps=eps, **options)
+                    assert not y.any(), (norm, shape, eps)

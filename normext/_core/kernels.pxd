@@ -9,7 +9,7 @@ cdef extern from "kernels.h" nogil:
 
     void nx_merge(nx_moments *m, nx_moments other)
     ctypedef struct nx_range:
-        double tiny, enlarge, shrink
+        double tiny, enlarge, shrink, near_zero
 
     double nx_rescale(const nx_range *range, nx_moments m)
     bint nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count, const double *mean, const double *m2, double *scale)
