@@ -58,7 +58,10 @@ from normext._core.runs cimport (
 )
 from normext._core.runtime cimport norm_kernels
 
-from normext._core.blocks import blocks, close_gate, merge_block, put_block, scaled
+from normext._core.warnings_off import quietly
+
+cdef enum:
+    BLOCK = 1 << 15  # elements copied at a time from an array that cannot be walked: they stay in the second-level cache
 
 cnp.import_array()
 
@@ -481,6 +484,27 @@ cdef bint row_layout(tuple arrays, int axis, Runs *shape, Operand *operands) exc
     return True
 
 
+def blocks(tuple shape, axes):
+    """Indices that cut an array into blocks of about BLOCK elements, along the longest of `axes`, then the next."""
+    index = [slice(None)] * len(shape)
+
+    def cut(axes, size):
+        if size <= BLOCK or not axes:
+            yield tuple(index)
+            return
+        axis = axes[0]
+        step = max(1, shape[axis] * BLOCK // size)
+        for start in range(0, shape[axis], step):
+            index[axis] = slice(start, min(start + step, shape[axis]))
+            yield from cut(axes[1:], size // shape[axis] * step)
+        index[axis] = slice(None)
+
+    size = 1
+    for length in shape:
+        size *= length
+    return cut(sorted(axes, key=lambda i: -shape[i]), size)
+
+
 cdef cnp.ndarray block_copy(cnp.ndarray a, tuple index, bint wide=False):
     """A block as the kernels want it: contiguous and native, and in the type that it is computed in, or in float64."""
     return np.array(a[index], dtype=np.float64 if wide else computing_dtype(a), order="C")
@@ -501,11 +525,21 @@ cdef cnp.ndarray out_of_range(cnp.ndarray x, cnp.ndarray rstd):
 
 cdef cnp.ndarray scaled_copy(cnp.ndarray a, tuple index, object scale):
     """A block, in float64 and times a scale of as many axes, if there is one."""
-    return block_copy(a, index) if scale is None else scaled(block_copy(a, index, True), scale)
+    return block_copy(a, index) if scale is None else block_copy(a, index, True) * scale
 
 
 cdef cnp.ndarray float64(cnp.ndarray p):
     return None if p is None else p.astype(np.float64)
+
+
+cdef int put_block(cnp.ndarray to, object index, cnp.ndarray block, object scale=None, object more=None) except -1:
+    """Store a block, times a scale and plus what else there is."""
+    if scale is not None:
+        block *= scale
+    if more is not None:
+        block += more
+    to[index] = block
+    return 0
 
 
 # Batch norm ------------------------------------------------------------------------------------------------------------------
@@ -551,7 +585,7 @@ cdef object per_channel(cnp.ndarray p, int ndim, int axis):
     return None if p is None else (<object> p).reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
-cdef int moments_by_blocks(cnp.ndarray x, int axis, double eps, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var) except -1:
+def moments_by_blocks(cnp.ndarray x, int axis, double eps, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var):
     """Each channel's mean, inverse standard deviation and variance, of an array that has no layout."""
     cdef BatchLayout layout
     cdef cnp.ndarray x_block, block_mean, block_rstd, block_var, m2, scale = None
@@ -562,14 +596,20 @@ cdef int moments_by_blocks(cnp.ndarray x, int axis, double eps, cnp.ndarray mean
         for index in blocks((<object> x).shape, range(x.ndim)):
             x_block, channels = block_copy(x, index), index[axis]
             if scale is not None:
-                scaled(x_block, per_channel(scale[channels], x.ndim, axis))
+                x_block *= per_channel(scale[channels], x.ndim, axis)
             block_mean, block_rstd, block_var = np.empty((3, x_block.shape[axis]))
             batch_layout((x_block,), axis, &layout)
             layout.operands[1].data = NULL
             batch_forward(&layout, x_block, None, None, True, eps, False, doubles(block_mean), doubles(block_rstd), doubles(block_var),
                           NULL)
             n = x_block.size // x_block.shape[axis]
-            merge_block(count[channels], mean[channels], m2[channels], n, block_mean, block_var)
+            # The merge of kernels.h, for all channels of the block at once; the first block's mean as it is.
+            total = count[channels] + n
+            mean[channels] = np.where(count[channels] == 0, block_mean, mean[channels])
+            delta = block_mean - mean[channels]
+            m2[channels] += n * block_var + delta * delta * (count[channels] * (n / total))
+            mean[channels] += delta * (n / total)
+            count[channels] = total
         if attempt == 0:
             scale = np.ones(all_channels)
             if not nx_rescale_columns(&kernels_of(x, 0, NULL, NULL).range, all_channels, size, doubles(mean), doubles(m2),
@@ -578,20 +618,15 @@ cdef int moments_by_blocks(cnp.ndarray x, int axis, double eps, cnp.ndarray mean
     for j in range(all_channels):
         nx_finish_moments(nx_moments(size, doubles(mean)[j], doubles(m2)[j]), doubles(scale)[j], eps, doubles(mean) + j,
                           doubles(rstd) + j, doubles(var) + j)
-    return 0
 
 
-cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
-                                 double eps, bint relu, cnp.ndarray mean, cnp.ndarray rstd, const Running *running) except -1:
-    """batch_forward for arrays that have no layout."""
+def batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, double eps, bint relu,
+                            cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray var):
+    """batch_forward for arrays that have no layout. With a var it is training: mean, rstd and var are computed."""
     cdef BatchLayout layout
-    cdef cnp.ndarray x_block, y_block, var = None
-    cdef Py_ssize_t all_channels = mean.shape[0]
-    if training:
-        var = np.empty(all_channels)
+    cdef cnp.ndarray x_block, y_block
+    if var is not None:
         moments_by_blocks(x, axis, eps, mean, rstd, var)
-    else:
-        read_moments(running, 0, all_channels, eps, doubles(mean), doubles(rstd))
     for index in blocks((<object> x).shape, range(x.ndim)):
         x_block = block_copy(x, index)
         y_block = empty_like(x_block)
@@ -600,9 +635,6 @@ cdef int batch_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
         batch_forward(&layout, x_block, None if gamma is None else gamma[channels], None if beta is None else beta[channels], False,
                       eps, relu, doubles(mean[channels]), doubles(rstd[channels]), NULL, NULL)
         put_block(y, index, y_block)
-    if training:
-        update_moments(running, 0, all_channels, doubles(mean), doubles(var))
-    return 0
 
 
 cdef int gate_block(cnp.ndarray x, tuple index, int axis, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean, cnp.ndarray rstd,
@@ -612,7 +644,7 @@ cdef int gate_block(cnp.ndarray x, tuple index, int axis, cnp.ndarray gamma, cnp
     cdef cnp.ndarray x_block = block_copy(x, index), y_block = empty_like(x_block)
     batch_layout((x_block, y_block), axis, &layout)
     batch_forward(&layout, x_block, gamma, beta, False, 0, True, doubles(mean), doubles(rstd), NULL, NULL)
-    close_gate(dy_block, y_block, x.dtype)
+    dy_block[y_block.astype(x.dtype) <= 0] = 0
     return 0
 
 
@@ -626,9 +658,9 @@ cdef cnp.ndarray far_pivots(cnp.ndarray dy, int axis, cnp.ndarray sums, double c
     return np.where(far, mean, 0) if far.any() else None
 
 
-cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta,
-                                  bint training, bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray scale, cnp.ndarray sums,
-                                  cnp.ndarray dots, tuple passes, double count) except -1:
+def batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray beta, bint training,
+                             bint relu, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray scale, cnp.ndarray sums, cnp.ndarray dots,
+                             tuple passes, double count):
     """batch_backward for arrays that have no layout, or are out of range: all sums first, then dx; or one of both.
 
     Where x is scaled, so are the dots.
@@ -668,7 +700,6 @@ cdef int batch_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
             pivots = far_pivots(dy, axis, sums, count)
             if pivots is not None:
                 left.insert(0, False)  # the sums again, about them
-    return 0
 
 
 cdef bint is_plain_statistic(cnp.ndarray s) noexcept:
@@ -852,7 +883,13 @@ def batch_norm(x, gamma=None, beta=None, *, running_mean=None, running_var=None,
             var = empty(1, &channels, cnp.NPY_DOUBLE)
         batch_forward(&layout, x_, gamma_, beta_, training_, eps_, relu, doubles(mean), doubles(rstd), doubles(var), &running)
     else:
-        batch_forward_by_blocks(x_, y, axis_, gamma_, beta_, training_, eps_, relu, mean, rstd, &running)
+        if training_:
+            var = empty(1, &channels, cnp.NPY_DOUBLE)
+        else:
+            read_moments(&running, 0, channels, eps_, doubles(mean), doubles(rstd))
+        quietly(batch_forward_by_blocks, x_, y, axis_, gamma_, beta_, eps_, relu, mean, rstd, var)
+        if training_:
+            update_moments(&running, 0, channels, doubles(mean), doubles(var))
     if training_ and not (plain_mean is running_mean_ and plain_var is running_var_):
         new_mean = None if running_mean_ is None else plain_mean.astype(running_mean_.dtype)
         new_var = None if running_var_ is None else plain_var.astype(running_var_.dtype)
@@ -961,8 +998,8 @@ def batch_norm_backward(dy, cache, *, out=None):
         batch_backward(&layout, x, c.gamma, c.beta, c.training, c.activation is not None, False,
                        <double> (cnp.PyArray_SIZE(x) // channels), doubles(c.mean), doubles(c.rstd), NULL, doubles(sums), dots)
     else:
-        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd, scale,
-                                 sums[0], sums[1], (False, True), <double> (cnp.PyArray_SIZE(x) // channels))
+        quietly(batch_backward_by_blocks, x, dy_, dx, c.axis, c.gamma, c.beta, c.training, c.activation is not None, c.mean, c.rstd,
+                scale, sums[0], sums[1], (False, True), <double> (cnp.PyArray_SIZE(x) // channels))
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dots, doubles(rstd), 1, &channels, x),
@@ -988,7 +1025,7 @@ def batch_moments(x, axis):
         layout.operands[1].data = NULL
         batch_forward(&layout, x_, None, None, True, 0.0, False, doubles(mean), doubles(rstd), doubles(var), NULL)
     else:
-        moments_by_blocks(x_, axis_, 0, mean, rstd, var)
+        quietly(moments_by_blocks, x_, axis_, 0, mean, rstd, var)
     return mean, var
 
 
@@ -1005,8 +1042,8 @@ def batch_backward_sums(dy, cache):
         batch_backward(&layout, x, c.gamma, c.beta, True, c.activation is not None, False, 1.0, doubles(c.mean), doubles(c.rstd),
                        NULL, doubles(sums), doubles(sums) + x.shape[c.axis])
     else:
-        batch_backward_by_blocks(x, dy_, dy_, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, scale, sums[0],
-                                 sums[1], (False,), 1.0)
+        quietly(batch_backward_by_blocks, x, dy_, dy_, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd,
+                scale, sums[0], sums[1], (False,), 1.0)
         if scale is not None:
             sums[1] /= scale
     return sums
@@ -1024,16 +1061,16 @@ def batch_backward_apply(dy, cache, sums, count, *, out=None):
         batch_backward(&layout, x, c.gamma, c.beta, True, c.activation is not None, True, count, doubles(c.mean), doubles(c.rstd),
                        NULL, doubles(sums_), doubles(sums_) + x.shape[c.axis])
     else:
-        batch_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd, scale, sums_[0],
-                                 sums_[1] if scale is None else sums_[1] * scale, (True,), count)
+        quietly(batch_backward_by_blocks, x, dy_, dx, c.axis, c.gamma, c.beta, True, c.activation is not None, c.mean, c.rstd,
+                scale, sums_[0], sums_[1] if scale is None else sums_[1] * scale, (True,), count)
     return dx
 
 
 # Layer and RMS norm ----------------------------------------------------------------------------------------------------------
 
 
-cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta,
-                                 Statistics statistics, double eps, cnp.ndarray mean, cnp.ndarray rstd) except -1:
+def layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.ndarray gamma, cnp.ndarray beta, Statistics statistics,
+                            double eps, cnp.ndarray mean, cnp.ndarray rstd):
     """Rows that cannot be walked, some at a time."""
     cdef Runs shape
     cdef Operand[2] operands
@@ -1047,12 +1084,10 @@ cdef int layer_forward_by_blocks(cnp.ndarray x, cnp.ndarray y, int axis, cnp.nda
                        statistics, eps, False, doubles(block_mean), doubles(block_rstd), NULL)
         put_block(y, index, y_block)
         mean[index[:axis]], rstd[index[:axis]] = block_mean, block_rstd
-    return 0
 
 
-cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma,
-                                  Statistics statistics, cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray scale, cnp.ndarray dsum,
-                                  double *dbeta, double *dgamma) except -1:
+def layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, Statistics statistics,
+                             cnp.ndarray mean, cnp.ndarray rstd, cnp.ndarray scale, cnp.ndarray dsum, cnp.ndarray sums):
     """Rows that cannot be walked, or are out of range."""
     cdef Runs shape
     cdef Operand[3] operands
@@ -1067,9 +1102,8 @@ cdef int layer_backward_by_blocks(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx,
         row_layout((x_block, dy_block, dx_block), axis, &shape, operands)
         layer_backward(kernels_of(x_block, 0, NULL, NULL), shape, operands[0], operands[1], Operand(NULL, 0, 0), operands[2],
                        data(gamma), statistics, doubles(np.ascontiguousarray(mean[index[:axis]])),
-                       doubles(np.ascontiguousarray(rstd[index[:axis]])), dbeta, dgamma)
+                       doubles(np.ascontiguousarray(rstd[index[:axis]])), doubles(sums), doubles(sums) + sums.shape[1])
         put_block(dx, index, dx_block, block_scale, None if dsum is None else block_copy(dsum, index, wide))
-    return 0
 
 
 cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object axis, object eps, object residual, object out):
@@ -1105,7 +1139,7 @@ cdef tuple normalize_rows(str norm, object x, object gamma, object beta, object 
             normalize_runs(kernels_of(x_, shape.n, operands[0].data, operands[1].data), shape, operands[0], operands[1], data(gamma_),
                            data(beta_), ALONG_RUN, statistics, eps_, False, doubles(mean), doubles(rstd), NULL)
         else:
-            layer_forward_by_blocks(total, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
+            quietly(layer_forward_by_blocks, total, y, axis_, gamma_, beta_, statistics, eps_, mean, rstd)
     cache = finished(new_cache(norm, total, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, total)))
     return (y, cache) if residual_ is None else (y, total, cache)
 
@@ -1137,7 +1171,7 @@ cdef tuple gradients_of_rows(str norm, object dy, object cache, object dsum, obj
         layer_backward(kernels_of(x, shape.n, operands[1].data, operands[2].data), shape, operands[0], operands[1], operands[3],
                        operands[2], data(c.gamma), statistics, doubles(c.mean), doubles(c.rstd), doubles(sums), dgamma)
     else:
-        layer_backward_by_blocks(x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, scale, dsum_, doubles(sums), dgamma)
+        quietly(layer_backward_by_blocks, x, dy_, dx, c.axis, c.gamma, statistics, c.mean, c.rstd, scale, dsum_, sums)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(dgamma, NULL, row_ndim, row_dims, x),
@@ -1438,7 +1472,7 @@ cdef char *group_parameter(cnp.ndarray p, Py_ssize_t group, Py_ssize_t per_group
     return data(p) + group * per_group * cnp.PyArray_ITEMSIZE(p)
 
 
-cdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp.ndarray gamma, cnp.ndarray beta, double eps):
+def group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp.ndarray gamma, cnp.ndarray beta, double eps):
     """Writes y; returns mean and rstd, (N, groups)."""
     cdef Py_ssize_t N = x.shape[0], per_group = x.shape[axis] // groups, group
     cdef cnp.ndarray mean, rstd, x_view, y_view, x_block, y_block
@@ -1480,14 +1514,14 @@ cdef void add_rows(Py_ssize_t rows, Py_ssize_t n, const double *x, double *sum) 
             sum[j] += x[i * n + j]
 
 
-cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean, cnp.ndarray rstd,
-                        cnp.ndarray dgamma, cnp.ndarray dbeta) except -1:
+def group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean, cnp.ndarray rstd,
+                   cnp.ndarray scale, cnp.ndarray dgamma, cnp.ndarray dbeta):
     """Writes dx, and adds the sums over all examples of dy * xhat and dy to dgamma and dbeta."""
     cdef Py_ssize_t N = x.shape[0], groups = mean.shape[1], per_group = x.shape[axis] // groups, group
     cdef cnp.ndarray work, x_view, dy_view, dx_view, x_block, dy_block, dx_block
     cdef Runs runs
     cdef ColumnGroups columns
-    cdef cnp.ndarray scale = out_of_range(x, rstd), block_scale = None
+    cdef cnp.ndarray block_scale = None
     cdef bint wide = scale is not None
     cdef double *sums  # sum(dy) and sum(dy * xhat) of every channel of every example
     cdef double *dots
@@ -1502,7 +1536,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
                            group_operand(dy_view, group, per_group), Operand(NULL, 0, 0), group_operand(dx_view, group, per_group),
                            group_parameter(gamma, group, per_group), CENTRED, doubles(mean) + group * N, doubles(rstd) + group * N,
                            doubles(dbeta) + group * per_group, doubles(dgamma) + group * per_group)
-        return 0
+        return
     mean, rstd = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
     work = np.empty((3, N, groups * per_group))
     sums, dots = doubles(work), doubles(work) + N * groups * per_group
@@ -1516,7 +1550,7 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
             x_block, dy_block, dx_block = x_view, dy_view, dx_view
             if layout == COPIED:
                 if wide:
-                    block_scale = np.repeat(scale[piece], per_group, axis=1).reshape((-1, groups * per_group) + (1,) * (x.ndim - 2))
+                    block_scale = (<object> scale[piece]).repeat(per_group, 1).reshape((-1, groups * per_group) + (1,) * (x.ndim - 2))
                 x_block, dy_block = scaled_copy(x_view, (piece,), block_scale), block_copy(dy_view, (piece,), wide)
                 dx_block = empty_like(x_block)
             runs = channel_runs(x_block, groups)
@@ -1527,7 +1561,6 @@ cdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis,
                 put_block(dx_view, piece, dx_block, block_scale)
     add_rows(N, groups * per_group, sums, doubles(dbeta))
     add_rows(N, groups * per_group, dots, doubles(dgamma))
-    return 0
 
 
 cdef tuple normalize_groups(str norm, object x, object num_groups, object gamma, object beta, object axis, object eps, object out):
@@ -1552,7 +1585,8 @@ cdef tuple normalize_groups(str norm, object x, object num_groups, object gamma,
     if cnp.PyArray_SIZE(x_) == 0:
         mean, rstd = np.empty((x_.shape[0], groups)), np.empty((x_.shape[0], groups))
     else:
-        mean, rstd = group_forward(x_, y, axis_, groups, gamma_, beta_, eps_)
+        arguments = (x_, y, axis_, groups, gamma_, beta_, eps_)
+        mean, rstd = group_forward(*arguments) if is_plain(x_) and is_plain(y) else quietly(group_forward, *arguments)
     return y, finished(new_cache(norm, x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_)))
 
 
@@ -1563,7 +1597,12 @@ cdef tuple gradients_of_groups(str norm, object dy, object cache, object out):
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(x, c.axis)
     cdef cnp.ndarray dgamma = np.zeros(channels), dbeta = np.zeros(channels)
     if cnp.PyArray_SIZE(x) != 0:
-        group_backward(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, dgamma, dbeta)
+        scale = out_of_range(x, c.rstd)
+        arguments = (x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, scale, dgamma, dbeta)
+        if scale is None and is_plain(x) and is_plain(dy_) and is_plain(dx):
+            group_backward(*arguments)
+        else:
+            quietly(group_backward, *arguments)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(doubles(dgamma), NULL, 1, &channels, x),
