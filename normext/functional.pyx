@@ -1435,11 +1435,6 @@ cdef tuple group_layout(tuple arrays, int axis):
     return COPIED, first
 
 
-cdef list example_blocks(cnp.ndarray x):
-    """Slices along the first axis, a block each."""
-    return [index[0] for index in blocks((<object> x).shape, (0,))]
-
-
 cdef Runs channel_runs(cnp.ndarray x, Py_ssize_t num_groups):
     """x (N, C, ...) as groups of channels, each channel a run."""
     cdef Py_ssize_t N = x.shape[0], C = x.shape[1]
@@ -1493,8 +1488,8 @@ def group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp
         normalize_column_groups(kernels_of(x, groups * per_group, data(x), data(y)), columns, columns_operand(x_view, columns),
                                 columns_operand(y_view, columns), data(gamma), data(beta), eps, doubles(mean), doubles(rstd))
         return mean, rstd
-    for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
-        x_block, y_block = x_view, y_view
+    for index in blocks((<object> x_view).shape, (0,) if layout == COPIED else ()):
+        piece, x_block, y_block = index[0], x_view, y_view
         if layout == COPIED:
             x_block = block_copy(x_view, (piece,))
             y_block = empty_like(x_block)
@@ -1546,8 +1541,8 @@ def group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.
                                columns_operand(dy_view, columns), columns_operand(dx_view, columns), data(gamma), doubles(mean),
                                doubles(rstd), sums, dots)
     else:
-        for piece in [slice(0, N)] if layout == CHANNELS_FIRST else example_blocks(x_view):
-            x_block, dy_block, dx_block = x_view, dy_view, dx_view
+        for index in blocks((<object> x_view).shape, (0,) if layout == COPIED else ()):
+            piece, x_block, dy_block, dx_block = index[0], x_view, dy_view, dx_view
             if layout == COPIED:
                 if wide:
                     block_scale = (<object> scale[piece]).repeat(per_group, 1).reshape((-1, groups * per_group) + (1,) * (x.ndim - 2))
