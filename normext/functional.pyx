@@ -276,7 +276,7 @@ cdef cnp.ndarray running_statistic(object r, str name, cnp.npy_intp channels, bi
         return None
     if not isinstance(r, np.ndarray) or (<object> r).dtype.kind != "f":
         raise TypeError(f"{name} must be an ndarray of floats, got {getattr(r, 'dtype', type(r).__name__)}")
-    array = as_array(r, name)
+    array = r if cnp.PyArray_CheckExact(r) else as_array(r, name)
     if not same_dims(array, 1, &channels):
         raise ValueError(f"{name} must have shape ({channels},), got {np.shape(array)}")
     if updated and not cnp.PyArray_ISWRITEABLE(array):
@@ -326,7 +326,8 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
         return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
-    as_array(out, "out")  # what is returned is out itself
+    if not cnp.PyArray_CheckExact(out):
+        as_array(out, "out")  # what is returned is out itself
     array = out
     if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
         raise TypeError(f"out must have dtype {x.dtype.newbyteorder('=')}, got {array.dtype}")
@@ -1467,7 +1468,7 @@ cdef char *group_parameter(cnp.ndarray p, Py_ssize_t group, Py_ssize_t per_group
     return data(p) + group * per_group * cnp.PyArray_ITEMSIZE(p)
 
 
-def group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp.ndarray gamma, cnp.ndarray beta, double eps):
+cpdef tuple group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp.ndarray gamma, cnp.ndarray beta, double eps):
     """Writes y; returns mean and rstd, (N, groups)."""
     cdef Py_ssize_t N = x.shape[0], per_group = x.shape[axis] // groups, group
     cdef cnp.ndarray mean, rstd, x_view, y_view, x_block, y_block
@@ -1488,7 +1489,7 @@ def group_forward(cnp.ndarray x, cnp.ndarray y, int axis, Py_ssize_t groups, cnp
         normalize_column_groups(kernels_of(x, groups * per_group, data(x), data(y)), columns, columns_operand(x_view, columns),
                                 columns_operand(y_view, columns), data(gamma), data(beta), eps, doubles(mean), doubles(rstd))
         return mean, rstd
-    for index in blocks((<object> x_view).shape, (0,) if layout == COPIED else ()):
+    for index in [(slice(0, N),)] if layout == CHANNELS_FIRST else blocks((<object> x_view).shape, (0,)):
         piece, x_block, y_block = index[0], x_view, y_view
         if layout == COPIED:
             x_block = block_copy(x_view, (piece,))
@@ -1509,8 +1510,8 @@ cdef void add_rows(Py_ssize_t rows, Py_ssize_t n, const double *x, double *sum) 
             sum[j] += x[i * n + j]
 
 
-def group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean, cnp.ndarray rstd,
-                   cnp.ndarray scale, cnp.ndarray dgamma, cnp.ndarray dbeta):
+cpdef int group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.ndarray gamma, cnp.ndarray mean, cnp.ndarray rstd,
+                         cnp.ndarray scale, cnp.ndarray dgamma, cnp.ndarray dbeta) except -1:
     """Writes dx, and adds the sums over all examples of dy * xhat and dy to dgamma and dbeta."""
     cdef Py_ssize_t N = x.shape[0], groups = mean.shape[1], per_group = x.shape[axis] // groups, group
     cdef cnp.ndarray work, x_view, dy_view, dx_view, x_block, dy_block, dx_block
@@ -1531,7 +1532,7 @@ def group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.
                            group_operand(dy_view, group, per_group), Operand(NULL, 0, 0), group_operand(dx_view, group, per_group),
                            group_parameter(gamma, group, per_group), CENTRED, doubles(mean) + group * N, doubles(rstd) + group * N,
                            doubles(dbeta) + group * per_group, doubles(dgamma) + group * per_group)
-        return
+        return 0
     mean, rstd = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
     work = np.empty((3, N, groups * per_group))
     sums, dots = doubles(work), doubles(work) + N * groups * per_group
@@ -1541,7 +1542,7 @@ def group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.
                                columns_operand(dy_view, columns), columns_operand(dx_view, columns), data(gamma), doubles(mean),
                                doubles(rstd), sums, dots)
     else:
-        for index in blocks((<object> x_view).shape, (0,) if layout == COPIED else ()):
+        for index in [(slice(0, N),)] if layout == CHANNELS_FIRST else blocks((<object> x_view).shape, (0,)):
             piece, x_block, dy_block, dx_block = index[0], x_view, dy_view, dx_view
             if layout == COPIED:
                 if wide:
@@ -1556,6 +1557,7 @@ def group_backward(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, int axis, cnp.
                 put_block(dx_view, piece, dx_block, block_scale)
     add_rows(N, groups * per_group, sums, doubles(dbeta))
     add_rows(N, groups * per_group, dots, doubles(dgamma))
+    return 0
 
 
 cdef tuple normalize_groups(str norm, object x, object num_groups, object gamma, object beta, object axis, object eps, object out):
@@ -1579,9 +1581,10 @@ cdef tuple normalize_groups(str norm, object x, object num_groups, object gamma,
     y = result_array(out, x_, x_, "x", () if out is None else (("gamma", gamma_), ("beta", beta_)))
     if cnp.PyArray_SIZE(x_) == 0:
         mean, rstd = np.empty((x_.shape[0], groups)), np.empty((x_.shape[0], groups))
+    elif is_plain(x_) and is_plain(y):
+        mean, rstd = group_forward(x_, y, axis_, groups, gamma_, beta_, eps_)
     else:
-        arguments = (x_, y, axis_, groups, gamma_, beta_, eps_)
-        mean, rstd = group_forward(*arguments) if is_plain(x_) and is_plain(y) else quietly(group_forward, *arguments)
+        mean, rstd = quietly(group_forward, x_, y, axis_, groups, gamma_, beta_, eps_)
     return y, finished(new_cache(norm, x_, gamma_, beta_, mean, rstd, axis_, eps_, True, out is not None and same_memory(y, x_)))
 
 
@@ -1593,11 +1596,10 @@ cdef tuple gradients_of_groups(str norm, object dy, object cache, object out):
     cdef cnp.ndarray dgamma = np.zeros(channels), dbeta = np.zeros(channels)
     if cnp.PyArray_SIZE(x) != 0:
         scale = out_of_range(x, c.rstd)
-        arguments = (x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, scale, dgamma, dbeta)
         if scale is None and is_plain(x) and is_plain(dy_) and is_plain(dx):
-            group_backward(*arguments)
+            group_backward(x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, None, dgamma, dbeta)
         else:
-            quietly(group_backward, *arguments)
+            quietly(group_backward, x, dy_, dx, c.axis, c.gamma, c.mean, c.rstd, scale, dgamma, dbeta)
     return (
         dx,
         None if c.gamma is None else parameter_gradient(doubles(dgamma), NULL, 1, &channels, x),
