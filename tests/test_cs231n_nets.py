@@ -770,6 +770,14 @@ def altered(checkpoint, **changes):
     np.savez(checkpoint, **{name: value for name, value in arrays.items() if value is not None})
 
 
+def assert_refused(solver, checkpoint, message):
+    """Loading it raises, and changes nothing."""
+    before = state_of(solver)
+    with pytest.raises(ValueError, match=rf"run_epoch_1.npz does not fit this training, or is damaged: {message}"):
+        solver.load_checkpoint(checkpoint)
+    assert state_of(solver) == before
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -783,11 +791,7 @@ def altered(checkpoint, **changes):
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(settings, message, checkpoint, digits):
-    solver = deep(digits, **settings)
-    before = state_of(solver)
-    with pytest.raises(ValueError, match=rf"run_epoch_1.npz does not fit this training, or is damaged: {message}"):
-        solver.load_checkpoint(checkpoint)
-    assert state_of(solver) == before
+    assert_refused(deep(digits, **settings), checkpoint, message)
 
 
 @pytest.mark.parametrize(
@@ -822,11 +826,7 @@ def test_a_checkpoint_of_another_training_is_refused(settings, message, checkpoi
 )
 def test_a_checkpoint_that_says_what_cannot_be_is_refused(changes, message, checkpoint, digits):
     altered(checkpoint, **changes)
-    solver = deep(digits)
-    before = state_of(solver)
-    with pytest.raises(ValueError, match=rf"run_epoch_1.npz does not fit this training, or is damaged: {message}"):
-        solver.load_checkpoint(checkpoint)
-    assert state_of(solver) == before
+    assert_refused(deep(digits), checkpoint, message)
 
 
 @pytest.mark.parametrize(
