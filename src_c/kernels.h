@@ -119,92 +119,96 @@ static inline void nx_finish_moments(nx_moments m, double scale, double eps, dou
  * digits that cancel in theory, for x - mean adds up to 0: they are taken once more, with this mean subtracted from dy. */
 static inline int nx_near(double g, double mean) { return fabs(g - mean) < fabs(mean) / 4; }
 
-/* The affine map y = (x - mean) * scale + shift that a relu follows: one scale and shift for each column, or one of each for a run. A
- * backward pass given it takes dy for 0 where that y, found again from x, is not above zero. */
+/* Where the rows of a block lie: the first, and so many elements from one to the next. */
+typedef struct {
+    void *data;
+    ptrdiff_t stride;
+} nx_rows;
+
+/* The same of groups of rows. */
+typedef struct {
+    void *data;
+    ptrdiff_t group, row;
+} nx_groups;
+
+/* Rows of n numbers each; down columns, n is the number of columns. */
+typedef struct {
+    ptrdiff_t rows, n;
+} nx_block;
+
+/* y = (x - mean) * scale + shift. Along rows there is one map for all of them (step 0) or one for each (step 1); down
+ * columns, one for each column. */
+typedef struct {
+    const double *mean, *scale, *shift;
+    ptrdiff_t step;
+} nx_affine;
+
+/* The relu behind such a map: a backward pass that is given it takes dy for 0 where y, found again from x, is not above
+ * zero. */
 typedef struct {
     const double *scale, *shift;
-} nx_relu;
+} nx_relu_mask;
+
+/* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are everywhere. Those of row
+ * r are added to sum[r * step] and dot[r * step]; down columns, those of column j to sum[j] and dot[j]. */
+typedef struct {
+    double *sum, *dot;
+    ptrdiff_t step;
+} nx_sums;
+
+/* dx = factor * (g - pivot) + slope * (x - mean) + constant + factor * pivot. Along rows there is one of each for all
+ * rows, but a factor for each with step 1; down columns, one for each column. */
+typedef struct {
+    const double *mean, *pivot, *factor, *slope, *constant;
+    ptrdiff_t step;
+} nx_line;
+
+/* The closed form of a backward pass: with g the gradient with respect to xhat * factor / rstd,
+ * dx = factor * (g - mean(g) - xhat * mean(g * xhat)) is linear in g and x - mean. It is S. Ioffe and C. Szegedy, "Batch
+ * Normalization", 2015, section 3, simplified. */
+static inline double nx_slope(double factor, double rstd, double dot_mean) { return -factor * rstd * rstd * dot_mean; }
+static inline double nx_constant(double factor, double g_mean) { return -factor * g_mean; }
+
+/* What normalizes rows that have statistics of their own; gamma and beta run along the row, NULL means 1 and 0. */
+typedef struct {
+    int centred;
+    double eps;
+    const void *gamma, *beta;
+} nx_layer;
+
+/* Groups of rows, each row with a number of gamma: row r of the first group has gamma[channel + r], and after `channels`
+ * of them the first one follows. */
+typedef struct {
+    ptrdiff_t groups, rows, n;
+    const void *gamma;
+    ptrdiff_t channel, channels;
+} nx_grouping;
+
+/* The windows that pooling looks at: kh x kw numbers, `step` apart. */
+typedef struct {
+    ptrdiff_t kh, kw, step;
+} nx_window;
+
+/* A step of Adam: next_m = beta1 * m + (1 - beta1) * dw, next_v = beta2 * v + (1 - beta2) * dw * dw,
+ * next_w = w - rate * next_m / (sqrt(next_v) + epsilon) */
+typedef struct {
+    const void *w, *dw, *m, *v;
+    void *next_w, *next_m, *next_v;
+    double beta1, beta2, rate, epsilon;
+} nx_adam;
 
 typedef struct {
     ptrdiff_t itemsize;
     ptrdiff_t parameter_size; /* of gamma and beta's type: float for 16-bit elements, otherwise that of the elements */
-    ptrdiff_t run_block; /* most elements in a block of runs, if it holds more than one run or part of one */
+    ptrdiff_t row_block; /* most elements in a block of rows, if it holds more than one row or part of one */
     ptrdiff_t col_block; /* most elements in a block of columns that holds more than col_rows rows */
     ptrdiff_t col_rows;  /* rows that a block of any number of columns may hold */
     nx_range range;
-
-    /* Adds the block's numbers, times scale, to m. */
-    void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, int centred, double scale, nx_moments *m);
-    /* Adds each column's numbers, times scale[j] (NULL means 1), to mean[j], m2[j], which hold `count` numbers already. */
-    void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, const double *scale, double count,
-                        double *mean, double *m2);
-
-    /* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the run, NULL means 1 and 0. mean, scale and shift are
-     * one each for all runs (step 0), or one each for a run (step 1). */
-    void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n, const double *mean,
-                       const double *scale, const double *shift, ptrdiff_t step, const void *gamma, const void *beta, int relu);
-    /* y = (x - mean[j]) * scale[j] + shift[j]; with relu, here and above, 0 where that is less (above, gamma and beta are NULL then) */
-    void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                       const double *mean, const double *scale, const double *shift, int relu);
-
-    /* Whether gradients gamma * dy with this mean are far from zero, by a sample of a run. */
-    int (*run_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean);
-    /* Whether those of any column are, by some of its rows, and pivots for all: the means of those columns, and 0 for others. */
-    int (*cols_are_far)(const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols, const double *sum, double count,
-                        double *pivot);
-    /* With g = gamma * dy: adds the sum of g to *sum and that of (g - *pivot) * (x - mean) to *dot; NULL means 0. A relu may be given
-     * instead of gamma. With step 1 the sums of run r go to sum[r] and dot[r]. */
-    void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n, double mean,
-                     const double *pivot, const void *gamma, const nx_relu *relu, double *sum, double *dot, ptrdiff_t step);
-    /* Adds column j's sum of dy to sum[j] and that of (dy - pivot[j]) * (x - mean[j]) to dot[j]. */
-    void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
-                     const double *mean, const double *pivot, const nx_relu *relu, double *sum, double *dot);
-    /* The same with one mean and scale for each row: adds the sum of dy * (x - mean[i]) * scale[i] over the rows i to dot[j]. */
-    void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols,
-                     const double *mean, const double *scale, double *sum, double *dot);
-
-    /* dx = a * g + b * (x - mean) + c + more with g = gamma * dy, from which a pivot near its mean is subtracted first; a relu may be
-     * given instead of gamma and more. With step 1, run r has a[r]. */
-    void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a, ptrdiff_t step, double b, double c,
-                        const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride);
-    /* dx = a[j] * dy + b[j] * (x - mean[j]) + c[j], likewise */
-    void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                        ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *pivot, const double *a, const double *b,
-                        const double *c, const nx_relu *relu);
-
-    /* Rows that are each one block with statistics of its own: as run_moments and nx_finish_moments, then also run_affine, and as run_dots
-     * and run_combine, one after the other, but without what calling them a row at a time costs. */
-    void (*row_statistics)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, int centred, double eps, double *mean,
-                           double *rstd);
-    void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
-                           double eps, const void *gamma, const void *beta, double *mean, double *rstd);
-    void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                          ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd,
-                          const void *more, ptrdiff_t more_stride);
-    /* Likewise groups of runs, one block each, whose runs have numbers of gamma of their own: run r of the first group has gamma[channel
-     * + r], and after `channels` of them the first one follows. The sum of dy over a run goes to *sum, that of dy * (x - mean) * rstd to
-     * *dot, and so on run by run. Stops at a group whose dy is far from zero, and returns how many came before it. */
-    ptrdiff_t (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
-                                 ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
-                                 ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
-                                 const double *mean, const double *rstd, double *sum, double *dot);
-
-    /* sum = a + b, which may be one of them */
-    void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum, ptrdiff_t sum_stride,
-                     ptrdiff_t runs, ptrdiff_t n);
-
-    /* float and double only: */
-    /* y[j][i] = x[i][j] for i < rows, j < cols */
-    void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y, ptrdiff_t y_stride);
-    /* The largest number of each of n windows of kh x kw numbers, `step` apart, that begin in row x, and its position in the window;
-     * the first of equals, and the first NaN. winner is of uint8_t or int32_t, by winner_size. */
-    void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y, void *winner,
-                     int winner_size);
-    /* A step of Adam: next_m = beta1 * m + (1 - beta1) * dw, next_v = beta2 * v + (1 - beta2) * dw * dw,
-     * next_w = w - rate * next_m / (sqrt(next_v) + epsilon) */
-    void (*adam)(const void *w, const void *dw, const void *m, const void *v, void *next_w, void *next_m, void *next_v, ptrdiff_t n,
-                 double beta1, double beta2, double rate, double epsilon);
+#define NX_KERNEL(name, result, arguments) result(*name) arguments;
+#define NX_WRITER NX_KERNEL
+#include "kernels_list.h"
+#undef NX_KERNEL
+#undef NX_WRITER
 } nx_kernels;
 
 enum { NX_FLOAT32, NX_FLOAT64, NX_FLOAT16, NX_BFLOAT16, NX_TYPES };

@@ -17,61 +17,107 @@ cdef extern from "kernels.h" nogil:
     bint nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
     void nx_finish_moments(nx_moments m, double scale, double eps, double *mean, double *rstd, double *var)
 
-    ctypedef struct nx_relu:
+    ctypedef struct nx_rows:
+        void *data
+        ptrdiff_t stride
+
+    ctypedef struct nx_groups:
+        void *data
+        ptrdiff_t group, row
+
+    ctypedef struct nx_block:
+        ptrdiff_t rows, n
+
+    ctypedef struct nx_affine:
+        const double *mean
+        const double *scale
+        const double *shift
+        ptrdiff_t step
+
+    ctypedef struct nx_relu_mask:
         const double *scale
         const double *shift
 
+    ctypedef struct nx_sums:
+        double *sum
+        double *dot
+        ptrdiff_t step
+
+    ctypedef struct nx_line:
+        const double *mean
+        const double *pivot
+        const double *factor
+        const double *slope
+        const double *constant
+        ptrdiff_t step
+
+    double nx_slope(double factor, double rstd, double dot_mean)
+    double nx_constant(double factor, double g_mean)
+
+    ctypedef struct nx_layer:
+        int centred
+        double eps
+        const void *gamma
+        const void *beta
+
+    ctypedef struct nx_grouping:
+        ptrdiff_t groups, rows, n
+        const void *gamma
+        ptrdiff_t channel, channels
+
+    ctypedef struct nx_window:
+        ptrdiff_t kh, kw, step
+
+    ctypedef struct nx_adam:
+        const void *w
+        const void *dw
+        const void *m
+        const void *v
+        void *next_w
+        void *next_m
+        void *next_v
+        double beta1, beta2, rate, epsilon
+
     ctypedef struct nx_kernels:
-        ptrdiff_t itemsize, parameter_size, run_block, col_block, col_rows
+        ptrdiff_t itemsize, parameter_size, row_block, col_block, col_rows
         nx_range range
-        void (*run_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t runs, ptrdiff_t n, bint centred, double scale,
+        void (*row_moments)(nx_rows x, nx_block b, bint centred, double scale,
                             nx_moments *m) noexcept nogil
-        void (*col_moments)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, const double *scale, double count,
+        void (*col_moments)(nx_rows x, nx_block b, const double *scale, double count,
                             double *mean, double *m2) noexcept nogil
-        void (*run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
-                           const double *mean, const double *scale, const double *shift, ptrdiff_t step, const void *gamma,
+        void (*row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map, const void *gamma,
                            const void *beta, bint relu) noexcept nogil
-        void (*col_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                           const double *mean, const double *scale, const double *shift, bint relu) noexcept nogil
-        bint (*run_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean) noexcept nogil
-        bint (*cols_are_far)(const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows, ptrdiff_t cols, const double *sum, double count,
+        void (*col_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
+                           bint relu) noexcept nogil
+        bint (*row_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean) noexcept nogil
+        bint (*cols_are_far)(nx_rows dy, nx_block b, const double *sum, double count,
                              double *pivot) noexcept nogil
-        void (*run_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t runs, ptrdiff_t n,
-                         double mean, const double *pivot, const void *gamma, const nx_relu *relu, double *sum, double *dot,
-                         ptrdiff_t step) noexcept nogil
-        void (*col_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
-                         ptrdiff_t cols, const double *mean, const double *pivot, const nx_relu *relu, double *sum,
-                         double *dot) noexcept nogil
-        void (*row_dots)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, ptrdiff_t rows,
-                         ptrdiff_t cols, const double *mean, const double *scale, double *sum, double *dot) noexcept nogil
-        void (*run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
-                            ptrdiff_t dx_stride, ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a,
-                            ptrdiff_t step, double b, double c, const void *gamma, const nx_relu *relu, const void *more,
-                            ptrdiff_t more_stride) noexcept nogil
-        void (*col_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
-                            ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *pivot,
-                            const double *a, const double *b, const double *c, const nx_relu *relu) noexcept nogil
-        void (*row_statistics)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, double eps,
-                               double *mean, double *rstd) noexcept nogil
-        void (*normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
-                               bint centred, double eps, const void *gamma, const void *beta, double *mean,
-                               double *rstd) noexcept nogil
-        void (*rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx,
-                              ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, bint centred, const void *gamma,
-                              const double *mean, const double *rstd, const void *more,
-                              ptrdiff_t more_stride) noexcept nogil
-        ptrdiff_t (*groups_backward)(const void *x, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_group,
-                                     ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
-                                     ptrdiff_t runs, ptrdiff_t n, const void *gamma, ptrdiff_t channel, ptrdiff_t channels,
-                                     const double *mean, const double *rstd, double *sum, double *dot) noexcept nogil
-        void (*add_runs)(const void *a, ptrdiff_t a_stride, const void *b, ptrdiff_t b_stride, void *sum,
-                         ptrdiff_t sum_stride, ptrdiff_t runs, ptrdiff_t n) noexcept nogil
-        void (*transpose)(const void *x, ptrdiff_t x_stride, ptrdiff_t rows, ptrdiff_t cols, void *y,
-                          ptrdiff_t y_stride) noexcept nogil
-        void (*pool_row)(const void *x, ptrdiff_t x_stride, ptrdiff_t kh, ptrdiff_t kw, ptrdiff_t step, ptrdiff_t n, void *y,
-                         void *winner, int winner_size) noexcept nogil
-        void (*adam)(const void *w, const void *dw, const void *m, const void *v, void *next_w, void *next_m, void *next_v,
-                     ptrdiff_t n, double beta1, double beta2, double rate, double epsilon) noexcept nogil
+        void (*row_dots)(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
+                         const void *gamma, const nx_relu_mask *relu, nx_sums sums) noexcept nogil
+        void (*col_dots)(nx_rows x, nx_rows dy, nx_block b, const double *mean, const double *pivot,
+                         const nx_relu_mask *relu, nx_sums sums) noexcept nogil
+        void (*row_dx)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
+                       const void *gamma, const nx_relu_mask *relu, nx_rows addend) noexcept nogil
+        void (*col_dx)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
+                       const nx_relu_mask *relu) noexcept nogil
+        void (*layer_statistics)(nx_rows x, nx_block b, bint centred, double eps, double *mean,
+                                 double *rstd) noexcept nogil
+        void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
+                              double *rstd) noexcept nogil
+        void (*layer_backward)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_layer *norm,
+                               const double *mean, const double *rstd, nx_rows addend) noexcept nogil
+        void (*layer_parameters)(nx_rows x, nx_rows dy, nx_block b, const double *mean,
+                                 const double *rstd, double *dbeta, double *dgamma) noexcept nogil
+        ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
+                                    const double *mean, const double *rstd, double *dbeta,
+                                    double *dgamma) noexcept nogil
+        void (*add_rows)(nx_rows a, nx_rows b, nx_rows sum, nx_block block) noexcept nogil
+        void (*widen)(const void *x, ptrdiff_t n, double *y) noexcept nogil
+        void (*narrow)(const double *x, ptrdiff_t n, void *y) noexcept nogil
+        void (*transpose)(nx_rows x, nx_block b, nx_rows y) noexcept nogil
+        void (*pool_row)(nx_rows x, const nx_window *window, ptrdiff_t n, void *y, void *winner,
+                         int winner_size) noexcept nogil
+        void (*adam)(const nx_adam *step, ptrdiff_t n) noexcept nogil
 
     enum:
         NX_FLOAT32
