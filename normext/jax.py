@@ -139,21 +139,32 @@ def _norm(kind: str, x: jax.Array, eps: float, **options: Any) -> Norm:
     return Norm(kind, x.shape, x.dtype, eps=_number(eps, "eps", 1e300), **options)
 
 
-def _parameter(p: ArrayLike | None, name: str, norm: Norm) -> jax.Array | None:
-    """gamma or beta, in the dtype that x is computed in; None stays None."""
+def _parameter(p: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
+    """gamma, beta or a running statistic, in that dtype; None stays None."""
     if p is None:
         return None
     array = _array(p, name)
     if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
-    if array.shape != norm.parameter_shape:
-        raise ValueError(f"{name} must have shape {norm.parameter_shape}, got {array.shape}")
-    return array.astype(_computing_dtype(norm.dtype))
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    return array.astype(dtype)
 
 
-def _normalized(norm: Norm, x: jax.Array, gamma: ArrayLike | None, beta: ArrayLike | None) -> jax.Array:
-    gamma, beta = _parameter(gamma, "gamma", norm), _parameter(beta, "beta", norm)
-    return _normalize(norm, 0.0, *_vary_alike([x, gamma, beta, None, None]))[0]
+def _normalized(
+    norm: Norm,
+    x: jax.Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    momentum: float = 0.0,
+    running: Sequence[jax.Array | None] = (None, None),
+) -> tuple[jax.Array, ...]:
+    """y and, in training, new running statistics."""
+    parameters = [
+        _parameter(p, name, norm.parameter_shape, _computing_dtype(norm.dtype))
+        for name, p in (("gamma", gamma), ("beta", beta))
+    ]
+    return _normalize(norm, momentum, *_vary_alike([x, *parameters, *running]))
 
 
 # The norms ------------------------------------------------------------------------------------------------------------
@@ -240,15 +251,14 @@ def batch_norm(
         if statistic is None and other is not None:
             raise ValueError(f"{name} is needed too, as both running statistics are or neither, got None")
     if running_mean is None:
-        return _normalized(norm, x, gamma, beta)
+        return _normalized(norm, x, gamma, beta)[0]
     running = [_array(statistic, name) for name, statistic in given.items()]
+    computed = []
     for name, statistic in zip(given, running):
         if not jnp.issubdtype(statistic.dtype, jnp.floating):
             raise TypeError(f"{name} must be an array of floats, got dtype {statistic.dtype}")
-        _parameter(statistic, name, norm)
-    gamma, beta = _parameter(gamma, "gamma", norm), _parameter(beta, "beta", norm)
-    computed = [r.astype(_computing_dtype(r.dtype)) for r in running]
-    y, *new = _normalize(norm, momentum, *_vary_alike([x, gamma, beta, *computed]))
+        computed.append(_parameter(statistic, name, norm.parameter_shape, _computing_dtype(statistic.dtype)))
+    y, *new = _normalized(norm, x, gamma, beta, momentum, computed)
     if training:
         running = [n.astype(r.dtype) for n, r in zip(new, running)]
     return y, *running
@@ -301,7 +311,7 @@ def layer_norm(
     [2. 2.]
     """
     x = _floats(x)
-    return _normalized(_norm("layer_norm", x, eps, axis=axis), x, gamma, beta)
+    return _normalized(_norm("layer_norm", x, eps, axis=axis), x, gamma, beta)[0]
 
 
 def rms_norm(x: ArrayLike, gamma: ArrayLike | None = None, *, axis: int = -1, eps: float = 1e-6) -> jax.Array:
@@ -339,7 +349,7 @@ def rms_norm(x: ArrayLike, gamma: ArrayLike | None = None, *, axis: int = -1, ep
     [[1.2 1.6 0.  0. ]]
     """
     x = _floats(x)
-    return _normalized(_norm("rms_norm", x, eps, axis=axis), x, gamma, None)
+    return _normalized(_norm("rms_norm", x, eps, axis=axis), x, gamma, None)[0]
 
 
 def group_norm(
@@ -391,7 +401,7 @@ def group_norm(
     [[-1.  1. -1.  1.]]
     """
     x = _floats(x)
-    return _normalized(_norm("group_norm", x, eps, axis=axis, groups=num_groups), x, gamma, beta)
+    return _normalized(_norm("group_norm", x, eps, axis=axis, groups=num_groups), x, gamma, beta)[0]
 
 
 def instance_norm(
@@ -433,4 +443,4 @@ def instance_norm(
       [-1.  1.]]]
     """
     x = _floats(x)
-    return _normalized(_norm("instance_norm", x, eps, axis=axis), x, gamma, beta)
+    return _normalized(_norm("instance_norm", x, eps, axis=axis), x, gamma, beta)[0]
