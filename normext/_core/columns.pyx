@@ -22,13 +22,14 @@ from normext._core.kernels cimport (
     nx_kernels,
     nx_merge,
     nx_moments,
-    nx_relu,
+    nx_relu_mask,
     nx_rescale,
     nx_rescale_columns,
     read_moments,
     restore_pivot,
     update_moments,
 )
+from normext._core.old_kernels cimport col_moments, col_affine, cols_are_far, col_dots, col_combine
 from normext._core.runtime cimport threads_for
 
 cdef enum:
@@ -73,7 +74,7 @@ cdef void tile_moments(const nx_kernels *k, Tile t, Operand x, const double *sca
         mean[j] = m2[j] = 0
     for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
         start = block * block_rows(k, t.cols)
-        k.col_moments(at(x, k.itemsize, t.row + start, t.col), x.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
+        col_moments(k, at(x, k.itemsize, t.row + start, t.col), x.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
                       scale, <double> start, mean, m2)
 
 
@@ -104,7 +105,7 @@ cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const c
     affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, scale, shift)
     for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
         start = block * block_rows(k, t.cols)
-        k.col_affine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(y, k.itemsize, t.row + start, t.col),
+        col_affine(k, at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(y, k.itemsize, t.row + start, t.col),
                      y.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, scale, shift,
                      relu)
 
@@ -183,7 +184,7 @@ cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const ch
     """`pivots`, of the tile's columns, may be NULL."""
     cdef double scale[STRIP]
     cdef double shift[STRIP]
-    cdef nx_relu gate = nx_relu(&scale[0], &shift[0])
+    cdef nx_relu_mask gate = nx_relu_mask(&scale[0], &shift[0])
     cdef Py_ssize_t block, start, j
     for j in range(t.cols):
         sums[j] = dots[j] = 0
@@ -191,7 +192,7 @@ cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const ch
         affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, scale, shift)
     for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
         start = block * block_rows(k, t.cols)
-        k.col_dots(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
+        col_dots(k, at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
                    dy.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, pivots,
                    &gate if relu else NULL, sums, dots)
 
@@ -206,7 +207,7 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
     cdef double dy_mean[STRIP]
     cdef double constant[STRIP]
     cdef double each = 1 / count
-    cdef nx_relu gate = nx_relu(&a[0], &shift[0])
+    cdef nx_relu_mask gate = nx_relu_mask(&a[0], &shift[0])
     cdef Py_ssize_t j, c, block, start
     affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, a, shift)
     for j in range(t.cols):
@@ -217,12 +218,12 @@ cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Ope
     for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
         start = block * block_rows(k, t.cols)
         if training or relu:
-            k.col_combine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
+            col_combine(k, at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
                           dy.run_stride, at(dx, k.itemsize, t.row + start, t.col), dx.run_stride,
                           min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, constant,
                           &gate if relu else NULL)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
-            k.col_affine(at(dy, k.itemsize, t.row + start, t.col), dy.run_stride, at(dx, k.itemsize, t.row + start, t.col),
+            col_affine(k, at(dy, k.itemsize, t.row + start, t.col), dy.run_stride, at(dx, k.itemsize, t.row + start, t.col),
                          dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, dy_mean, a, slope, False)
 
 
@@ -233,7 +234,7 @@ cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Oper
     cdef double found[STRIP]
     if not given:
         tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, pivots + t.col if pivots != NULL else NULL, sums + t.col, dots + t.col)
-        if training and dx.data != NULL and k.cols_are_far(at(dy, k.itemsize, t.row, t.col), dy.run_stride, t.rows, t.cols,
+        if training and dx.data != NULL and cols_are_far(k, at(dy, k.itemsize, t.row, t.col), dy.run_stride, t.rows, t.cols,
                                                            sums + t.col, count, found):
             tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, found, sums + t.col, dots + t.col)
     if dx.data != NULL:
@@ -271,7 +272,7 @@ cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols,
                     dots[j] += partial[chunk, 1, j]
             if attempt == 1 or not training or dx.data == NULL:
                 break
-            if not k.cols_are_far(dy.data, dy.run_stride, rows, cols, sums, count, &found[0]):
+            if not cols_are_far(k, dy.data, dy.run_stride, rows, cols, sums, count, &found[0]):
                 break
             pivots = &found[0]
     if dx.data == NULL:
@@ -393,7 +394,7 @@ cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, O
         sum = 0
         for c in range(j, j + shape.per_group):
             sum += sums[c]
-        far |= k.cols_are_far(at(dy, k.itemsize, 0, j), dy.run_stride, shape.rows, 1, &sum, n, pivots + j)
+        far |= cols_are_far(k, at(dy, k.itemsize, 0, j), dy.run_stride, shape.rows, 1, &sum, n, pivots + j)
         for c in range(j + 1, j + shape.per_group):
             pivots[c] = pivots[j]
     if far:
@@ -421,7 +422,7 @@ cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, O
         affines_of(k, gamma, NULL, t.col, t.cols, column_rstd + t.col, scale, zero)
         for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
             start = block * block_rows(k, t.cols)
-            k.col_combine(at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
+            col_combine(k, at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
                           at(dx, k.itemsize, start, t.col), dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
                           column_mean + t.col, pivots + t.col, scale, slope + t.col, rest + t.col, NULL)
 

@@ -21,10 +21,11 @@ from normext._core.kernels cimport (
     nx_kernels,
     nx_merge,
     nx_moments,
-    nx_relu,
+    nx_relu_mask,
     nx_rescale,
     restore_pivot,
 )
+from normext._core.old_kernels cimport run_moments, run_affine, run_is_far, run_dots, row_dots, run_combine, row_statistics, rows_backward, groups_backward, add_runs, old_normalize_rows
 from normext._core.runtime cimport threads_for
 
 cdef enum:
@@ -94,11 +95,11 @@ cdef void group_moments(const nx_kernels *k, Runs shape, Operand x, bint centred
     cdef Py_ssize_t index, blocks
     cdef Block b
     shape = joined(shape, x)
-    blocks = block_count(shape, k.run_block)
+    blocks = block_count(shape, k.row_block)
     m.count = m.mean = m.m2 = 0
     for index in range(part * blocks // parts, (part + 1) * blocks // parts):
-        b = block_at(shape, k.run_block, index)
-        k.run_moments(at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, centred, scale, m)
+        b = block_at(shape, k.row_block, index)
+        run_moments(k, at(x, k.itemsize, group, b), x.run_stride, b.runs, b.n, centred, scale, m)
 
 
 cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta,
@@ -116,12 +117,12 @@ cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, co
         for r in range(min(<Py_ssize_t> RUNS_AT_ONCE, shape.runs)):
             means[r] = mean
     for index in range(last - 1, first - 1, -1):
-        b = block_at(shape, k.run_block, index)
+        b = block_at(shape, k.row_block, index)
         if kind == ALONG_RUN:
-            k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
+            run_affine(k, at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
                          &mean, &rstd, &zero, 0, along(k, gamma, b), along(k, beta, b), False)
         elif kind == PER_GROUP:
-            k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
+            run_affine(k, at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
                          &mean, scale, shift, 0, NULL, NULL, relu)
         else:
             end = b.run + b.runs
@@ -130,7 +131,7 @@ cdef void group_affine(const nx_kernels *k, Runs shape, Operand x, Operand y, co
                 b.runs = min(<Py_ssize_t> RUNS_AT_ONCE, end - b.run)
                 for r in range(b.runs):
                     affine_of(k, gamma, beta, channel + r, rstd, scale + r, shift + r)
-                k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
+                run_affine(k, at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n,
                              means, scale, shift, 1, NULL, NULL, relu)
                 b.run += b.runs
 
@@ -154,7 +155,7 @@ cdef void normalize_some_rows(const nx_kernels *k, Runs shape, Operand x, Operan
                               bint centred, double eps, Py_ssize_t task, Py_ssize_t tasks, double *mean,
                               double *rstd) noexcept nogil:
     cdef Py_ssize_t first = task * shape.groups // tasks, rows = (task + 1) * shape.groups // tasks - first
-    k.normalize_rows(row_at(x, k.itemsize, first), x.group_stride, row_at(y, k.itemsize, first), y.group_stride, rows, shape.n,
+    old_normalize_rows(k, row_at(x, k.itemsize, first), x.group_stride, row_at(y, k.itemsize, first), y.group_stride, rows, shape.n,
                      centred, eps, gamma, beta, mean + first, rstd + first)
 
 
@@ -165,7 +166,7 @@ cdef void normalize_some_groups(const nx_kernels *k, Runs shape, Operand x, Oper
     cdef Py_ssize_t first = task * shape.groups // tasks, last = (task + 1) * shape.groups // tasks, end, group
     while first < last:
         end = min(first + GROUPS_AT_ONCE, last)
-        k.row_statistics(row_at(x, k.itemsize, first), x.group_stride, end - first, shape.runs * shape.n, centred, eps, mean + first,
+        row_statistics(k, row_at(x, k.itemsize, first), x.group_stride, end - first, shape.runs * shape.n, centred, eps, mean + first,
                          rstd + first)
         for group in range(first, end):
             group_affine(k, shape, x, y, gamma, beta, kind, relu, group, 0, blocks, mean[group], rstd[group])
@@ -183,7 +184,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
     statistics : unless GIVEN, mean, rstd and var (may be NULL) are computed and stored.
     y : no more than the statistics is done where its data is NULL.
     """
-    cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
+    cdef Py_ssize_t blocks = block_count(shape, k.row_block), parts = part_count(shape, blocks)
     cdef Py_ssize_t group, part, task, tasks = shape.groups * parts
     cdef int threads = threads_for(tasks, tasks // parts * shape.runs * shape.n)
     cdef double[:, :, ::1] partial
@@ -198,7 +199,7 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             normalize_some_rows(k, shape, x, y, gamma, beta, statistics == CENTRED, eps, task, tasks, mean, rstd)
         return 0
-    if statistics != GIVEN and var == NULL and y.data != NULL and joined(shape, x).runs == 1 and shape.runs * shape.n <= k.run_block:
+    if statistics != GIVEN and var == NULL and y.data != NULL and joined(shape, x).runs == 1 and shape.runs * shape.n <= k.row_block:
         tasks = threads
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             normalize_some_groups(k, shape, x, y, gamma, beta, kind, statistics == CENTRED, eps, relu, task, tasks, blocks, mean, rstd)
@@ -234,15 +235,15 @@ cdef int normalize_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, c
 
 cdef void affine_block(const nx_kernels *k, Runs shape, Operand x, Operand y, bint relu, Py_ssize_t group, Py_ssize_t index,
                        const double *mean, const double *scale, const double *shift) noexcept nogil:
-    cdef Block b = block_at(shape, k.run_block, index)
-    k.run_affine(at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n, mean + b.run,
+    cdef Block b = block_at(shape, k.row_block, index)
+    run_affine(k, at(x, k.itemsize, group, b), x.run_stride, at(y, k.itemsize, group, b), y.run_stride, b.runs, b.n, mean + b.run,
                  scale + b.run, shift + b.run, 1, NULL, NULL, relu)
 
 
 cdef int affine_runs(const nx_kernels *k, Runs shape, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
                      const double *mean, const double *rstd) except -1:
     """y = gamma * (x - mean) * rstd + beta, where run r of every group has number r of each: memory is walked in its order."""
-    cdef Py_ssize_t blocks = block_count(shape, k.run_block), task, tasks = shape.groups * blocks
+    cdef Py_ssize_t blocks = block_count(shape, k.row_block), task, tasks = shape.groups * blocks
     cdef int threads = threads_for(tasks, shape.groups * shape.runs * shape.n)
     cdef double[:, ::1] coefficients = np.empty((2, shape.runs))
     cdef double *scale = &coefficients[0, 0]
@@ -257,10 +258,10 @@ cdef void normalize_some_sums(const nx_kernels *k, Runs shape, Operand x, Operan
                               const char *beta, Statistics statistics, double eps, Py_ssize_t first, Py_ssize_t blocks, double *mean,
                               double *rstd) noexcept nogil:
     cdef Py_ssize_t row, rows = min(<Py_ssize_t> CHUNK_ROWS, shape.groups - first)
-    k.add_runs(row_at(x, k.itemsize, first), x.group_stride, row_at(residual, k.itemsize, first), residual.group_stride,
+    add_runs(k, row_at(x, k.itemsize, first), x.group_stride, row_at(residual, k.itemsize, first), residual.group_stride,
                row_at(total, k.itemsize, first), total.group_stride, rows, shape.n)
     if blocks == 1:
-        k.normalize_rows(row_at(total, k.itemsize, first), total.group_stride, row_at(y, k.itemsize, first), y.group_stride, rows,
+        old_normalize_rows(k, row_at(total, k.itemsize, first), total.group_stride, row_at(y, k.itemsize, first), y.group_stride, rows,
                          shape.n, statistics == CENTRED, eps, gamma, beta, mean + first, rstd + first)
         return
     for row in range(first, first + rows):
@@ -271,7 +272,7 @@ cdef void add_part(const nx_kernels *k, Runs shape, Operand x, Operand residual,
                    Py_ssize_t parts) noexcept nogil:
     cdef Py_ssize_t row = task // parts, start = task % parts * shape.n // parts
     cdef Block b = Block(0, 1, start, (task % parts + 1) * shape.n // parts - start)
-    k.add_runs(at(x, k.itemsize, row, b), 0, at(residual, k.itemsize, row, b), 0, at(total, k.itemsize, row, b), 0, 1, b.n)
+    add_runs(k, at(x, k.itemsize, row, b), 0, at(residual, k.itemsize, row, b), 0, at(total, k.itemsize, row, b), 0, 1, b.n)
 
 
 cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand residual, Operand total, Operand y, const char *gamma,
@@ -280,7 +281,7 @@ cdef int normalize_sums(const nx_kernels *k, Runs shape, Operand x, Operand resi
 
     Some rows are added up and then normalized while they are in cache.
     """
-    cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
+    cdef Py_ssize_t blocks = block_count(shape, k.row_block), parts = part_count(shape, blocks)
     cdef Py_ssize_t task, tasks = ceil_div(shape.groups, CHUNK_ROWS) if parts == 1 else shape.groups * parts
     cdef int threads = threads_for(tasks, shape.groups * shape.n)
     if parts == 1:
@@ -301,21 +302,21 @@ cdef void group_dots(const nx_kernels *k, Runs shape, Operand x, Operand dy, con
     cdef Py_ssize_t index
     cdef Block b
     cdef double scale, shift
-    cdef nx_relu gate = nx_relu(&scale, &shift)
+    cdef nx_relu_mask gate = nx_relu_mask(&scale, &shift)
     if kind == PER_GROUP:
         affine_of(k, gamma, beta, group, rstd, &scale, &shift)
         gamma = NULL
     sum[0] = dot[0] = 0
     for index in range(first, last):
-        b = block_at(shape, k.run_block, index)
-        k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean,
+        b = block_at(shape, k.row_block, index)
+        run_dots(k, at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean,
                    pivot, along(k, gamma, b), &gate if relu else NULL, sum, dot, 0)
 
 
 cdef bint is_far(const nx_kernels *k, Operand dy, const char *gamma, Parameters kind, Statistics statistics, Py_ssize_t group,
                  Py_ssize_t n, double mean) noexcept nogil:
     """Whether the sums of a group's gradients, with this mean, are to be taken about it (nx_near in kernels.h says why)."""
-    return statistics == CENTRED and k.run_is_far(dy.data + group * dy.group_stride * k.itemsize, n, gamma if kind == ALONG_RUN else NULL,
+    return statistics == CENTRED and run_is_far(k, dy.data + group * dy.group_stride * k.itemsize, n, gamma if kind == ALONG_RUN else NULL,
                                                   mean)
 
 
@@ -329,19 +330,19 @@ cdef void group_combine(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
     cdef Py_ssize_t index
     cdef Block b
     cdef double zero = 0, a = rstd, shift, g_mean = sum / count if statistics == CENTRED else 0, slope
-    cdef nx_relu gate = nx_relu(&a, &shift)
+    cdef nx_relu_mask gate = nx_relu_mask(&a, &shift)
     if kind == PER_GROUP:
         affine_of(k, gamma, beta, group, rstd, &a, &shift)
         gamma = NULL
     slope = 0 if statistics == GIVEN else -a * rstd * rstd * (dot / count)
     for index in range(last - 1, first - 1, -1):
-        b = block_at(shape, k.run_block, index)
+        b = block_at(shape, k.row_block, index)
         if statistics != GIVEN or relu:
-            k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
+            run_combine(k, at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
                           at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, g_mean, &a, 0, slope, -a * g_mean,
                           along(k, gamma, b), &gate if relu else NULL, maybe_at(more, k.itemsize, group, b), more.run_stride)
         else:  # the statistics are constants, and x does not matter
-            k.run_affine(at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
+            run_affine(k, at(dy, k.itemsize, group, b), dy.run_stride, at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n,
                          &zero, &a, &zero, 0, along(k, gamma, b), NULL, False)
 
 
@@ -376,7 +377,7 @@ cdef int runs_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy, O
     pivots : subtracted from each group's g in the second sum; may be NULL. Where all numbers of a group are here, its own is found.
     dx : no more than the sums, of what may be parts of groups, is done where its data is NULL.
     """
-    cdef Py_ssize_t blocks = block_count(shape, k.run_block), parts = part_count(shape, blocks)
+    cdef Py_ssize_t blocks = block_count(shape, k.row_block), parts = part_count(shape, blocks)
     cdef Py_ssize_t group, part, task, tasks = shape.groups * parts
     cdef int threads = threads_for(tasks, shape.groups * shape.runs * shape.n)
     cdef double[:, :, ::1] partial
@@ -420,14 +421,14 @@ cdef void backward_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, 
                         Statistics statistics, Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd,
                         double *dbeta, double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma: first the latter, since dx may be written over dy."""
-    cdef Py_ssize_t row, blocks = block_count(shape, k.run_block), start = first, end
+    cdef Py_ssize_t row, blocks = block_count(shape, k.row_block), start = first, end
     cdef double sum, dot
     while start < last:
         end = min(start + CHUNK_ROWS, last)
-        k.row_dots(row_at(x, k.itemsize, start), x.group_stride, row_at(dy, k.itemsize, start), dy.group_stride, end - start,
+        row_dots(k, row_at(x, k.itemsize, start), x.group_stride, row_at(dy, k.itemsize, start), dy.group_stride, end - start,
                    shape.n, mean + start, rstd + start, dbeta, dgamma)
         if blocks == 1:
-            k.rows_backward(row_at(x, k.itemsize, start), x.group_stride, row_at(dy, k.itemsize, start), dy.group_stride,
+            rows_backward(k, row_at(x, k.itemsize, start), x.group_stride, row_at(dy, k.itemsize, start), dy.group_stride,
                             row_at(dx, k.itemsize, start), dx.group_stride, end - start, shape.n, statistics == CENTRED, gamma,
                             mean + start, rstd + start, row_at(more, k.itemsize, start), more.group_stride)
         else:
@@ -443,7 +444,7 @@ cdef void sum_rows(const nx_kernels *k, Runs shape, Operand x, Operand dy, Py_ss
     cdef Py_ssize_t block, start
     for block in range(ceil_div(shape.groups, k.col_rows)):
         start = block * k.col_rows
-        k.row_dots(x.data + (start * x.group_stride + column) * k.itemsize, x.group_stride,
+        row_dots(k, x.data + (start * x.group_stride + column) * k.itemsize, x.group_stride,
                    dy.data + (start * dy.group_stride + column) * k.itemsize, dy.group_stride,
                    min(k.col_rows, shape.groups - start), min(<Py_ssize_t> STRIP, shape.n - column), mean + start, rstd + start,
                    dbeta + column, dgamma + column)
@@ -490,9 +491,9 @@ cdef void run_dots_of_group(const nx_kernels *k, Runs shape, Operand x, Operand 
     cdef Block b
     for r in range(shape.runs):
         sums[r] = dots[r] = 0
-    for index in range(block_count(shape, k.run_block)):
-        b = block_at(shape, k.run_block, index)
-        k.run_dots(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean, pivot,
+    for index in range(block_count(shape, k.row_block)):
+        b = block_at(shape, k.row_block, index)
+        run_dots(k, at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride, b.runs, b.n, mean, pivot,
                    NULL, NULL, sums + b.run, dots + b.run, 1)
 
 
@@ -515,7 +516,7 @@ cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Ope
 
     `deviations` is work space, a number for each run.
     """
-    cdef Py_ssize_t r, index, end, channel = group * shape.runs % shape.channels, blocks = block_count(shape, k.run_block)
+    cdef Py_ssize_t r, index, end, channel = group * shape.runs % shape.channels, blocks = block_count(shape, k.row_block)
     cdef double sum = 0, dot = 0, n = <double> shape.runs * <double> shape.n, pivot = 0
     cdef double a[RUNS_AT_ONCE]
     cdef Block b
@@ -532,13 +533,13 @@ cdef void backward_runs_of_group(const nx_kernels *k, Runs shape, Operand x, Ope
     for r in range(shape.runs):
         sum += sums[r] if gamma == NULL else sums[r] * element(k, gamma, channel + r)
     for index in range(blocks - 1, -1, -1):
-        b = block_at(shape, k.run_block, index)
+        b = block_at(shape, k.row_block, index)
         end = b.run + b.runs
         while b.run < end:
             b.runs = min(<Py_ssize_t> RUNS_AT_ONCE, end - b.run)
             for r in range(b.runs):
                 a[r] = rstd if gamma == NULL else rstd * element(k, gamma, channel + b.run + r)
-            k.run_combine(at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
+            run_combine(k, at(x, k.itemsize, group, b), x.run_stride, at(dy, k.itemsize, group, b), dy.run_stride,
                           at(dx, k.itemsize, group, b), dx.run_stride, b.runs, b.n, mean, pivot, a, 1,
                           -rstd * rstd * rstd * (dot / n), -rstd * (sum / n), NULL, NULL, NULL, 0)
             b.run += b.runs
@@ -551,7 +552,7 @@ cdef void backward_some_groups(const nx_kernels *k, Runs shape, Operand x, Opera
                                double *deviations) noexcept nogil:
     """Short groups, in one go but for those that are far from zero."""
     while True:
-        first += k.groups_backward(row_at(x, k.itemsize, first), x.group_stride, x.run_stride, row_at(dy, k.itemsize, first),
+        first += groups_backward(k, row_at(x, k.itemsize, first), x.group_stride, x.run_stride, row_at(dy, k.itemsize, first),
                                    dy.group_stride, dy.run_stride, row_at(dx, k.itemsize, first), dx.group_stride, dx.run_stride,
                                    last - first, shape.runs, shape.n, gamma, first * shape.runs % shape.channels, shape.channels,
                                    mean + first, rstd + first, sums + first * shape.runs, dots + first * shape.runs)
@@ -570,7 +571,7 @@ cdef int grouped_backward(const nx_kernels *k, Runs shape, Operand x, Operand dy
     """
     cdef Py_ssize_t group, task, tasks
     cdef int threads = threads_for(shape.groups, shape.groups * shape.runs * shape.n)
-    if block_count(shape, k.run_block) == 1:
+    if block_count(shape, k.row_block) == 1:
         tasks = threads  # each group is on its own, and no bit depends on the split
         for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
             backward_some_groups(k, shape, x, dy, dx, gamma, task * shape.groups // tasks, (task + 1) * shape.groups // tasks, mean, rstd,
