@@ -206,9 +206,11 @@ typedef struct {
     nx_range range;
 #define NX_KERNEL(name, result, arguments) result(*name) arguments;
 #define NX_WRITER NX_KERNEL
+#define NX_WIDE NX_KERNEL
 #include "kernels_list.h"
 #undef NX_KERNEL
 #undef NX_WRITER
+#undef NX_WIDE
 } nx_kernels;
 
 enum { NX_FLOAT32, NX_FLOAT64, NX_FLOAT16, NX_BFLOAT16, NX_TYPES };
