@@ -9,7 +9,7 @@ cdef extern from "kernels.h" nogil:
     void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2, double count,
                         double share)
     void nx_merge(nx_moments *m, nx_moments other)
-    nx_moments nx_merge_equal(double rows, ptrdiff_t columns, const double *mean, const double *m2)
+    nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean, const double *m2)
     bint nx_near(double g, double mean)
     ctypedef struct nx_range:
         double tiny, enlarge, shrink, near_zero
