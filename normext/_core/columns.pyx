@@ -120,7 +120,7 @@ cdef void chunk_affine(const Call *c, Chunk t, const double *mean, const double 
     """y of a chunk; mean and rstd are those of the array's columns."""
     cdef double scale[COLUMNS]
     cdef double shift[COLUMNS]
-    cdef nx_affine map = nx_affine(mean + t.col, scale, shift, 1)
+    cdef nx_affine map = nx_affine(mean + t.col, &scale[0], &shift[0], 1)
     cdef Py_ssize_t block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd + t.col, scale, shift)
     for block in range(block_count(c, t) - 1, -1, -1):
@@ -237,8 +237,8 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
     cdef double each = 1 / c.count
     cdef bint own = c.statistics != GIVEN
     cdef nx_relu_mask mask = nx_relu_mask(&factor[0], &shift[0])
-    cdef nx_line line = nx_line(c.mean + t.col, dy_mean, factor, slope, constant, 1)
-    cdef nx_affine map = nx_affine(dy_mean, factor, slope, 1)
+    cdef nx_line line = nx_line(c.mean + t.col, &dy_mean[0], &factor[0], &slope[0], &constant[0], 1)
+    cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1)
     cdef Py_ssize_t j, col, block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, c.rstd + t.col, factor, shift)
     for j in range(t.cols):
@@ -498,7 +498,7 @@ cdef void example_backward(const Call *c, Example e) noexcept nogil:
     for index in range(chunks_of(c, e)):
         t = chunk_of(c, e, index)
         affines_of(c.k, c.gamma, NULL, t.col, t.cols, rstd + t.col, factor, zero)
-        line = nx_line(mean + t.col, pivots + t.col, factor, slope + t.col, constant + t.col, 1)
+        line = nx_line(mean + t.col, pivots + t.col, &factor[0], slope + t.col, constant + t.col, 1)
         for block in range(block_count(c, t) - 1, -1, -1):
             c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
                        block_at(c, t, block), &line, NULL)

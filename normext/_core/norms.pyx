@@ -644,7 +644,7 @@ cdef int start_detour(const nx_norm *norm, Detour *d) noexcept nogil:
     if norm.kind == NORMEXT_GROUP_NORM:
         moved_axes(norm, 1, order)
     d.norm, d.itemsize = norm[0], kernels_for(norm.type, False).itemsize
-    d.norm.shape, d.norm.axis = d.length, 1 if norm.kind == NORMEXT_GROUP_NORM else norm.axis
+    d.norm.shape, d.norm.axis = &d.length[0], 1 if norm.kind == NORMEXT_GROUP_NORM else norm.axis
     for i in range(MAX_ARRAYS):
         if d.of[i].data != NULL:
             set_array(norm, d, i, d.of[i], order)
@@ -1245,13 +1245,13 @@ cdef int batch_forward(const nx_norm *norm, const nx_io *io, Way *way) noexcept 
     if numbers_of(norm, 0, norm.ndim) == 0:
         return NORMEXT_OK
     if norm.training and var == NULL and io.running.var != NULL:
-        var = few if channels <= 256 else <double *> malloc(channels * sizeof(double))
+        var = &few[0] if channels <= 256 else <double *> malloc(channels * sizeof(double))
         if var == NULL:
             return NORMEXT_NO_MEMORY
     status = run_forward(norm, io, var, way)
     if status == NORMEXT_OK and norm.training:
         update_running(norm, &io.running, io.mean, var)
-    if var != few and var != io.var:
+    if var != &few[0] and var != io.var:
         free(var)
     return status
 

@@ -150,11 +150,11 @@ cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssi
     cdef Block b
     if c.parameters == PER_GROUP:
         affine_of(c.k, c.gamma, c.beta, group, rstd, scale, shift)
-        map = nx_affine(&mean, scale, shift, 0)
+        map = nx_affine(&mean, &scale[0], &shift[0], 0)
     elif c.parameters == PER_ROW:
         for r in range(min(<Py_ssize_t> ROWS_AT_ONCE, c.rows)):
             means[r] = mean
-        map = nx_affine(means, scale, shift, 1)
+        map = nx_affine(&means[0], &scale[0], &shift[0], 1)
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape_of(c), c.k.row_block, index)
         if c.parameters != PER_ROW:
@@ -620,7 +620,7 @@ cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
     cdef double sum = 0, dot = 0, n = <double> c.rows * <double> c.n, pivot = 0, rstd = c.rstd[group]
     cdef double slope, constant
     cdef double factor[ROWS_AT_ONCE]
-    cdef nx_line line = nx_line(c.mean + group, &pivot, factor, &slope, &constant, 1)
+    cdef nx_line line = nx_line(c.mean + group, &pivot, &factor[0], &slope, &constant, 1)
     cdef Block b
     row_dots_of_group(c, group, NULL, sums)
     for r in range(c.rows):
