@@ -143,7 +143,7 @@ def extension(name, *sources, depends=(), macros=()):
     return Extension(
         f"normext.{name}",
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
-        depends=["src_c/kernels.h", *map(str, Path("normext").glob("**/*.pxd")), *depends],
+        depends=["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h", *map(str, Path("normext").glob("**/*.pxd")), *depends],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
     )
@@ -159,13 +159,14 @@ NEEDS = [
 setup(
     **{"license_expression" if int(__version__.partition(".")[0]) >= 77 else "license": "BSD-3-Clause"},
     ext_modules=[
-        extension("_core.runs"),
+        extension("_core.arrays"),
+        extension("_core.norms"),
+        extension("_core.rows"),
         extension("_core.columns"),
         extension("_core.updates"),
         extension("_core.windows"),
-        extension("_core.api", depends=["normext/include/normext.h"]),
-        extension("_core.xla", depends=["normext/include/normext.h"]),
-        extension("functional"),
+        extension("_core.api"),
+        extension("_core.xla"),
         extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
     ],
     cmdclass={"build_ext": BuildExt},

@@ -11,9 +11,9 @@
 #define NX_OP(e, name) NX_OP_(e, name)
 
 /* Rows of few columns that lie one after the other in memory are taken `fold` at a time: as `rows` rows of `lanes` numbers, which fill
- * whole vectors, and one of `rest` numbers. A column then has `fold` lanes, which share its coefficients and whose sums are its sum. */
+ * whole vectors, and one of `tail` numbers. A column then has `fold` lanes, which share its coefficients and whose sums are its sum. */
 typedef struct {
-    ptrdiff_t fold, lanes, rows, rest;
+    ptrdiff_t fold, lanes, rows, tail;
 } nx_fold;
 
 /* `unit` numbers are a whole vector on every instruction set, and there is room for `most` lanes. */
@@ -27,6 +27,20 @@ static nx_fold fold_rows(ptrdiff_t rows, ptrdiff_t cols, int adjacent, ptrdiff_t
     }
     if (fold <= 1) return (nx_fold){1, cols, rows, 0};
     return (nx_fold){fold, fold * cols, rows / fold, rows % fold * cols};
+}
+
+/* To float, with the last bit set where that is inexact: what then rounds it to fewer bits, two at
+ * least, rounds as if there had been no step between (S. Boldo and G. Melquiond, "Emulation of FMA
+ * and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008). */
+static float round_to_odd(double x)
+{
+    float nearest = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &nearest, sizeof bits);
+    if (x != x || nearest == x || bits & 1) return nearest;
+    bits += fabs(nearest) < fabs(x) ? 1 : -1;
+    memcpy(&nearest, &bits, sizeof bits);
+    return nearest;
 }
 
 #define T float

@@ -1,7 +1,8 @@
-/* What writes elements; included from kernels_template.h twice, with STREAM 0 and 1. Streaming stores go around the caches: memory that
- * is too large to be met there again is not read into them first, only to be written over. They need whole aligned vectors, so that a run
- * begins with what is left to the next of these. x86 orders them before whatever comes after the next locked instruction, which is how
- * threads, and Python's own lock, hand memory on. */
+/* What writes elements; included from kernels_template.h twice, with STREAM 0 and 1. Streaming
+ * stores go around the caches: memory that is too large to be met there again is not read into them
+ * first, only to be written over. They need whole aligned vectors, so that a row begins with what is
+ * left to the next of these. x86 orders them before whatever comes after the next locked
+ * instruction, which is how threads, and Python's own lock, hand memory on. */
 
 NX_INLINE void WR(put)(T *p, ptrdiff_t left, int whole, V v)
 {
@@ -19,20 +20,25 @@ NX_INLINE void WR(put)(T *p, ptrdiff_t left, int whole, V v)
         if (i_ < (n)) f(i_, (n) - i_, 0);                \
     } while (0)
 
-NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V p, V a, V b, const C *gamma, const C *beta, int relu)
+NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V p, V a, V b,
+                                 const C *gamma, const C *beta, int relu)
 {
-    V v = OP(fma)(OP(sub)(FN(some)(x, left, whole, p), p), a, b);
-    if (gamma && beta) v = OP(fma)(v, FN(coefficients)(gamma, left, whole), FN(coefficients)(beta, left, whole));
-    else if (gamma) v = OP(mul)(v, FN(coefficients)(gamma, left, whole));
-    else if (beta) v = OP(add)(v, FN(coefficients)(beta, left, whole));
+    V v = OP(fma)(OP(sub)(FN(some)(x, left, whole, p), p), a, b), c = ZERO, d = ZERO;
+    if (gamma) c = FN(coefficients)(gamma, left, whole);
+    if (beta) d = FN(coefficients)(beta, left, whole);
+    if (gamma && beta) v = OP(fma)(v, c, d);
+    else if (gamma) v = OP(mul)(v, c);
+    else if (beta) v = OP(add)(v, d);
     WR(put)(y, left, whole, relu ? OP(max)(ZERO, v) : v);
 }
 
 /* The same by way of double, for means and scales at the ends of the range of C: rare, and slow. */
-NX_OUTLINE void WR(affine_far_out)(const T *x, T *y, ptrdiff_t n, double mean, double scale, double shift, const C *gamma,
-                                   const C *beta, int relu)
+NX_OUTLINE void WR(affine_far_out)(const T *x, T *y, ptrdiff_t n, const nx_affine *map,
+                                   const C *gamma, const C *beta, int relu)
 {
-    const double half = fabs(scale) < 1 ? 0.5 : 1; /* of what may overflow before it is scaled down */
+    const double mean = *map->mean, scale = *map->scale, shift = *map->shift;
+    const double half =
+        fabs(scale) < 1 ? 0.5 : 1; /* of what may overflow before it is scaled down */
     C lanes[W];
     for (ptrdiff_t i = 0; i < n; i += W) {
         ptrdiff_t left = n - i;
@@ -48,324 +54,355 @@ NX_OUTLINE void WR(affine_far_out)(const T *x, T *y, ptrdiff_t n, double mean, d
     }
 }
 
-NX_INLINE void WR(affine_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
-                               const double *mean, const double *scale, const double *shift, ptrdiff_t step, const C *gamma,
+NX_INLINE void WR(affine_loop)(nx_rows x_, nx_rows y_, nx_block b, nx_affine map, const C *gamma,
                                const C *beta, int relu)
 {
-    V p = ZERO, a = ZERO, b = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, y += y_stride, mean += step, scale += step, shift += step) {
-        if (FN(far_out)(*mean, *scale)) {
-            WR(affine_far_out)(x, y, n, *mean, *scale, *shift, gamma, beta, relu);
-            continue;
-        }
-        if (r == 0 || step) {
-            p = OP(set)((C)*mean);
-            a = OP(set)((C)*scale);
-            b = OP(set)(FN(rest)(*mean, *scale, *shift));
-        }
-#define VECTOR(i, left, whole) \
-    WR(affine_vector)(x + i, y + i, left, whole, p, a, b, gamma ? gamma + i : NULL, beta ? beta + i : NULL, relu)
-        EACH_VECTOR(y, n, VECTOR);
+    const T *x = x_.data;
+    T *y = y_.data;
+    V p = ZERO, scale = ZERO, shift = ZERO;
+    for (ptrdiff_t r = 0; r < b.rows; r++, x += x_.stride, y += y_.stride) {
+        if (FN(far_out)(*map.mean, *map.scale)) {
+            WR(affine_far_out)(x, y, b.n, &(nx_affine){map.mean, map.scale, map.shift, 0}, gamma,
+                               beta, relu);
+        } else {
+            if (r == 0 || map.step) {
+                p = OP(set)((C)*map.mean);
+                scale = OP(set)((C)*map.scale);
+                shift = OP(set)(FN(pivot_shift)(*map.mean, *map.scale, *map.shift));
+            }
+#define VECTOR(i, left, whole)                                                              \
+    WR(affine_vector)(x + i, y + i, left, whole, p, scale, shift, gamma ? gamma + i : NULL, \
+                      beta ? beta + i : NULL, relu)
+            EACH_VECTOR(y, b.n, VECTOR);
 #undef VECTOR
+        }
+        map.mean += map.step, map.scale += map.step, map.shift += map.step;
     }
 }
 
-static void WR(run_affine)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t runs, ptrdiff_t n,
-                           const double *mean, const double *scale, const double *shift, ptrdiff_t step, const void *gamma,
-                           const void *beta, int relu)
+static void WR(row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
+                           const void *gamma, const void *beta, int relu)
 {
     /* One loop each, so that none asks for every vector what there is to do. */
-#define AFFINE(gamma, beta, relu) WR(affine_loop)(x, x_stride, y, y_stride, runs, n, mean, scale, shift, step, gamma, beta, relu)
-    if (gamma && beta) AFFINE(gamma, beta, 0);
-    else if (gamma) AFFINE(gamma, NULL, 0);
-    else if (beta) AFFINE(NULL, beta, 0);
-    else if (relu) AFFINE(NULL, NULL, 1);
-    else AFFINE(NULL, NULL, 0);
-#undef AFFINE
+    if (gamma && beta) WR(affine_loop)(x, y, b, *map, gamma, beta, 0);
+    else if (gamma) WR(affine_loop)(x, y, b, *map, gamma, NULL, 0);
+    else if (beta) WR(affine_loop)(x, y, b, *map, NULL, beta, 0);
+    else if (relu) WR(affine_loop)(x, y, b, *map, NULL, NULL, 1);
+    else WR(affine_loop)(x, y, b, *map, NULL, NULL, 0);
 }
 
-/* Unless dy is far from zero, a product with gamma is rounded as it was when the pivot was found: a row of one number gives exactly 0. */
-NX_INLINE void WR(combine_vector)(const T *x, const T *dy, T *dx, ptrdiff_t left, int whole, V x_pivot, V minus_pivot, V a, V b, V rest,
-                                  const C *gamma, const FN(gate) * gate, int far, const T *more)
+/* nx_line about pivots of C: what their rounding leaves is in the constant. */
+typedef struct {
+    V x_pivot, minus_pivot, factor, slope, constant;
+} WR(line);
+
+/* Unless dy is far from zero, a product with gamma is rounded as it was when the pivot was found: a
+ * row of one number gives exactly 0. */
+NX_INLINE void WR(dx_vector)(const T *x, const T *dy, T *dx, ptrdiff_t left, int whole,
+                             const WR(line) * line, const C *gamma, const FN(relu_mask) * mask,
+                             int far, const T *addend)
 {
-    V d = OP(sub)(FN(some)(x, left, whole, ZERO), x_pivot), c = ZERO;
+    V d = OP(sub)(FN(some)(x, left, whole, ZERO), line->x_pivot), c = ZERO;
     if (gamma) c = FN(coefficients)(gamma, left, whole);
     V g = FN(some)(dy, left, whole, ZERO);
-    if (far) g = FN(gradient)(g, d, gamma ? &c : NULL, gate, &minus_pivot);
-    else g = OP(add)(FN(gradient)(g, d, gamma ? &c : NULL, gate, NULL), minus_pivot);
-    V v = OP(fma)(g, a, OP(fma)(d, b, rest));
-    if (more) v = OP(add)(v, FN(some)(more, left, whole, ZERO));
+    if (far) g = FN(gradient)(g, d, gamma ? &c : NULL, mask, &line->minus_pivot);
+    else g = OP(add)(FN(gradient)(g, d, gamma ? &c : NULL, mask, NULL), line->minus_pivot);
+    V v = OP(fma)(g, line->factor, OP(fma)(d, line->slope, line->constant));
+    if (addend) v = OP(add)(v, FN(some)(addend, left, whole, ZERO));
     WR(put)(dx, left, whole, v);
 }
 
-NX_INLINE void WR(combine_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a, ptrdiff_t step, double b,
-                                double c, const C *gamma, const nx_relu *relu, int far, const T *more, ptrdiff_t more_stride)
+NX_INLINE void WR(dx_loop)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b, nx_line line,
+                           const C *gamma, const nx_relu_mask *relu, int far, nx_rows addend_)
 {
-    const C x_pivot = (C)mean, g_pivot = (C)pivot;
-    const V xp = OP(set)(x_pivot), minus = OP(set)(-g_pivot), vb = OP(set)((C)b);
-    FN(gate) gate;
-    if (relu) gate = (FN(gate)){OP(set)((C)*relu->scale), OP(set)(FN(rest)(mean, *relu->scale, *relu->shift))};
-    V va = ZERO, rest = ZERO;
-    for (ptrdiff_t r = 0; r < runs; r++, x += x_stride, dy += dy_stride, dx += dx_stride, a += step) {
-        if (r == 0 || step) {
-            va = OP(set)((C)*a);
-            rest = OP(set)((C)(c + *a * g_pivot - b * (mean - x_pivot)));
+    const T *x = x_.data, *dy = dy_.data, *addend = addend_.data;
+    T *dx = dx_.data;
+    const double mean = *line.mean, slope = *line.slope, constant = *line.constant;
+    const C x_pivot = (C)mean, g_pivot = (C)*line.pivot;
+    WR(line) l = {OP(set)(x_pivot), OP(set)(-g_pivot), ZERO, OP(set)((C)slope), ZERO};
+    FN(relu_mask) mask;
+    if (relu) mask = FN(mask_of)(relu, mean);
+    for (ptrdiff_t r = 0; r < b.rows; r++, x += x_.stride, dy += dy_.stride, dx += dx_.stride) {
+        if (r == 0 || line.step) {
+            double factor = line.factor[r * line.step];
+            l.factor = OP(set)((C)factor);
+            l.constant = OP(set)((C)(constant + factor * g_pivot - slope * (mean - x_pivot)));
         }
-#define VECTOR(i, left, whole)                                                                                                     \
-    WR(combine_vector)(x + i, dy + i, dx + i, left, whole, xp, minus, va, vb, rest, gamma ? gamma + i : NULL, relu ? &gate : NULL, \
-                       far, more ? more + i : NULL)
-        EACH_VECTOR(dx, n, VECTOR);
+#define VECTOR(i, left, whole)                                                      \
+    WR(dx_vector)(x + i, dy + i, dx + i, left, whole, &l, gamma ? gamma + i : NULL, \
+                  relu ? &mask : NULL, far, addend ? addend + i : NULL)
+        EACH_VECTOR(dx, b.n, VECTOR);
 #undef VECTOR
-        if (more) more += more_stride;
+        if (addend) addend += addend_.stride;
     }
 }
 
-static void WR(run_combine)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                            ptrdiff_t runs, ptrdiff_t n, double mean, double pivot, const double *a, ptrdiff_t step, double b, double c,
-                            const void *gamma, const nx_relu *relu, const void *more, ptrdiff_t more_stride)
+static void WR(row_dx)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
+                       const void *gamma, const nx_relu_mask *relu, nx_rows addend)
 {
-#define COMBINE(gamma, relu, far, more)                                                                                      \
-    WR(combine_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, runs, n, mean, pivot, a, step, b, c, gamma, relu, far, more, \
-                     more_stride)
-    if (gamma && n == 1) COMBINE(gamma, NULL, 0, more);
-    else if (gamma && more) COMBINE(gamma, NULL, 1, more);
-    else if (gamma) COMBINE(gamma, NULL, 1, NULL);
-    else if (more) COMBINE(NULL, NULL, 1, more);
-    else if (relu) COMBINE(NULL, relu, 1, NULL);
-    else COMBINE(NULL, NULL, 1, NULL);
-#undef COMBINE
+    const nx_rows none = {NULL, 0};
+    if (gamma && b.n == 1) WR(dx_loop)(x, dy, dx, b, *line, gamma, NULL, 0, addend);
+    else if (gamma && addend.data) WR(dx_loop)(x, dy, dx, b, *line, gamma, NULL, 1, addend);
+    else if (gamma) WR(dx_loop)(x, dy, dx, b, *line, gamma, NULL, 1, none);
+    else if (addend.data) WR(dx_loop)(x, dy, dx, b, *line, NULL, NULL, 1, addend);
+    else if (relu) WR(dx_loop)(x, dy, dx, b, *line, NULL, relu, 1, none);
+    else WR(dx_loop)(x, dy, dx, b, *line, NULL, NULL, 1, none);
 }
 
-NX_INLINE void WR(normalize_rows_loop)(const T *x, ptrdiff_t x_stride, T *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n,
-                                       int centred, double eps, const C *gamma, const C *beta, double *mean, double *rstd)
+NX_INLINE void WR(layer_forward_loop)(nx_rows x, nx_rows y, nx_block b, nx_layer norm, double *mean,
+                                      double *rstd)
 {
     const double zero = 0;
-    for (ptrdiff_t count; rows > 0; rows -= count, x += count * x_stride, y += count * y_stride, mean += count, rstd += count) {
-        count = FN(rows_abreast)(rows, n);
-        FN(statistics_abreast)(x, x_stride, count, n, centred, eps, mean, rstd);
-        for (ptrdiff_t r = 0; r < count; r++)
-            WR(affine_loop)(x + r * x_stride, 0, y + r * y_stride, 0, 1, n, mean + r, rstd + r, &zero, 0, gamma, beta, 0);
+    for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
+        count = FN(rows_interleaved)(b.rows - first, b.n);
+        FN(statistics_interleaved)(FN(from)(x, first, 0), (nx_block){count, b.n}, norm.centred,
+                                   norm.eps, mean + first, rstd + first);
+        for (ptrdiff_t r = first; r < first + count; r++)
+            WR(affine_loop)(FN(from)(x, r, 0), FN(from)(y, r, 0), (nx_block){1, b.n},
+                            (nx_affine){mean + r, rstd + r, &zero, 0}, norm.gamma, norm.beta, 0);
     }
 }
 
-static void WR(normalize_rows)(const void *x, ptrdiff_t x_stride, void *y, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, int centred,
-                               double eps, const void *gamma, const void *beta, double *mean, double *rstd)
+static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
+                              double *rstd)
 {
-    if (gamma && beta) WR(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, beta, mean, rstd);
-    else if (gamma) WR(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, gamma, NULL, mean, rstd);
-    else if (beta) WR(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, beta, mean, rstd);
-    else WR(normalize_rows_loop)(x, x_stride, y, y_stride, rows, n, centred, eps, NULL, NULL, mean, rstd);
+    const int centred = norm->centred;
+    const double eps = norm->eps;
+    const void *gamma = norm->gamma, *beta = norm->beta;
+#define FORWARD(gamma, beta) \
+    WR(layer_forward_loop)(x, y, b, (nx_layer){centred, eps, gamma, beta}, mean, rstd)
+    if (gamma && beta) FORWARD(gamma, beta);
+    else if (gamma) FORWARD(gamma, NULL);
+    else if (beta) FORWARD(NULL, beta);
+    else FORWARD(NULL, NULL);
+#undef FORWARD
 }
 
-NX_INLINE void WR(rows_backward_loop)(const T *x, ptrdiff_t x_stride, const T *dy, ptrdiff_t dy_stride, T *dx, ptrdiff_t dx_stride,
-                                      ptrdiff_t rows, ptrdiff_t n, int centred, const C *gamma, const double *mean, const double *rstd,
-                                      const T *more, ptrdiff_t more_stride)
+NX_INLINE void WR(layer_backward_loop)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, nx_layer norm,
+                                       const double *mean, const double *rstd, nx_rows addend)
 {
-    double sum[ABREAST], dot[ABREAST], each = 1 / (double)n;
-    for (ptrdiff_t count, first = 0; first < rows; first += count) {
-        count = FN(rows_abreast)(rows - first, n);
+    double sum[INTERLEAVED], dot[INTERLEAVED], each = 1 / (double)b.n;
+    const nx_block row = {1, b.n};
+    for (ptrdiff_t count, first = 0; first < b.rows; first += count) {
+        count = FN(rows_interleaved)(b.rows - first, b.n);
+        for (ptrdiff_t i = 0; i < count; i++)
+            FN(dots_of_row)(x, dy, b, first + i, mean[first + i], norm.gamma, sum + i, dot + i);
         for (ptrdiff_t i = 0; i < count; i++) {
             ptrdiff_t r = first + i;
-            sum[i] = dot[i] = 0;
-            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[r], NULL, gamma, NULL, sum + i, dot + i, 0);
-        }
-        for (ptrdiff_t i = 0; i < count; i++) {
-            ptrdiff_t r = first + i;
-            double g_mean = centred ? sum[i] * each : 0;
-            const T *more_row = more ? more + r * more_stride : NULL;
-            int far = FN(is_far)(dy + r * dy_stride, n, gamma, g_mean);
+            const nx_rows xr = FN(from)(x, r, 0), dyr = FN(from)(dy, r, 0);
+            double g_mean = norm.centred ? sum[i] * each : 0;
+            int far = FN(is_far)(dyr.data, b.n, norm.gamma, g_mean);
             if (far) {
                 sum[i] = dot[i] = 0;
-                FN(dots_about)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[r], &g_mean, gamma, NULL, sum + i, dot + i, 0);
+                FN(dots_about)(xr, dyr, row, mean[r], &g_mean, norm.gamma, NULL,
+                               (nx_sums){sum + i, dot + i, 0});
                 g_mean = sum[i] * each;
             }
-            double slope = -rstd[r] * rstd[r] * rstd[r] * (dot[i] * each), constant = -rstd[r] * g_mean;
+            double slope = nx_slope(rstd[r], rstd[r], dot[i] * each),
+                   constant = nx_constant(rstd[r], g_mean);
+            nx_line line = {mean + r, &g_mean, rstd + r, &slope, &constant, 0};
+            nx_rows addend_row = {NULL, 0};
+            if (addend.data) addend_row = FN(from)(addend, r, 0);
             if (far)
-                WR(run_combine)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[r], g_mean, rstd + r, 0,
-                                slope, constant, gamma, NULL, more_row, 0);
+                WR(row_dx)(xr, dyr, FN(from)(dx, r, 0), row, &line, norm.gamma, NULL, addend_row);
             else
-                WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[r], g_mean, rstd + r, 0,
-                                 slope, constant, gamma, NULL, 0, more_row, 0);
+                WR(dx_loop)(xr, dyr, FN(from)(dx, r, 0), row, line, norm.gamma, NULL, 0,
+                            addend_row);
         }
     }
 }
 
-static void WR(rows_backward)(const void *x, ptrdiff_t x_stride, const void *dy, ptrdiff_t dy_stride, void *dx, ptrdiff_t dx_stride,
-                              ptrdiff_t rows, ptrdiff_t n, int centred, const void *gamma, const double *mean, const double *rstd,
-                              const void *more, ptrdiff_t more_stride)
+static void WR(layer_backward)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_layer *norm,
+                               const double *mean, const double *rstd, nx_rows addend)
 {
-#define ROWS(gamma, more) \
-    WR(rows_backward_loop)(x, x_stride, dy, dy_stride, dx, dx_stride, rows, n, centred, gamma, mean, rstd, more, more_stride)
-    if (gamma && more) ROWS(gamma, more);
-    else if (gamma) ROWS(gamma, NULL);
-    else if (more) ROWS(NULL, more);
-    else ROWS(NULL, NULL);
-#undef ROWS
+    const int centred = norm->centred;
+    const void *gamma = norm->gamma;
+    const nx_rows none = {NULL, 0};
+#define BACKWARD(gamma, addend) \
+    WR(layer_backward_loop)(x, dy, dx, b, (nx_layer){centred, 0, gamma, NULL}, mean, rstd, addend)
+    if (gamma && addend.data) BACKWARD(gamma, addend);
+    else if (gamma) BACKWARD(gamma, none);
+    else if (addend.data) BACKWARD(NULL, addend);
+    else BACKWARD(NULL, none);
+#undef BACKWARD
 }
 
-static ptrdiff_t WR(groups_backward)(const void *x_, ptrdiff_t x_group, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_group,
-                                     ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_group, ptrdiff_t dx_stride, ptrdiff_t groups,
-                                     ptrdiff_t runs, ptrdiff_t n, const void *gamma_, ptrdiff_t channel, ptrdiff_t channels,
-                                     const double *mean, const double *rstd, double *sum, double *dot)
+static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
+                                    const double *mean, const double *rstd, double *dbeta,
+                                    double *dgamma)
 {
-    const T *x = x_, *dy = dy_;
-    T *dx = dx_;
-    const C *gamma = gamma_;
-    const double each = 1 / ((double)runs * (double)n);
-    for (ptrdiff_t g = 0; g < groups; g++, x += x_group, dy += dy_group, dx += dx_group, sum += runs, dot += runs) {
+    const ptrdiff_t rows = g->rows, n = g->n;
+    const C *gamma = g->gamma;
+    const nx_block row = {1, n};
+    const double each = 1 / ((double)rows * (double)n), zero = 0;
+    ptrdiff_t channel = g->channel;
+    for (ptrdiff_t i = 0; i < g->groups; i++, dbeta += rows, dgamma += rows) {
+        const nx_rows x_ = {(T *)x.data + i * x.group, x.row},
+                      dy_ = {(T *)dy.data + i * dy.group, dy.row},
+                      dx_ = {(T *)dx.data + i * dx.group, dx.row};
         double dy_sum = 0, g_sum = 0, g_dot = 0;
-        for (ptrdiff_t r = 0; r < runs; r++) {
-            double factor = gamma ? (double)gamma[channel + r] : 1;
-            double run_sum = 0, run_dot = 0;
-            FN(dots_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, 1, n, mean[g], NULL, NULL, NULL, &run_sum, &run_dot, 0);
-            sum[r] = run_sum;
-            dot[r] = run_dot * rstd[g];
-            dy_sum += sum[r];
-            g_sum += factor * sum[r];
-            g_dot += factor * dot[r];
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            double factor = gamma ? (double)gamma[channel + r] : 1, sum, dot;
+            FN(dots_of_row)(x_, dy_, row, r, mean[i], NULL, &sum, &dot);
+            dbeta[r] = sum;
+            dgamma[r] = dot * rstd[i];
+            dy_sum += dbeta[r];
+            g_sum += factor * dbeta[r];
+            g_dot += factor * dgamma[r];
         }
-        if (FN(is_far)(dy, n, NULL, dy_sum * each)) return g;
-        double slope = -rstd[g] * rstd[g] * (g_dot * each), constant = -rstd[g] * (g_sum * each);
-        for (ptrdiff_t r = 0; r < runs; r++) {
-            double a = gamma ? rstd[g] * (double)gamma[channel + r] : rstd[g];
-            WR(combine_loop)(x + r * x_stride, 0, dy + r * dy_stride, 0, dx + r * dx_stride, 0, 1, n, mean[g], 0, &a, 0, slope,
-                             constant, NULL, NULL, 0, NULL, 0);
+        if (FN(is_far)(dy_.data, n, NULL, dy_sum * each)) return i;
+        /* g_dot holds one rstd already */
+        double slope = nx_slope(1, rstd[i], g_dot * each),
+               constant = nx_constant(rstd[i], g_sum * each);
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            double factor = gamma ? rstd[i] * (double)gamma[channel + r] : rstd[i];
+            WR(dx_loop)(FN(from)(x_, r, 0), FN(from)(dy_, r, 0), FN(from)(dx_, r, 0), row,
+                        (nx_line){mean + i, &zero, &factor, &slope, &constant, 0}, NULL, NULL, 0,
+                        (nx_rows){NULL, 0});
         }
-        channel += runs;
-        if (channel == channels) channel = 0;
+        channel += rows;
+        if (channel == g->channels) channel = 0;
     }
-    return groups;
+    return g->groups;
 }
 
-NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale, const C *rest, int relu)
+NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale,
+                                  const C *shift, int relu)
 {
 #define VECTOR(j, left, whole)                                                  \
     do {                                                                        \
         V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(pivot + j)); \
-        V v = OP(fma)(d, OP(load)(scale + j), OP(load)(rest + j));              \
+        V v = OP(fma)(d, OP(load)(scale + j), OP(load)(shift + j));             \
         WR(put)(y + j, left, whole, relu ? OP(max)(ZERO, v) : v);               \
     } while (0)
     EACH_VECTOR(y, cols, VECTOR);
 #undef VECTOR
 }
 
-static void WR(col_affine)(const void *x_, ptrdiff_t x_stride, void *y_, ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t cols,
-                           const double *mean, const double *scale, const double *shift, int relu)
+static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *map, int relu)
 {
-    C pivot[PADDED], a[PADDED], b[PADDED];
-    for (ptrdiff_t j0 = 0, width; j0 < cols; j0 += width) {
-        const T *x = (const T *)x_ + j0;
-        T *y = (T *)y_ + j0;
-        width = FN(ordinary)(mean + j0, scale + j0, cols - j0 < STRIP ? cols - j0 : STRIP);
+    const double *mean = map->mean, *scale = map->scale, *shift = map->shift;
+    C pivot[PADDED], strip_scale[PADDED], strip_shift[PADDED];
+    for (ptrdiff_t j0 = 0, width; j0 < b.n; j0 += width) {
+        width = FN(ordinary)(mean + j0, scale + j0, b.n - j0 < STRIP ? b.n - j0 : STRIP);
         if (width == 0) {
             width = 1;
-            for (ptrdiff_t i = 0; i < rows; i++)
-                WR(affine_far_out)(x + i * x_stride, y + i * y_stride, 1, mean[j0], scale[j0], shift[j0], NULL, NULL, relu);
+            nx_affine one = {mean + j0, scale + j0, shift + j0, 0};
+            for (ptrdiff_t r = 0; r < b.rows; r++)
+                WR(affine_far_out)(FN(from)(x_, r, j0).data, FN(from)(y_, r, j0).data, 1, &one,
+                                   NULL, NULL, relu);
             continue;
         }
-        nx_fold folded = fold_rows(rows, width, x_stride == width && y_stride == width, UNIT, STRIP);
-        const ptrdiff_t x_step = folded.fold * x_stride, y_step = folded.fold * y_stride;
+        nx_fold folded =
+            fold_rows(b.rows, width, x_.stride == width && y_.stride == width, UNIT, STRIP);
+        const nx_rows x = FN(strip)(x_, j0, folded), y = FN(strip)(y_, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) {
             pivot[j] = (C)mean[j0 + j];
-            a[j] = (C)scale[j0 + j];
-            b[j] = FN(rest)(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
+            strip_scale[j] = (C)scale[j0 + j];
+            strip_shift[j] = FN(pivot_shift)(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
         }
         FN(spread)(pivot, folded);
-        FN(spread)(a, folded);
-        FN(spread)(b, folded);
-#define AFFINE_ROW(i, n) WR(col_affine_row)(x + i * x_step, y + i * y_step, n, pivot, a, b, 0)
-#define RELU_ROW(i, n) WR(col_affine_row)(x + i * x_step, y + i * y_step, n, pivot, a, b, 1)
+        FN(spread)(strip_scale, folded);
+        FN(spread)(strip_shift, folded);
+#define AFFINE(r, n, relu)                                                                    \
+    WR(col_affine_row)(FN(from)(x, r, 0).data, FN(from)(y, r, 0).data, n, pivot, strip_scale, \
+                       strip_shift, relu)
+#define AFFINE_ROW(r, n) AFFINE(r, n, 0)
+#define RELU_ROW(r, n) AFFINE(r, n, 1)
         if (relu) EACH_ROW(folded, RELU_ROW);
         else EACH_ROW(folded, AFFINE_ROW);
+#undef AFFINE
 #undef AFFINE_ROW
 #undef RELU_ROW
     }
 }
 
-NX_INLINE void WR(col_combine_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, const C *x_pivot, const C *minus_pivot, const C *a,
-                                   const C *b, const C *rest, const C *gate_scale, const C *gate_rest)
+/* The coefficients of a strip's columns: a line and a relu mask for each. */
+typedef struct {
+    C x_pivot[PADDED], minus_pivot[PADDED], factor[PADDED], slope[PADDED], constant[PADDED];
+    C mask_scale[PADDED], mask_shift[PADDED];
+} WR(lines);
+
+NX_INLINE void WR(col_dx_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols,
+                              const WR(lines) * NX_RESTRICT lines, int relu)
 {
-#define VECTOR(j, left, whole)                                                                                       \
-    do {                                                                                                             \
-        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(x_pivot + j)), minus = OP(load)(minus_pivot + j); \
-        FN(gate) gate;                                                                                               \
-        if (gate_scale) gate = (FN(gate)){OP(load)(gate_scale + j), OP(load)(gate_rest + j)};                        \
-        V g = FN(gradient)(FN(some)(dy + j, left, whole, ZERO), d, NULL, gate_scale ? &gate : NULL, &minus);         \
-        WR(put)(dx + j, left, whole, OP(fma)(g, OP(load)(a + j), OP(fma)(d, OP(load)(b + j), OP(load)(rest + j))));  \
+#define VECTOR(j, left, whole)                                                                     \
+    do {                                                                                           \
+        V d = OP(sub)(FN(some)(x + j, left, whole, ZERO), OP(load)(lines->x_pivot + j));           \
+        V minus = OP(load)(lines->minus_pivot + j);                                                \
+        FN(relu_mask) mask;                                                                        \
+        if (relu)                                                                                  \
+            mask =                                                                                 \
+                (FN(relu_mask)){OP(load)(lines->mask_scale + j), OP(load)(lines->mask_shift + j)}; \
+        V g = FN(gradient)(FN(some)(dy + j, left, whole, ZERO), d, NULL, relu ? &mask : NULL,      \
+                           &minus);                                                                \
+        V line = OP(fma)(d, OP(load)(lines->slope + j), OP(load)(lines->constant + j));            \
+        WR(put)(dx + j, left, whole, OP(fma)(g, OP(load)(lines->factor + j), line));               \
     } while (0)
     EACH_VECTOR(dx, cols, VECTOR);
 #undef VECTOR
 }
 
-static void WR(col_combine)(const void *x_, ptrdiff_t x_stride, const void *dy_, ptrdiff_t dy_stride, void *dx_, ptrdiff_t dx_stride,
-                            ptrdiff_t rows, ptrdiff_t cols, const double *mean, const double *pivot, const double *a, const double *b,
-                            const double *c, const nx_relu *relu)
+static void WR(col_dx)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b, const nx_line *line,
+                       const nx_relu_mask *relu)
 {
-    C x_pivot[PADDED], minus[PADDED], ta[PADDED], tb[PADDED], rest[PADDED], gate_scale[PADDED], gate_rest[PADDED];
+    WR(lines) lines;
     STRIPS (j0, width) {
-        const T *x = (const T *)x_ + j0, *dy = (const T *)dy_ + j0;
-        T *dx = (T *)dx_ + j0;
-        nx_fold folded = fold_rows(rows, width, x_stride == width && dy_stride == width && dx_stride == width, UNIT, STRIP);
-        const ptrdiff_t x_step = folded.fold * x_stride, dy_step = folded.fold * dy_stride, dx_step = folded.fold * dx_stride;
+        const int adjacent = x_.stride == width && dy_.stride == width && dx_.stride == width;
+        nx_fold folded = fold_rows(b.rows, width, adjacent, UNIT, STRIP);
+        const nx_rows x = FN(strip)(x_, j0, folded), dy = FN(strip)(dy_, j0, folded),
+                      dx = FN(strip)(dx_, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) {
-            x_pivot[j] = (C)mean[j0 + j];
-            minus[j] = -(C)pivot[j0 + j];
-            ta[j] = (C)a[j0 + j];
-            tb[j] = (C)b[j0 + j];
-            rest[j] = (C)(c[j0 + j] - a[j0 + j] * minus[j] - b[j0 + j] * (mean[j0 + j] - x_pivot[j]));
+            const double mean = line->mean[j0 + j], factor = line->factor[j0 + j],
+                         slope = line->slope[j0 + j];
+            const C x_pivot = (C)mean, minus_pivot = -(C)line->pivot[j0 + j];
+            lines.x_pivot[j] = x_pivot;
+            lines.minus_pivot[j] = minus_pivot;
+            lines.factor[j] = (C)factor;
+            lines.slope[j] = (C)slope;
+            lines.constant[j] =
+                (C)(line->constant[j0 + j] - factor * minus_pivot - slope * (mean - x_pivot));
         }
-        FN(spread)(x_pivot, folded);
-        FN(spread)(minus, folded);
-        FN(spread)(ta, folded);
-        FN(spread)(tb, folded);
-        FN(spread)(rest, folded);
-#define COMBINE(i, n, scale, shift) \
-    WR(col_combine_row)(x + i * x_step, dy + i * dy_step, dx + i * dx_step, n, x_pivot, minus, ta, tb, rest, scale, shift)
-#define COMBINE_ROW(i, n) COMBINE(i, n, NULL, NULL)
-#define GATED_ROW(i, n) COMBINE(i, n, gate_scale, gate_rest)
-        if (relu) {
-            FN(gates)(relu, mean, j0, width, folded, gate_scale, gate_rest);
-            EACH_ROW(folded, GATED_ROW);
-        } else {
-            EACH_ROW(folded, COMBINE_ROW);
-        }
-#undef COMBINE
-#undef COMBINE_ROW
-#undef GATED_ROW
+        FN(spread)(lines.x_pivot, folded);
+        FN(spread)(lines.minus_pivot, folded);
+        FN(spread)(lines.factor, folded);
+        FN(spread)(lines.slope, folded);
+        FN(spread)(lines.constant, folded);
+        if (relu) FN(masks)(relu, line->mean, j0, folded, lines.mask_scale, lines.mask_shift);
+#define DX(r, n, relu)                                                                          \
+    WR(col_dx_row)(FN(from)(x, r, 0).data, FN(from)(dy, r, 0).data, FN(from)(dx, r, 0).data, n, \
+                   &lines, relu)
+#define DX_ROW(r, n) DX(r, n, 0)
+#define MASKED_ROW(r, n) DX(r, n, 1)
+        if (relu) EACH_ROW(folded, MASKED_ROW);
+        else EACH_ROW(folded, DX_ROW);
+#undef DX
+#undef DX_ROW
+#undef MASKED_ROW
     }
 }
+
+#define NX_WRITER(name, result, arguments) .name = WR(name),
+#define NX_KERNEL(name, result, arguments) .name = FN(name),
+#ifdef T_INT
+#define NX_WIDE NX_KERNEL
+#else
+#define NX_WIDE(name, result, arguments)
+#endif
 
 const nx_kernels TABLE = {
     .itemsize = sizeof(T),
     .parameter_size = sizeof(C),
-    .run_block = RUN_BLOCK,
+    .row_block = ROW_BLOCK,
     .col_block = COL_BLOCK,
     .col_rows = COL_ROWS,
     .range = T_RANGE,
-    .run_moments = FN(run_moments),
-    .col_moments = FN(col_moments),
-    .run_affine = WR(run_affine),
-    .col_affine = WR(col_affine),
-    .run_is_far = FN(run_is_far),
-    .cols_are_far = FN(cols_are_far),
-    .run_dots = FN(run_dots),
-    .col_dots = FN(col_dots),
-    .row_dots = FN(row_dots),
-    .run_combine = WR(run_combine),
-    .col_combine = WR(col_combine),
-    .row_statistics = FN(row_statistics),
-    .normalize_rows = WR(normalize_rows),
-    .rows_backward = WR(rows_backward),
-    .groups_backward = WR(groups_backward),
-    .add_runs = FN(add_runs),
-#ifdef T_INT
-    .transpose = FN(transpose_rows),
-    .pool_row = FN(pool_row),
-    .adam = FN(adam),
-#endif
+#include "kernels_list.h"
 };
 
+#undef NX_WRITER
+#undef NX_KERNEL
+#undef NX_WIDE
 #undef STREAM
 #undef TABLE
 #undef WR

@@ -14,7 +14,7 @@
  *     E##_max            the larger, and b where either is NaN
  *     E##_keep_positive  a where b > 0 (or is NaN), elsewhere 0
  *     E##_sum            sum of the lanes, always in the same order: lane i + lane (i + W/2), and so on by halves
- *     E##_transpose      a square of E##_SIDE x E##_SIDE elements, from rows to columns
+ *     E##_transpose_square      a square of E##_SIDE x E##_SIDE elements, from rows to columns
  *
  * 16-bit floats (f16: IEEE 754 binary16, bf16: bfloat16), which memory holds as uint16_t, are vectors of f32 once loaded: for them there
  * are the loads and stores only. Conversion to them rounds to nearest, ties to even.
@@ -62,7 +62,7 @@ NX_INLINE float nx_sum4(__m128 v)
 NX_INLINE double nx_sum2(__m128d v) { return _mm_cvtsd_f64(_mm_add_sd(v, _mm_unpackhi_pd(v, v))); }
 
 enum { f32_SIDE = 4, f64_SIDE = 2 };
-NX_INLINE void f32_transpose(const float *p, ptrdiff_t p_stride, float *q, ptrdiff_t q_stride)
+NX_INLINE void f32_transpose_square(const float *p, ptrdiff_t p_stride, float *q, ptrdiff_t q_stride)
 {
     __m128 a = _mm_loadu_ps(p), b = _mm_loadu_ps(p + p_stride), c = _mm_loadu_ps(p + 2 * p_stride), d = _mm_loadu_ps(p + 3 * p_stride);
     _MM_TRANSPOSE4_PS(a, b, c, d);
@@ -71,7 +71,7 @@ NX_INLINE void f32_transpose(const float *p, ptrdiff_t p_stride, float *q, ptrdi
     _mm_storeu_ps(q + 2 * q_stride, c);
     _mm_storeu_ps(q + 3 * q_stride, d);
 }
-NX_INLINE void f64_transpose(const double *p, ptrdiff_t p_stride, double *q, ptrdiff_t q_stride)
+NX_INLINE void f64_transpose_square(const double *p, ptrdiff_t p_stride, double *q, ptrdiff_t q_stride)
 {
     __m128d a = _mm_loadu_pd(p), b = _mm_loadu_pd(p + p_stride);
     _mm_storeu_pd(q, _mm_unpacklo_pd(a, b));
@@ -243,7 +243,7 @@ NX_INLINE double f64_sum(f64_t v) { return v; }
 
 enum { f32_SIDE = 1, f64_SIDE = 1 };
 #define NX_TRANSPOSE1(E, T)                                                                \
-    NX_INLINE void E##_transpose(const T *p, ptrdiff_t p_stride, T *q, ptrdiff_t q_stride) \
+    NX_INLINE void E##_transpose_square(const T *p, ptrdiff_t p_stride, T *q, ptrdiff_t q_stride) \
     {                                                                                      \
         (void)p_stride, (void)q_stride;                                                    \
         *q = *p;                                                                           \

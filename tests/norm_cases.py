@@ -40,9 +40,12 @@ class Case(NamedTuple):
     training: bool = True
     relu: bool = False
     residual: bool = False
-    kind: str = "normal"  # or "lattice": eighths, many of them equal; "padded": equal ones at the end; "constant"
+    # Or "lattice": eighths, many of them equal; "padded": equal ones at the end; "constant"; "uneven": each position on
+    # the axis has a scale of its own; "broken": a NaN or an infinity or two.
+    kind: str = "normal"
     offset: float = 0.0
     scale: float = 1.0
+    dy_offset: float = 0.0
     seed: int = 0
 
     @property
@@ -82,9 +85,15 @@ class Case(NamedTuple):
             unit.reshape(-1)[rng.integers(unit.size) :] = 0
         elif self.kind == "constant":
             unit = np.ones(self.shape)
+        elif self.kind == "uneven":
+            scales = 10.0 ** rng.uniform(-30, 30, self.shape[self.axis])
+            unit = np.moveaxis(np.moveaxis(unit, self.axis, -1) * scales, -1, self.axis)
+        elif self.kind == "broken":
+            unit.reshape(-1)[rng.integers(unit.size, size=2)] = rng.choice([np.nan, np.inf, -np.inf], 2)
         wide = np.float64 if self.dtype == "float64" else np.float32
         arrays = {"x": self.offset + self.scale * unit}
         arrays |= {name: rng.standard_normal(self.shape) for name in ("residual", "dy", "dsum")}
+        arrays["dy"] += self.dy_offset
         arrays = {name: a.astype(DTYPES[self.dtype]) for name, a in arrays.items()}
         arrays |= {name: rng.normal(1, 0.5, self.parameter_shape).astype(wide) for name in ("gamma", "beta")}
         channels = self.shape[self.axis]

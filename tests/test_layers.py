@@ -55,11 +55,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture(params=LAYERS)
 def case(request):
     return LAYERS[request.param]

@@ -79,11 +79,6 @@ GROUP_SHAPES = [
 ]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def float64(a):
     return None if a is None else np.asarray(a, np.float64)
 

@@ -1,441 +1,527 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Statistics down columns: batch norm of (N, D) and N,H,W,C, and group norm of the latter.
 
-The rows are walked in memory order. Work is split into strips of columns and, where there are many rows, chunks of rows: by the
-shape alone, and the chunks' sums are put together in their order, so that the number of threads changes no bit. Second passes go
+The sizes of work are those of rows.pyx: here a row is the columns' numbers at one place, a block some
+rows of some columns, and a chunk the blocks of a task. Rows are walked in memory order. Work is split
+along the columns and, where there are many rows, along these: by the shape alone, and the chunks' sums
+are put together in their order, so that the number of threads changes no bit. Second passes go
 backwards, to meet first what is still in cache.
 """
 
-from cython.parallel cimport prange
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-import numpy as np
-
+from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
+from normext._core.call cimport CENTRED, GIVEN, Call, Job
 from normext._core.kernels cimport (
-    Operand,
-    Running,
     affines_of,
     ceil_div,
     element,
+    nx_affine,
+    nx_block,
+    nx_constant,
     nx_finish_moments,
+    nx_groups,
     nx_inverse_stds,
-    nx_kernels,
+    nx_line,
     nx_merge,
+    nx_merge_equal,
     nx_moments,
-    nx_relu,
+    nx_relu_mask,
     nx_rescale,
     nx_rescale_columns,
-    read_moments,
+    nx_rows,
+    nx_slope,
+    nx_sums,
     restore_pivot,
-    update_moments,
 )
-from normext._core.runtime cimport threads_for
+from normext._core.runtime cimport run_on, run_tasks, team_for
 
 cdef enum:
-    TASKS = 32  # tasks to split the work into
-    CHUNKED = 1 << 16  # elements from which rows may be split
-    STRIP = 512  # columns of a task; their coefficients are on its stack
+    CHUNKS = 32  # to split the work into
+    SPLIT = 1 << 16  # elements from which rows may be split
+    COLUMNS = 512  # of a task; their coefficients are on its stack
+
+# Some rows of some columns.
+cdef struct Chunk:
+    Py_ssize_t row, rows, col, cols
 
 
-cdef inline Py_ssize_t block_rows(const nx_kernels *k, Py_ssize_t cols) noexcept nogil:
+cdef inline Py_ssize_t block_rows(const Call *c, Chunk t) noexcept nogil:
     """Rows of a block of so many columns."""
-    return max(k.col_rows, k.col_block // cols)
+    return max(c.k.col_rows, c.k.col_block // t.cols)
 
 
-cdef inline Py_ssize_t chunk_count(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t in_block) noexcept nogil:
-    """Into how many chunks the rows are split."""
-    if rows * cols < CHUNKED:
-        return 1
-    return min(ceil_div(rows, in_block), ceil_div(TASKS, ceil_div(cols, STRIP)))
+cdef inline Py_ssize_t block_count(const Call *c, Chunk t) noexcept nogil:
+    return ceil_div(t.rows, block_rows(c, t))
 
 
-# A task: some rows of some columns.
-cdef struct Tile:
-    Py_ssize_t chunk, row, rows, col, cols
+cdef inline nx_block block_at(const Call *c, Chunk t, Py_ssize_t index) noexcept nogil:
+    return nx_block(min(block_rows(c, t), t.rows - index * block_rows(c, t)), t.cols)
 
 
-cdef inline Tile tile_at(Py_ssize_t task, Py_ssize_t chunks, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
-    cdef Py_ssize_t strips = ceil_div(cols, STRIP), chunk = task // strips, col = task % strips * STRIP
-    cdef Py_ssize_t row = chunk * rows // chunks
-    return Tile(chunk, row, (chunk + 1) * rows // chunks - row, col, min(<Py_ssize_t> STRIP, cols - col))
+cdef inline nx_rows at(const Call *c, nx_groups a, Chunk t, Py_ssize_t block) noexcept nogil:
+    """The rows of a chunk's block in an array."""
+    cdef Py_ssize_t row = t.row + block * block_rows(c, t)
+    return nx_rows(<char *> a.data + (row * a.row + t.col) * c.k.itemsize, a.row)
 
 
-cdef inline char *at(Operand x, Py_ssize_t itemsize, Py_ssize_t row, Py_ssize_t col) noexcept nogil:
-    return x.data + (row * x.run_stride + col) * itemsize
+cdef inline Job job_of(const Call *c) noexcept nogil:
+    """How many times the columns are split, into how many chunks the rows, and how many those are in all."""
+    cdef Py_ssize_t across = ceil_div(c.n, COLUMNS), chunks = 1
+    if c.rows * c.n >= SPLIT:
+        chunks = min(block_count(c, Chunk(0, c.rows, 0, c.n)), ceil_div(CHUNKS, across))
+    return Job(c, across, chunks, across * chunks, NULL, NULL)
 
 
-# Forward ---------------------------------------------------------------------------------------------------------------------
+cdef inline Chunk chunk_at(const Job *j, Py_ssize_t task) noexcept nogil:
+    cdef const Call *c = j.call
+    cdef Py_ssize_t chunk = task // j.blocks, col = task % j.blocks * COLUMNS
+    cdef Py_ssize_t row = chunk * c.rows // j.chunks
+    return Chunk(row, (chunk + 1) * c.rows // j.chunks - row, col, min(<Py_ssize_t> COLUMNS, c.n - col))
 
 
-cdef void tile_moments(const nx_kernels *k, Tile t, Operand x, const double *scale, double *mean, double *m2) noexcept nogil:
-    cdef Py_ssize_t block, start, j
+# Forward -----------------------------------------------------------------------------------------
+
+
+cdef void chunk_moments(const Call *c, Chunk t, const double *scale, double *mean,
+                        double *m2) noexcept nogil:
+    """Of numbers times `scale`, NULL for 1; all of the chunk's columns."""
+    cdef Py_ssize_t block, j
     for j in range(t.cols):
         mean[j] = m2[j] = 0
-    for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
-        start = block * block_rows(k, t.cols)
-        k.col_moments(at(x, k.itemsize, t.row + start, t.col), x.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
-                      scale, <double> start, mean, m2)
+    for block in range(block_count(c, t)):
+        c.k.col_moments(at(c, c.x, t, block), block_at(c, t, block), scale,
+                        <double> (block * block_rows(c, t)), mean, m2)
 
 
-cdef inline void finish_moments(double rows, Py_ssize_t col, Py_ssize_t cols, double eps, double *scale, double *mean,
-                                double *m2_to_rstd, double *var, const Running *running) noexcept nogil:
-    """`scale`, NULL for 1, is of the columns from `col` on, and written over."""
+cdef void finish_columns(const Call *c, Py_ssize_t col, Py_ssize_t cols, double *scale) noexcept nogil:
+    """mean, rstd and var of columns from their moments, the m2 of which lie in rstd.
+
+    `scale`, NULL for 1, is of the columns from `col` on, and written over.
+    """
     cdef Py_ssize_t j
+    cdef double *m2_to_rstd = c.rstd
     for j in range(col, col + cols):
         if scale == NULL:
-            m2_to_rstd[j] /= rows
+            m2_to_rstd[j] /= <double> c.rows
         else:  # rstd may be a number where the variance is none
-            nx_finish_moments(nx_moments(rows, mean[j], m2_to_rstd[j]), scale[j - col], eps, mean + j, scale + j - col, m2_to_rstd + j)
-    if var != NULL:
-        memcpy(var + col, m2_to_rstd + col, cols * sizeof(double))
-    if running != NULL:
-        update_moments(running, col, cols, mean + col, m2_to_rstd + col)
+            nx_finish_moments(nx_moments(<double> c.rows, c.mean[j], m2_to_rstd[j]), scale[j - col],
+                              c.eps, c.mean + j, scale + j - col, m2_to_rstd + j)
+    if c.var != NULL:
+        memcpy(c.var + col, m2_to_rstd + col, cols * sizeof(double))
     if scale == NULL:
-        nx_inverse_stds(m2_to_rstd + col, cols, eps)
+        nx_inverse_stds(m2_to_rstd + col, cols, c.eps)
     else:
         memcpy(m2_to_rstd + col, scale, cols * sizeof(double))
 
 
-cdef void tile_affine(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta, bint relu,
-                      const double *mean, const double *rstd) noexcept nogil:
-    cdef double scale[STRIP]
-    cdef double shift[STRIP]
-    cdef Py_ssize_t block, start
-    affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, scale, shift)
-    for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
-        start = block * block_rows(k, t.cols)
-        k.col_affine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(y, k.itemsize, t.row + start, t.col),
-                     y.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, scale, shift,
-                     relu)
+cdef void chunk_affine(const Call *c, Chunk t, const double *mean, const double *rstd) noexcept nogil:
+    """y of a chunk; mean and rstd are those of the array's columns."""
+    cdef double scale[COLUMNS]
+    cdef double shift[COLUMNS]
+    cdef nx_affine map = nx_affine(mean + t.col, &scale[0], &shift[0], 1)
+    cdef Py_ssize_t block
+    affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd + t.col, scale, shift)
+    for block in range(block_count(c, t) - 1, -1, -1):
+        c.k.col_affine(at(c, c.x, t, block), at(c, c.y, t, block), block_at(c, t, block), &map, c.relu)
 
 
-cdef void normalize_tile(const nx_kernels *k, Tile t, Operand x, Operand y, const char *gamma, const char *beta,
-                         bint training, double eps, bint relu, double *mean, double *rstd, double *var,
-                         const Running *running) noexcept nogil:
-    """All rows of a strip."""
-    cdef double scale[STRIP]
+cdef void normalize_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """All rows of some columns."""
+    cdef const Call *c = (<const Job *> job).call
+    cdef Chunk t = chunk_at(<const Job *> job, task)
+    cdef double scale[COLUMNS]
     cdef bint again
-    if training:
-        tile_moments(k, t, x, NULL, mean + t.col, rstd + t.col)
-        again = nx_rescale_columns(&k.range, t.cols, <double> t.rows, mean + t.col, rstd + t.col, scale)
+    if c.statistics != GIVEN:
+        chunk_moments(c, t, NULL, c.mean + t.col, c.rstd + t.col)
+        again = nx_rescale_columns(&c.k.range, t.cols, <double> t.rows, c.mean + t.col,
+                                   c.rstd + t.col, scale)
         if again:
-            tile_moments(k, t, x, scale, mean + t.col, rstd + t.col)
-        finish_moments(<double> t.rows, t.col, t.cols, eps, scale if again else NULL, mean, rstd, var, running)
-    elif running != NULL:
-        read_moments(running, t.col, t.cols, eps, mean + t.col, rstd + t.col)
-    if y.data != NULL:
-        tile_affine(k, t, x, y, gamma, beta, relu, mean, rstd)
+            chunk_moments(c, t, scale, c.mean + t.col, c.rstd + t.col)
+        finish_columns(c, t.col, t.cols, scale if again else NULL)
+    if c.y.data != NULL:
+        chunk_affine(c, t, c.mean, c.rstd)
 
 
-cdef int normalize_columns(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand y, const char *gamma,
-                           const char *beta, bint training, double eps, bint relu, double *mean, double *rstd, double *var,
-                           const Running *running) except -1:
-    """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see `runs.normalize_runs`.
+cdef inline double *partial_of(const Job *j, Py_ssize_t task, int which) noexcept nogil:
+    """Where a chunk's means (0) or m2 (1), or sums and dots, go: for each chunk, those of all columns."""
+    return j.partial + (2 * (task // j.blocks) + which) * j.call.n + task % j.blocks * COLUMNS
 
-    Parameters
-    ----------
-    running : may be NULL. In training it is updated; in evaluation mean and rstd are taken from it (and otherwise given).
-    """
-    cdef Py_ssize_t chunks = chunk_count(rows, cols, block_rows(k, cols)), strips = ceil_div(cols, STRIP), tasks = chunks * strips
-    cdef Py_ssize_t task, chunk, j
-    cdef int threads = threads_for(tasks, rows * cols)
-    cdef double[:, :, ::1] partial
-    cdef double[::1] work
-    cdef double *scale = NULL
+
+cdef inline double *adjust_of(const Job *j, Py_ssize_t task) noexcept nogil:
+    return NULL if j.adjust == NULL else j.adjust + task % j.blocks * COLUMNS
+
+
+cdef void moments_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    chunk_moments(j.call, chunk_at(j, task), adjust_of(j, task), partial_of(j, task, 0),
+                  partial_of(j, task, 1))
+
+
+cdef void affine_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    chunk_affine(j.call, chunk_at(j, j.tasks - 1 - task), j.call.mean, j.call.rstd)
+
+
+cdef int moments_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
+    """The statistics of columns whose rows are split."""
+    cdef Py_ssize_t col, chunk
+    cdef double *scale
+    cdef double rows
     cdef nx_moments m
-    if tasks == 1:  # so little work that letting go of the GIL, and a parallel region of one thread, would show
-        normalize_tile(k, tile_at(0, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var, running)
-        return 0
-    if chunks == 1:
-        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            normalize_tile(k, tile_at(task, 1, rows, cols), x, y, gamma, beta, training, eps, relu, mean, rstd, var, running)
-        return 0
-    if training:
-        partial, work = np.empty((chunks, 2, cols)), np.empty(cols)
-        for _attempt in range(2):  # the second with scales that the first has found
-            for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-                tile_moments(k, tile_at(task, chunks, rows, cols), x, scale + task % strips * STRIP if scale != NULL else NULL,
-                             &partial[task // strips, 0, task % strips * STRIP], &partial[task // strips, 1, task % strips * STRIP])
-            for j in range(cols):
-                m = nx_moments(0, 0, 0)
-                for chunk in range(chunks):
-                    nx_merge(&m, nx_moments(<double> ((chunk + 1) * rows // chunks - chunk * rows // chunks),
-                                            partial[chunk, 0, j], partial[chunk, 1, j]))
-                mean[j], rstd[j] = m.mean, m.m2
-            if scale != NULL or not nx_rescale_columns(&k.range, cols, <double> rows, mean, rstd, &work[0]):
-                break
-            scale = &work[0]
-        finish_moments(<double> rows, 0, cols, eps, scale, mean, rstd, var, running)
-    elif running != NULL:
-        read_moments(running, 0, cols, eps, mean, rstd)
-    if y.data == NULL:
-        return 0
-    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        tile_affine(k, tile_at(tasks - 1 - task, chunks, rows, cols), x, y, gamma, beta, relu, mean, rstd)
-    return 0
+    j.partial = <double *> malloc((2 * j.chunks + 1) * c.n * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    scale = j.partial + 2 * j.chunks * c.n
+    while True:
+        run_on(threads, moments_task, j, j.tasks)
+        for col in range(c.n):
+            m = nx_moments(0, 0, 0)
+            for chunk in range(j.chunks):
+                rows = <double> ((chunk + 1) * c.rows // j.chunks - chunk * c.rows // j.chunks)
+                nx_merge(&m, nx_moments(rows, j.partial[2 * chunk * c.n + col],
+                                        j.partial[(2 * chunk + 1) * c.n + col]))
+            c.mean[col], c.rstd[col] = m.mean, m.m2
+        if j.adjust != NULL or not nx_rescale_columns(&c.k.range, c.n, <double> c.rows, c.mean, c.rstd,
+                                                      scale):
+            break
+        j.adjust = scale  # once more, with scales that the first attempt has found
+    finish_columns(c, 0, c.n, j.adjust)
+    free(j.partial)
+    return NORMEXT_OK
 
 
-# Backward --------------------------------------------------------------------------------------------------------------------
+cdef int normalize_columns(const Call *c) noexcept nogil:
+    """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see rows.normalize_rows."""
+    cdef Job j = job_of(c)
+    cdef int status, threads = team_for(j.tasks, c.rows * c.n)
+    if threads == 0:
+        return NORMEXT_NO_MEMORY
+    if j.chunks == 1:
+        run_on(threads, normalize_task, &j, j.tasks)
+        return NORMEXT_OK
+    if c.statistics != GIVEN:
+        status = moments_in_chunks(c, &j, threads)
+        if status != NORMEXT_OK:
+            return status
+    if c.y.data != NULL:
+        run_on(threads, affine_task, &j, j.tasks)
+    return NORMEXT_OK
 
 
-cdef void tile_dots(const nx_kernels *k, Tile t, Operand x, Operand dy, const char *gamma, const char *beta, bint relu,
-                    const double *mean, const double *rstd, const double *pivots, double *sums, double *dots) noexcept nogil:
-    """`pivots`, of the tile's columns, may be NULL."""
-    cdef double scale[STRIP]
-    cdef double shift[STRIP]
-    cdef nx_relu gate = nx_relu(&scale[0], &shift[0])
-    cdef Py_ssize_t block, start, j
+# Backward ----------------------------------------------------------------------------------------
+
+
+cdef void chunk_dots(const Call *c, Chunk t, const double *pivots, nx_sums sums) noexcept nogil:
+    """The sums of the chunk's columns, whose `pivots` may be NULL."""
+    cdef double scale[COLUMNS]
+    cdef double shift[COLUMNS]
+    cdef nx_relu_mask mask = nx_relu_mask(&scale[0], &shift[0])
+    cdef Py_ssize_t block, j
     for j in range(t.cols):
-        sums[j] = dots[j] = 0
-    if relu:
-        affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, scale, shift)
-    for block in range(ceil_div(t.rows, block_rows(k, t.cols))):
-        start = block * block_rows(k, t.cols)
-        k.col_dots(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
-                   dy.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, pivots,
-                   &gate if relu else NULL, sums, dots)
+        sums.sum[j] = sums.dot[j] = 0
+    if c.relu:
+        affines_of(c.k, c.gamma, c.beta, t.col, t.cols, c.rstd + t.col, scale, shift)
+    for block in range(block_count(c, t)):
+        c.k.col_dots(at(c, c.x, t, block), at(c, c.dy, t, block), block_at(c, t, block),
+                     c.mean + t.col, pivots, &mask if c.relu else NULL, sums)
 
 
-cdef void tile_combine(const nx_kernels *k, Tile t, double count, Operand x, Operand dy, Operand dx, const char *gamma,
-                       const char *beta, bint training, bint relu, const double *mean, const double *rstd, const double *sums,
-                       const double *dots) noexcept nogil:
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = gamma * dy and xhat = (x - mean) * rstd."""
-    cdef double a[STRIP]
-    cdef double shift[STRIP]
-    cdef double slope[STRIP]
-    cdef double dy_mean[STRIP]
-    cdef double constant[STRIP]
-    cdef double each = 1 / count
-    cdef nx_relu gate = nx_relu(&a[0], &shift[0])
-    cdef Py_ssize_t j, c, block, start
-    affines_of(k, gamma, beta, t.col, t.cols, rstd + t.col, a, shift)
+cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
+    cdef double factor[COLUMNS]
+    cdef double shift[COLUMNS]
+    cdef double slope[COLUMNS]
+    cdef double dy_mean[COLUMNS]
+    cdef double constant[COLUMNS]
+    cdef double each = 1 / c.count
+    cdef bint own = c.statistics != GIVEN
+    cdef nx_relu_mask mask = nx_relu_mask(&factor[0], &shift[0])
+    cdef nx_line line = nx_line(c.mean + t.col, &dy_mean[0], &factor[0], &slope[0], &constant[0], 1)
+    cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1)
+    cdef Py_ssize_t j, col, block
+    affines_of(c.k, c.gamma, c.beta, t.col, t.cols, c.rstd + t.col, factor, shift)
     for j in range(t.cols):
-        c = t.col + j
-        slope[j] = -a[j] * rstd[c] * rstd[c] * (dots[c] * each) if training else 0
-        dy_mean[j] = sums[c] * each if training else 0
-        constant[j] = -a[j] * dy_mean[j]
-    for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
-        start = block * block_rows(k, t.cols)
-        if training or relu:
-            k.col_combine(at(x, k.itemsize, t.row + start, t.col), x.run_stride, at(dy, k.itemsize, t.row + start, t.col),
-                          dy.run_stride, at(dx, k.itemsize, t.row + start, t.col), dx.run_stride,
-                          min(block_rows(k, t.cols), t.rows - start), t.cols, mean + t.col, dy_mean, a, slope, constant,
-                          &gate if relu else NULL)
+        col = t.col + j
+        slope[j] = nx_slope(factor[j], c.rstd[col], c.dots[col] * each) if own else 0
+        dy_mean[j] = c.sums[col] * each if own else 0
+        constant[j] = nx_constant(factor[j], dy_mean[j])
+    for block in range(block_count(c, t) - 1, -1, -1):
+        if own or c.relu:
+            c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
+                       block_at(c, t, block), &line, &mask if c.relu else NULL)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
-            k.col_affine(at(dy, k.itemsize, t.row + start, t.col), dy.run_stride, at(dx, k.itemsize, t.row + start, t.col),
-                         dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols, dy_mean, a, slope, False)
+            c.k.col_affine(at(c, c.dy, t, block), at(c, c.dx, t, block), block_at(c, t, block), &map,
+                           False)
 
 
-cdef void backward_tile(const nx_kernels *k, Tile t, Operand x, Operand dy, Operand dx, const char *gamma, const char *beta,
-                        bint training, bint relu, bint given, double count, const double *mean, const double *rstd,
-                        const double *pivots, double *sums, double *dots) noexcept nogil:
-    """All rows of a strip."""
-    cdef double found[STRIP]
-    if not given:
-        tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, pivots + t.col if pivots != NULL else NULL, sums + t.col, dots + t.col)
-        if training and dx.data != NULL and k.cols_are_far(at(dy, k.itemsize, t.row, t.col), dy.run_stride, t.rows, t.cols,
-                                                           sums + t.col, count, found):
-            tile_dots(k, t, x, dy, gamma, beta, relu, mean, rstd, found, sums + t.col, dots + t.col)
-    if dx.data != NULL:
-        tile_combine(k, t, count, x, dy, dx, gamma, beta, training, relu, mean, rstd, sums, dots)
+cdef inline const double *pivots_of(const Call *c, Chunk t) noexcept nogil:
+    return NULL if c.pivots == NULL else c.pivots + t.col
 
 
-cdef int columns_backward(const nx_kernels *k, Py_ssize_t rows, Py_ssize_t cols, Operand x, Operand dy, Operand dx,
-                          const char *gamma, const char *beta, bint training, bint relu, bint given, double count,
-                          const double *mean, const double *rstd, const double *pivots, double *sums, double *dots) except -1:
-    """The gradient dx and, for each column, sum(dy) and sum(dy * (x - mean)); see `runs.runs_backward`."""
-    cdef Py_ssize_t chunks = chunk_count(rows, cols, block_rows(k, cols)), strips = ceil_div(cols, STRIP), tasks = chunks * strips
-    cdef Py_ssize_t task, chunk, j
-    cdef int threads = threads_for(tasks, rows * cols)
-    cdef double[:, :, ::1] partial
-    cdef double[::1] found
-    if tasks == 1:
-        backward_tile(k, tile_at(0, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, pivots, sums, dots)
-        return 0
-    if chunks == 1:
-        for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-            backward_tile(k, tile_at(task, 1, rows, cols), x, dy, dx, gamma, beta, training, relu, given, count, mean, rstd, pivots,
-                          sums, dots)
-        return 0
-    if not given:
-        partial, found = np.empty((chunks, 2, cols)), np.empty(cols)
-        for attempt in range(2):  # the second about pivots that the first has found
-            for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-                tile_dots(k, tile_at(task, chunks, rows, cols), x, dy, gamma, beta, relu, mean, rstd,
-                          pivots + task % strips * STRIP if pivots != NULL else NULL, &partial[task // strips, 0, task % strips * STRIP],
-                          &partial[task // strips, 1, task % strips * STRIP])
-            for j in range(cols):
-                sums[j] = dots[j] = 0
-                for chunk in range(chunks):
-                    sums[j] += partial[chunk, 0, j]
-                    dots[j] += partial[chunk, 1, j]
-            if attempt == 1 or not training or dx.data == NULL:
-                break
-            if not k.cols_are_far(dy.data, dy.run_stride, rows, cols, sums, count, &found[0]):
-                break
-            pivots = &found[0]
-    if dx.data == NULL:
-        return 0
-    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        tile_combine(k, tile_at(tasks - 1 - task, chunks, rows, cols), count, x, dy, dx, gamma, beta, training, relu, mean, rstd, sums,
-                     dots)
-    return 0
+cdef void backward_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """All rows of some columns."""
+    cdef const Call *c = (<const Job *> job).call
+    cdef Chunk t = chunk_at(<const Job *> job, task)
+    cdef nx_sums sums = nx_sums(c.sums + t.col, c.dots + t.col, 1)
+    cdef double pivots[COLUMNS]
+    if not c.given:
+        chunk_dots(c, t, pivots_of(c, t), sums)
+        if c.statistics != GIVEN and c.dx.data != NULL and c.k.cols_are_far(
+                at(c, c.dy, t, 0), nx_block(t.rows, t.cols), sums.sum, c.count, pivots):
+            chunk_dots(c, t, pivots, sums)
+    if c.dx.data != NULL:
+        chunk_dx(c, t)
 
 
-# Group norm, channels last ---------------------------------------------------------------------------------------------------
-
-# A task is an example and some of its groups; a tile, at most STRIP columns of them. The columns' moments make the groups'.
-
-
-cdef inline Py_ssize_t groups_of_task(Py_ssize_t per_group) noexcept nogil:
-    return max(1, STRIP // per_group)
+cdef void dots_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    chunk_dots(j.call, chunk_at(j, task), adjust_of(j, task),
+               nx_sums(partial_of(j, task, 0), partial_of(j, task, 1), 1))
 
 
-cdef inline Operand example(Operand x, Py_ssize_t itemsize, Py_ssize_t index) noexcept nogil:
-    return Operand(x.data + index * x.group_stride * itemsize, 0, x.run_stride)
+cdef void dx_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    chunk_dx(j.call, chunk_at(j, j.tasks - 1 - task))
 
 
-cdef inline Py_ssize_t tile_count(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    return ceil_div((last - first) * shape.per_group, STRIP)
+cdef int dots_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
+    """The sums of columns whose rows are split."""
+    cdef Py_ssize_t col, chunk, attempt
+    cdef double *pivots
+    j.partial = <double *> malloc((2 * j.chunks + 1) * c.n * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    pivots, j.adjust = j.partial + 2 * j.chunks * c.n, <double *> c.pivots
+    for attempt in range(2):  # the second about pivots that the first has found
+        run_on(threads, dots_task, j, j.tasks)
+        for col in range(c.n):
+            c.sums[col] = c.dots[col] = 0
+            for chunk in range(j.chunks):
+                c.sums[col] += j.partial[2 * chunk * c.n + col]
+                c.dots[col] += j.partial[(2 * chunk + 1) * c.n + col]
+        if attempt == 1 or c.statistics == GIVEN or c.dx.data == NULL or not c.k.cols_are_far(
+                nx_rows(c.dy.data, c.dy.row), nx_block(c.rows, c.n), c.sums, c.count, pivots):
+            break
+        j.adjust = pivots
+    free(j.partial)
+    return NORMEXT_OK
 
 
-cdef inline Tile group_tile(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last, Py_ssize_t index) noexcept nogil:
-    cdef Py_ssize_t col = first * shape.per_group + index * STRIP
-    return Tile(0, 0, shape.rows, col, min(<Py_ssize_t> STRIP, last * shape.per_group - col))
+cdef int columns_backward(const Call *c) noexcept nogil:
+    """The gradient dx and, for each column, its sum and dot; see rows.rows_backward."""
+    cdef Job j = job_of(c)
+    cdef int status, threads = team_for(j.tasks, c.rows * c.n)
+    if threads == 0:
+        return NORMEXT_NO_MEMORY
+    if j.chunks == 1:
+        run_on(threads, backward_task, &j, j.tasks)
+        return NORMEXT_OK
+    if not c.given:
+        status = dots_in_chunks(c, &j, threads)
+        if status != NORMEXT_OK:
+            return status
+    if c.dx.data != NULL:
+        run_on(threads, dx_task, &j, j.tasks)
+    return NORMEXT_OK
 
 
-cdef void spread(ColumnGroups shape, Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *column_mean,
-                 double *column_rstd) noexcept nogil:
+# Group norm, channels last -----------------------------------------------------------------------
+
+# A task is an example and some of its groups. The columns' moments make the groups'. `partial` has,
+# for each example, several numbers for each column.
+
+cdef enum:
+    FORWARD_NUMBERS = 3
+    BACKWARD_NUMBERS = 8
+
+# An example's groups first to last, and numbers for its columns; in what order, the passes say.
+cdef struct Example:
+    Py_ssize_t index, first, last
+    double *columns
+
+
+cdef inline Py_ssize_t groups_of_task(const Call *c) noexcept nogil:
+    return max(1, COLUMNS // c.per_group)
+
+
+cdef inline Example example_at(const Job *j, Py_ssize_t task, int numbers) noexcept nogil:
+    cdef const Call *c = j.call
+    cdef Py_ssize_t groups = c.n // c.per_group, step = groups_of_task(c)
+    cdef Py_ssize_t n = task // j.blocks, first = task % j.blocks * step
+    return Example(n, first, min(first + step, groups), j.partial + n * numbers * c.n)
+
+
+cdef inline Call call_of(const Call *c, Example e) noexcept nogil:
+    """The call for one example, with the statistics of its groups."""
+    cdef Call of_example = c[0]
+    cdef Py_ssize_t size = c.k.itemsize, groups = c.n // c.per_group
+    of_example.x.data = <char *> c.x.data + e.index * c.x.group * size
+    of_example.y.data = <char *> c.y.data + e.index * c.y.group * size
+    of_example.dy.data = <char *> c.dy.data + e.index * c.dy.group * size
+    of_example.dx.data = <char *> c.dx.data + e.index * c.dx.group * size
+    of_example.mean = c.mean + e.index * groups
+    of_example.rstd = c.rstd + e.index * groups
+    return of_example
+
+
+cdef inline Py_ssize_t chunks_of(const Call *c, Example e) noexcept nogil:
+    return ceil_div((e.last - e.first) * c.per_group, COLUMNS)
+
+
+cdef inline Chunk chunk_of(const Call *c, Example e, Py_ssize_t index) noexcept nogil:
+    """All rows of some of the example's columns."""
+    cdef Py_ssize_t col = e.first * c.per_group + index * COLUMNS
+    return Chunk(0, c.rows, col, min(<Py_ssize_t> COLUMNS, e.last * c.per_group - col))
+
+
+cdef void spread(const Call *c, Example e, double *mean, double *rstd) noexcept nogil:
     """Each group's statistics, once for each of its columns."""
     cdef Py_ssize_t group, j
-    for group in range(first, last):
-        for j in range(group * shape.per_group, (group + 1) * shape.per_group):
-            column_mean[j] = mean[group]
-            column_rstd[j] = rstd[group]
+    for group in range(e.first, e.last):
+        for j in range(group * c.per_group, (group + 1) * c.per_group):
+            mean[j] = c.mean[group]
+            rstd[j] = c.rstd[group]
 
 
-cdef nx_moments moments_of_columns(Py_ssize_t rows, Py_ssize_t columns, const double *mean, const double *m2) noexcept nogil:
-    """`nx_merge` of columns that are equally long; without a division for each."""
-    cdef double offset = 0, squares = 0, spread = 0, middle
-    cdef Py_ssize_t j
-    for j in range(columns):
-        offset += mean[j] - mean[0]
-    middle = mean[0] + offset / columns
-    for j in range(columns):
-        squares += m2[j]
-        spread += (mean[j] - middle) * (mean[j] - middle)
-    return nx_moments(<double> rows * <double> columns, middle, squares + rows * spread)
-
-
-cdef void normalize_example(const nx_kernels *k, ColumnGroups shape, Operand x, Operand y, const char *gamma, const char *beta,
-                            double eps, Py_ssize_t first, Py_ssize_t last, double *mean, double *rstd, double *column_mean,
-                            double *column_rstd, double *column_scale) noexcept nogil:
-    """Groups first to last of an example; the columns' arrays are work space."""
-    cdef Py_ssize_t group, index, j, c, attempt
+cdef void normalize_example(const Call *c, Example e) noexcept nogil:
+    cdef Py_ssize_t group, index, j, col, attempt
+    cdef double *mean = e.columns
+    cdef double *rstd = mean + c.n
+    cdef double *scale = rstd + c.n
     cdef double *scales = NULL  # of the columns, a group's all alike
     cdef nx_moments m
-    cdef Tile t
+    cdef Chunk t
     cdef bint again
     for attempt in range(2):  # the second with scales that the first has found
-        for index in range(tile_count(shape, first, last)):
-            t = group_tile(shape, first, last, index)
-            tile_moments(k, t, x, scales + t.col if scales != NULL else NULL, column_mean + t.col, column_rstd + t.col)
+        for index in range(chunks_of(c, e)):
+            t = chunk_of(c, e, index)
+            chunk_moments(c, t, NULL if scales == NULL else scales + t.col, mean + t.col, rstd + t.col)
         again = False
-        for group in range(first, last):
-            j = group * shape.per_group
-            m = moments_of_columns(shape.rows, shape.per_group, column_mean + j, column_rstd + j)
-            nx_finish_moments(m, scales[j] if scales != NULL else 1, eps, mean + group, rstd + group, NULL)
+        for group in range(e.first, e.last):
+            j = group * c.per_group
+            m = nx_merge_equal(<double> c.rows, c.per_group, mean + j, rstd + j)
+            nx_finish_moments(m, 1 if scales == NULL else scales[j], c.eps, c.mean + group,
+                              c.rstd + group, NULL)
             if attempt == 0:
-                for c in range(j, j + shape.per_group):
-                    column_scale[c] = nx_rescale(&k.range, m)
-                again |= column_scale[j] != 1
+                for col in range(j, j + c.per_group):
+                    scale[col] = nx_rescale(&c.k.range, m)
+                again |= scale[j] != 1
         if not again:
             break
-        scales = column_scale
-    spread(shape, first, last, mean, rstd, column_mean, column_rstd)
-    for index in range(tile_count(shape, first, last)):
-        tile_affine(k, group_tile(shape, first, last, index), x, y, gamma, beta, False, column_mean, column_rstd)
+        scales = scale
+    spread(c, e, mean, rstd)
+    for index in range(chunks_of(c, e)):
+        chunk_affine(c, chunk_of(c, e, index), mean, rstd)
 
 
-cdef int normalize_column_groups(const nx_kernels *k, ColumnGroups shape, Operand x, Operand y, const char *gamma, const char *beta,
-                                 double eps, double *mean, double *rstd) except -1:
-    """y = gamma * (x - mean) * rstd + beta, with a mean and rstd for each group of each example, a gamma and beta for each column."""
-    cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
-    cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
-    cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
-    cdef double[:, :, ::1] work = np.empty((shape.examples, 3, cols))
-    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        n, group = task // strips, task % strips * step
-        normalize_example(k, shape, example(x, k.itemsize, n), example(y, k.itemsize, n), gamma, beta, eps, group,
-                          min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, &work[n, 0, 0],
-                          &work[n, 1, 0], &work[n, 2, 0])
-    return 0
+cdef void normalize_example_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef Example e = example_at(j, task, FORWARD_NUMBERS)
+    cdef Call of_example = call_of(j.call, e)
+    normalize_example(&of_example, e)
 
 
-cdef void example_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                           Py_ssize_t first, Py_ssize_t last, const double *mean, const double *rstd, double *sums, double *dots,
-                           double *column_mean, double *column_rstd, double *slope, double *rest, double *pivots,
-                           double *deviations) noexcept nogil:
-    """The formula of `runs.group_combine`, where every column of a group has a gamma of its own."""
-    cdef double scale[STRIP]
-    cdef double zero[STRIP]
-    cdef double sum, dot, n = <double> shape.rows * <double> shape.per_group
-    cdef Py_ssize_t group, index, j, c, block, start
-    cdef bint far
-    cdef Tile t
-    spread(shape, first, last, mean, rstd, column_mean, column_rstd)
-    for index in range(tile_count(shape, first, last)):
-        t = group_tile(shape, first, last, index)
-        tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, NULL, sums + t.col, dots + t.col)
-    far = False
-    for group in range(first, last):
-        j = group * shape.per_group
+cdef int run_examples(const Call *c, Job *j, bint backward) noexcept nogil:
+    j.blocks = ceil_div(c.n // c.per_group, groups_of_task(c))
+    j.partial = <double *> malloc(
+        c.groups * c.n * (BACKWARD_NUMBERS if backward else FORWARD_NUMBERS) * sizeof(double)
+    )
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    return run_tasks(example_backward_task if backward else normalize_example_task, j,
+                     c.groups * j.blocks, c.groups * c.rows * c.n)
+
+
+cdef int normalize_column_groups(const Call *c) noexcept nogil:
+    """y = gamma * (x - mean) * rstd + beta.
+
+    There are a mean and rstd for each group of each example, a gamma and beta for each column.
+    """
+    cdef Job j = Job(c, 0, 1, 0, NULL, NULL)
+    cdef int status = run_examples(c, &j, False)
+    free(j.partial)
+    return status
+
+
+cdef void example_backward(const Call *c, Example e) noexcept nogil:
+    """chunk_dx where the columns of a group share a statistic, and each has a gamma of its own."""
+    cdef double *sums = e.columns  # then dots, which become those of xhat
+    cdef double *dots = sums + c.n
+    cdef double *mean = dots + c.n
+    cdef double *rstd = mean + c.n
+    cdef double *slope = rstd + c.n
+    cdef double *constant = slope + c.n
+    cdef double *pivots = constant + c.n
+    cdef double *deviations = pivots + c.n
+    cdef double factor[COLUMNS]
+    cdef double zero[COLUMNS]
+    cdef double sum, dot, r, n = <double> c.rows * <double> c.per_group
+    cdef Py_ssize_t group, index, j, col, block
+    cdef nx_line line
+    cdef bint far = False
+    cdef Chunk t
+    cdef Call of_columns = c[0]
+    of_columns.mean, of_columns.rstd = mean, rstd
+    spread(c, e, mean, rstd)
+    for index in range(chunks_of(c, e)):
+        t = chunk_of(c, e, index)
+        chunk_dots(&of_columns, t, NULL, nx_sums(sums + t.col, dots + t.col, 1))
+    for group in range(e.first, e.last):
+        j = group * c.per_group
         sum = 0
-        for c in range(j, j + shape.per_group):
-            sum += sums[c]
-        far |= k.cols_are_far(at(dy, k.itemsize, 0, j), dy.run_stride, shape.rows, 1, &sum, n, pivots + j)
-        for c in range(j + 1, j + shape.per_group):
-            pivots[c] = pivots[j]
+        for col in range(j, j + c.per_group):
+            sum += sums[col]
+        t = Chunk(0, c.rows, j, 1)
+        far |= c.k.cols_are_far(at(c, c.dy, t, 0), nx_block(c.rows, 1), &sum, n, pivots + j)
+        for col in range(j + 1, j + c.per_group):
+            pivots[col] = pivots[j]
     if far:
-        for index in range(tile_count(shape, first, last)):
-            t = group_tile(shape, first, last, index)
-            tile_moments(k, t, x, NULL, deviations + t.col, slope + t.col)
-            tile_dots(k, t, x, dy, NULL, NULL, False, column_mean, column_rstd, pivots + t.col, sums + t.col, dots + t.col)
-        for j in range(first * shape.per_group, last * shape.per_group):
-            deviations[j] = shape.rows * (deviations[j] - column_mean[j])
-    for group in range(first, last):
-        j = group * shape.per_group
+        for index in range(chunks_of(c, e)):
+            t = chunk_of(c, e, index)
+            chunk_moments(c, t, NULL, deviations + t.col, slope + t.col)
+            chunk_dots(&of_columns, t, pivots + t.col, nx_sums(sums + t.col, dots + t.col, 1))
+        for j in range(e.first * c.per_group, e.last * c.per_group):
+            deviations[j] = c.rows * (deviations[j] - mean[j])
+    for group in range(e.first, e.last):
+        j, r = group * c.per_group, c.rstd[group]
         sum = dot = 0
         if far:
-            dot = restore_pivot(k, gamma, j, shape.per_group, pivots[j], deviations + j, dots + j)
-        for c in range(j, j + shape.per_group):
-            sum += sums[c] if gamma == NULL else sums[c] * element(k, gamma, c)
+            dot = restore_pivot(c.k, c.gamma, j, c.per_group, pivots[j], deviations + j, dots + j)
+        for col in range(j, j + c.per_group):
+            sum += sums[col] if c.gamma == NULL else sums[col] * element(c.k, c.gamma, col)
             if not far:
-                dot += dots[c] if gamma == NULL else dots[c] * element(k, gamma, c)
-            dots[c] *= rstd[group]
-        for c in range(j, j + shape.per_group):
-            slope[c] = -rstd[group] * rstd[group] * rstd[group] * (dot / n)
-            rest[c] = -rstd[group] * (sum / n)
-    for index in range(tile_count(shape, first, last)):
-        t = group_tile(shape, first, last, index)
-        affines_of(k, gamma, NULL, t.col, t.cols, column_rstd + t.col, scale, zero)
-        for block in range(ceil_div(t.rows, block_rows(k, t.cols)) - 1, -1, -1):
-            start = block * block_rows(k, t.cols)
-            k.col_combine(at(x, k.itemsize, start, t.col), x.run_stride, at(dy, k.itemsize, start, t.col), dy.run_stride,
-                          at(dx, k.itemsize, start, t.col), dx.run_stride, min(block_rows(k, t.cols), t.rows - start), t.cols,
-                          column_mean + t.col, pivots + t.col, scale, slope + t.col, rest + t.col, NULL)
+                dot += dots[col] if c.gamma == NULL else dots[col] * element(c.k, c.gamma, col)
+            dots[col] *= r
+        for col in range(j, j + c.per_group):
+            slope[col], constant[col] = nx_slope(r, r, dot / n), nx_constant(r, sum / n)
+    for index in range(chunks_of(c, e)):
+        t = chunk_of(c, e, index)
+        affines_of(c.k, c.gamma, NULL, t.col, t.cols, rstd + t.col, factor, zero)
+        line = nx_line(mean + t.col, pivots + t.col, &factor[0], slope + t.col, constant + t.col, 1)
+        for block in range(block_count(c, t) - 1, -1, -1):
+            c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
+                       block_at(c, t, block), &line, NULL)
 
 
-cdef int column_groups_backward(const nx_kernels *k, ColumnGroups shape, Operand x, Operand dy, Operand dx, const char *gamma,
-                                const double *mean, const double *rstd, double *sums, double *dots) except -1:
-    """The gradient dx and, for each column of each example, sum(dy) and sum(dy * xhat)."""
-    cdef Py_ssize_t step = groups_of_task(shape.per_group), strips = ceil_div(shape.groups, step), task, tasks = shape.examples * strips
-    cdef Py_ssize_t n, group, cols = shape.groups * shape.per_group
-    cdef int threads = threads_for(tasks, shape.examples * shape.rows * cols)
-    cdef double[:, :, ::1] work = np.empty((shape.examples, 6, cols))
-    for task in prange(tasks, nogil=True, num_threads=threads, use_threads_if=threads > 1, schedule="static"):
-        n, group = task // strips, task % strips * step
-        example_backward(k, shape, example(x, k.itemsize, n), example(dy, k.itemsize, n), example(dx, k.itemsize, n), gamma, group,
-                         min(group + step, shape.groups), mean + n * shape.groups, rstd + n * shape.groups, sums + n * cols,
-                         dots + n * cols, &work[n, 0, 0], &work[n, 1, 0], &work[n, 2, 0], &work[n, 3, 0], &work[n, 4, 0], &work[n, 5, 0])
-    return 0
+cdef void example_backward_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef Example e = example_at(j, task, BACKWARD_NUMBERS)
+    cdef Call of_example = call_of(j.call, e)
+    example_backward(&of_example, e)
+
+
+cdef int column_groups_backward(const Call *c) noexcept nogil:
+    """dx and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) of each column over the examples."""
+    cdef Job j = Job(c, 0, 1, 0, NULL, NULL)
+    cdef int status = run_examples(c, &j, True)
+    cdef Py_ssize_t n, col
+    cdef double *sums
+    if status == NORMEXT_OK:
+        for n in range(c.groups):
+            sums = j.partial + n * BACKWARD_NUMBERS * c.n
+            for col in range(c.n):
+                c.dbeta[col] += sums[col]
+                c.dgamma[col] += sums[c.n + col]
+    free(j.partial)
+    return status

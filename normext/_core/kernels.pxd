@@ -1,13 +1,16 @@
-# The C primitives as Cython sees them (src_c/kernels.h says what each does), and what both geometries share.
-
-from libc.string cimport memcpy
+# The C primitives as Cython sees them (src_c/kernels.h and kernels_list.h say what each does), and
+# what both geometries share.
 
 
 cdef extern from "kernels.h" nogil:
     ctypedef struct nx_moments:
         double count, mean, m2
 
+    void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2, double count,
+                        double share)
     void nx_merge(nx_moments *m, nx_moments other)
+    nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean, const double *m2)
+    bint nx_near(double g, double mean)
     ctypedef struct nx_range:
         double tiny, enlarge, shrink, near_zero
 
@@ -136,27 +139,25 @@ cdef extern from "kernels.h" nogil:
     const char *nx_compiler()
 
 
-# An array of a layout that the kernels walk: element (group, run, i) lies at data + (group * group_stride + run * run_stride + i)
-# elements. Columns are the same with a row for a run.
-cdef struct Operand:
-    char *data
-    Py_ssize_t group_stride, run_stride
-
-
 cdef inline double element(const nx_kernels *k, const char *p, Py_ssize_t i) noexcept nogil:
     """The i-th number of a contiguous parameter of the kernels' type."""
     return (<const float *> p)[i] if k.parameter_size == 4 else (<const double *> p)[i]
 
 
-cdef inline void affine_of(const nx_kernels *k, const char *gamma, const char *beta, Py_ssize_t channel, double rstd,
-                           double *scale, double *shift) noexcept nogil:
-    """What a channel's deviations from the mean are multiplied by, and what is added; gamma and beta may be NULL."""
+cdef inline void affine_of(const nx_kernels *k, const char *gamma, const char *beta,
+                           Py_ssize_t channel, double rstd, double *scale,
+                           double *shift) noexcept nogil:
+    """What a channel's deviations from the mean are multiplied by, and what is added.
+
+    gamma and beta may be NULL.
+    """
     scale[0] = rstd if gamma == NULL else rstd * element(k, gamma, channel)
     shift[0] = 0 if beta == NULL else element(k, beta, channel)
 
 
-cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *beta, Py_ssize_t channel, Py_ssize_t channels,
-                            const double *rstd, double *scale, double *shift) noexcept nogil:
+cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *beta,
+                            Py_ssize_t channel, Py_ssize_t channels, const double *rstd,
+                            double *scale, double *shift) noexcept nogil:
     """The same for channels in a row; one loop for each case, so that they become vectors."""
     cdef Py_ssize_t j
     if gamma == NULL:
@@ -179,12 +180,14 @@ cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *
             shift[j] = (<const double *> beta)[channel + j]
 
 
-cdef inline double restore_pivot(const nx_kernels *k, const char *gamma, Py_ssize_t channel, Py_ssize_t channels, double pivot,
-                                 double *deviations, double *dots) noexcept nogil:
-    """Add what a pivot took from the sums of dy * (x - mean) of a group's channels, and return the sum of gamma times them.
+cdef inline double restore_pivot(const nx_kernels *k, const char *gamma, Py_ssize_t channel,
+                                 Py_ssize_t channels, double pivot, double *deviations,
+                                 double *dots) noexcept nogil:
+    """Add what a pivot took from the dots of a group's channels, and return the sum of gamma * dots.
 
-    `deviations` are the channels' sums of x - mean. In theory those of a group add up to 0, and the mean of gamma does not matter to
-    what they are multiplied by: both are taken out before rounding errors are multiplied by a large pivot.
+    `deviations` are the channels' sums of x - mean. In theory those of a group add up to 0, and the
+    mean of gamma does not matter to what they are multiplied by: both are taken out before rounding
+    errors are multiplied by a large pivot.
     """
     cdef Py_ssize_t c
     cdef double sum = 0, middle = 0, excess = 0, factor, rest
@@ -197,58 +200,6 @@ cdef inline double restore_pivot(const nx_kernels *k, const char *gamma, Py_ssiz
         sum += factor * dots[c] + (factor - middle) * rest
         dots[c] += rest
     return sum
-
-
-# A running statistic, contiguous; its data are NULL where there is none.
-cdef struct Statistic:
-    char *data
-    bint single  # of float32, and not float64
-
-# The running statistics of batch norm: read in evaluation, updated in training.
-cdef struct Running:
-    Statistic mean, var
-    double momentum
-    double correction  # what the batch's biased variance is multiplied by: n / (n - 1) makes an unbiased estimate of it, 1 leaves it
-
-
-cdef inline void read_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double *result) noexcept nogil:
-    cdef Py_ssize_t i
-    if s.single:
-        for i in range(n):
-            result[i] = (<const float *> s.data)[first + i]
-    else:
-        memcpy(result, <const double *> s.data + first, n * sizeof(double))
-
-
-cdef inline void update_statistic(Statistic s, Py_ssize_t first, Py_ssize_t n, double momentum, double share,
-                                  const double *batch) noexcept nogil:
-    """``momentum * s + share * batch``; nothing where there is no s."""
-    cdef Py_ssize_t i
-    cdef float *single = <float *> s.data + first
-    cdef double *double_ = <double *> s.data + first
-    if s.data == NULL:
-        return
-    if s.single:
-        for i in range(n):
-            single[i] = <float> (momentum * single[i] + share * batch[i])
-    else:
-        for i in range(n):
-            double_[i] = momentum * double_[i] + share * batch[i]
-
-
-cdef inline void update_moments(const Running *running, Py_ssize_t first, Py_ssize_t n, const double *mean,
-                                const double *var) noexcept nogil:
-    """From the batch's mean and biased variance, of which the first are those of the channel `first`."""
-    cdef double share = 1 - running.momentum
-    update_statistic(running.mean, first, n, running.momentum, share, mean)
-    update_statistic(running.var, first, n, running.momentum, share * running.correction, var)
-
-
-cdef inline void read_moments(const Running *running, Py_ssize_t first, Py_ssize_t n, double eps, double *mean,
-                              double *rstd) noexcept nogil:
-    read_statistic(running.mean, first, n, mean)
-    read_statistic(running.var, first, n, rstd)
-    nx_inverse_stds(rstd, n, eps)
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:

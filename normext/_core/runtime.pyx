@@ -3,54 +3,98 @@
 import operator
 import os
 
+from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.cores import cpu_quota
 from normext._core.kernels cimport nx_compiler, nx_isa_count, nx_isas, nx_kernels
 
-cdef extern from "threads.h":
+cdef extern from "threads.h" nogil:
     const int NX_OPENMP
     int omp_get_max_threads() noexcept
     int omp_get_num_procs() noexcept
     int nx_watch_forks() noexcept
     int nx_team(int threads) noexcept
+    void nx_run_on(int threads, Task f, const void *job, Py_ssize_t tasks) noexcept
 
 # To start a thread on less work than this (elements, some 10 microseconds) takes longer than it saves.
 cdef enum:
     ELEMENTS_PER_THREAD = 1 << 15
     STREAMED = 1 << 24  # bytes of a result that, with its argument, the caches will hardly hold
-    STREAMED_RUN = 512  # elements that lie together
+    STREAMED_ROW = 512  # elements that lie together
 
 cdef int chosen_isa
 cdef int num_threads
 cdef int openmp_threads  # OpenMP's own number, at import
 
 
-cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept:
+cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept nogil:
     return nx_isas[chosen_isa].tables[stream][element_type]
 
 
-cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ssize_t n, const void *read, const void *written) noexcept:
+cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ssize_t n,
+                                    const void *read, const void *written) noexcept nogil:
     """Those for a result of so many elements, of which n lie together.
 
-    A large one goes around the caches, unless it is written over what was just read into them, or in pieces so short that much of it
-    lies in cache lines that it fills in part only.
+    A large one goes around the caches, unless it is written over what was just read into them, or
+    in pieces so short that much of it lies in cache lines that it fills in part only.
     """
     cdef const nx_kernels *kernels = kernels_for(element_type, False)
-    if elements * kernels.itemsize >= STREAMED and n >= STREAMED_RUN and written != read:
+    if elements * kernels.itemsize >= STREAMED and n >= STREAMED_ROW and written != read:
         return kernels_for(element_type, True)
     return kernels
 
 
-cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) except 0:
-    """How many threads there are for so many tasks over so many elements. Results never depend on it."""
+cdef int most_threads = 1  # of any call so far; only traces look at it
+
+
+cdef int team_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil:
+    """How many threads there are for so many tasks over so many elements; 0 where there is no memory.
+
+    Results never depend on it.
+    """
+    global most_threads
     cdef int limit, threads = max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
     if threads > 1:
         limit = omp_get_max_threads()
         if limit < openmp_threads:  # somebody has lowered it since: threadpoolctl, or a program in C
             threads = min(threads, limit)
-    threads = nx_team(threads)
+    if threads > 1:
+        threads = nx_team(threads)
+        most_threads = max(threads, most_threads)
+    return threads
+
+
+cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) except 0:
+    """The same for loops that OpenMP runs itself."""
+    cdef int threads = nx_team(max(1, team_for(tasks, elements)))
     if threads == 0:
         raise MemoryError("no memory for a parallel region")
     return threads
+
+
+cdef void run_on(int threads, Task f, const void *job, Py_ssize_t tasks) noexcept nogil:
+    """Run the tasks 0, 1, ... of a job; each thread has neighbours."""
+    nx_run_on(threads, f, job, tasks)
+
+
+cdef int run_tasks(Task f, const void *job, Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil:
+    """The same on as many threads as there are for so many elements."""
+    cdef int threads = team_for(tasks, elements)
+    if threads == 0:
+        return NORMEXT_NO_MEMORY
+    nx_run_on(threads, f, job, tasks)
+    return NORMEXT_OK
+
+
+cdef int threads_used() noexcept nogil:
+    """The most threads of any call since this was asked before."""
+    global most_threads
+    cdef int used = most_threads
+    most_threads = 1
+    return used
+
+
+cdef const char *isa_name() noexcept nogil:
+    return nx_isas[chosen_isa].name
 
 
 cdef list isa_names(bint supported_only):

@@ -12,7 +12,7 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, ceil_div, nx_kernels
+from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, ceil_div, nx_block, nx_kernels, nx_rows, nx_window
 from normext._core.runtime cimport kernels_for, threads_for
 
 cdef enum:
@@ -35,6 +35,10 @@ cdef inline Py_ssize_t first_inside(Py_ssize_t offset, Py_ssize_t stride, Py_ssi
 cdef inline Py_ssize_t end_inside(Py_ssize_t offset, Py_ssize_t stride, Py_ssize_t end, Py_ssize_t count) noexcept nogil:
     """The end of those o < count with o * stride + offset < end."""
     return 0 if offset >= end else min(count, (end - 1 - offset) // stride + 1)
+
+
+cdef inline void add(const nx_kernels *k, floating *to, const floating *numbers, Py_ssize_t n) noexcept nogil:
+    k.add_rows(nx_rows(to, 0), nx_rows(<void *> numbers, 0), nx_rows(to, 0), nx_block(1, n))
 
 
 # Columns laid out (..., out_h * out_w), as the images are -----------------------------------------------------------------------
@@ -75,7 +79,7 @@ cdef void scatter_plane(const nx_kernels *k, const floating *column, Py_ssize_t 
         if 0 <= y < H:
             row = image + y * W + dx
             if g.sw == 1:
-                k.add_runs(row + start, 0, column + start, 0, row + start, 0, 1, end - start)
+                add(k, row + start, column + start, end - start)
             else:
                 for ox in range(start, end):
                     row[ox * g.sw] += column[ox]
@@ -146,7 +150,7 @@ cdef void gather_row(const nx_kernels *k, const floating[:, :, :, ::1] x, floati
         x0 = part * width
         x1 = min(x0 + width, W)
         if inside:
-            k.transpose(&x[0, c, y, x0], x.shape[1] * H * W, N, x1 - x0, tile, N)
+            k.transpose(nx_rows(<void *> &x[0, c, y, x0], x.shape[1] * H * W), nx_block(N, x1 - x0), nx_rows(tile, N))
         for ky in range(g.kh):
             oy = y + g.ph - ky * g.dh
             if oy < 0 or oy % g.sh or oy // g.sh >= g.oh:
@@ -191,13 +195,11 @@ cdef void scatter_row(const nx_kernels *k, const floating[:, ::1] cols, floating
                 end = end_inside(dx, g.sw, x1, g.ow)
                 if g.sw == 1:
                     if start < end:
-                        target = tile + (start + dx - x0) * N
-                        k.add_runs(target, 0, column + start * N, 0, target, 0, 1, (end - start) * N)
+                        add(k, tile + (start + dx - x0) * N, column + start * N, (end - start) * N)
                 else:
                     for ox in range(start, end):
-                        target = tile + (ox * g.sw + dx - x0) * N
-                        k.add_runs(target, 0, column + ox * N, 0, target, 0, 1, N)
-        k.transpose(tile, N, x1 - x0, N, &x[0, c, y, x0], x.shape[1] * H * W)
+                        add(k, tile + (ox * g.sw + dx - x0) * N, column + ox * N, N)
+        k.transpose(nx_rows(tile, N), nx_block(x1 - x0, N), nx_rows(<void *> &x[0, c, y, x0], x.shape[1] * H * W))
 
 
 def gather_batch_innermost(const floating[:, :, :, ::1] x, floating[:, ::1] cols, tuple kernel, tuple stride, tuple padding,
@@ -245,9 +247,10 @@ ctypedef fused index_t:
 
 cdef void pool_plane(const nx_kernels *k, const floating *image, Py_ssize_t W, Windows g, floating *y,
                      index_t *winner) noexcept nogil:
+    cdef nx_window window = nx_window(g.kh, g.kw, g.sw)
     cdef Py_ssize_t oy
     for oy in range(g.oh):
-        k.pool_row(image + oy * g.sh * W, W, g.kh, g.kw, g.sw, g.ow, y + oy * g.ow, winner + oy * g.ow, sizeof(index_t))
+        k.pool_row(nx_rows(<void *> (image + oy * g.sh * W), W), &window, g.ow, y + oy * g.ow, winner + oy * g.ow, sizeof(index_t))
 
 
 def max_pool(const floating[:, :, ::1] x, floating[:, :, ::1] y, index_t[:, :, ::1] winner, tuple kernel, tuple stride):

@@ -1,0 +1,707 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Statistics over rows of contiguous numbers: batch norm of N,C,H,W, layer, RMS and group norm.
+
+Four sizes of work:
+
+    row    n numbers that lie one after the other
+    block  several short rows, or a part of a long one, that a kernel takes at once and the cache holds
+    chunk  the blocks of a part of a large group, or some rows of layer norm, whose sums are made by
+           one thread
+    task   what a thread is given: a chunk, or some groups that are small
+
+A group whose numbers fit the cache is one task: its statistics, then its result, while the group is
+still there. Large groups are split into chunks, first for the statistics, then for the result. The
+split depends on the shape alone and partial sums are put together in its order, so that the number
+of threads changes no bit. Second passes go backwards, to meet first what is still in cache.
+"""
+
+from libc.stdlib cimport calloc, free, malloc
+
+from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
+from normext._core.call cimport (
+    ABOUT_ZERO,
+    ALONG_ROW,
+    CENTRED,
+    GIVEN,
+    PER_GROUP,
+    PER_ROW,
+    Call,
+    Job,
+    rows_at,
+)
+from normext._core.kernels cimport (
+    affine_of,
+    affines_of,
+    ceil_div,
+    element,
+    nx_affine,
+    nx_block,
+    nx_constant,
+    nx_finish_moments,
+    nx_grouping,
+    nx_groups,
+    nx_kernels,
+    nx_layer,
+    nx_line,
+    nx_merge,
+    nx_moments,
+    nx_relu_mask,
+    nx_rescale,
+    nx_rows,
+    nx_slope,
+    nx_sums,
+    restore_pivot,
+)
+from normext._core.runtime cimport run_on, run_tasks, team_for
+
+cdef enum:
+    CHUNKS = 32  # to split the work into, where groups are few and large
+    SPLIT = 1 << 16  # elements from which a group may be split
+    CHUNK_ROWS = 32  # rows of layer norm whose x and dy are met twice, the second time in cache
+    COLUMNS = 256  # of a task that sums down all rows
+    ROWS_AT_ONCE = 64  # whose coefficients are held on the stack
+    GROUPS_AT_ONCE = 8  # whose statistics are taken together
+
+# The rows of a group.
+cdef struct Shape:
+    Py_ssize_t rows, n
+
+# A block of a group, which are numbered row by row.
+cdef struct Block:
+    Py_ssize_t row, rows, start, n
+
+
+cdef inline Py_ssize_t block_count(Shape s, Py_ssize_t size) noexcept nogil:
+    if s.n > size:
+        return s.rows * ceil_div(s.n, size)
+    return ceil_div(s.rows, size // s.n)
+
+
+cdef inline Block block_at(Shape s, Py_ssize_t size, Py_ssize_t index) noexcept nogil:
+    cdef Py_ssize_t per_row, rows, start
+    if s.n > size:
+        per_row = ceil_div(s.n, size)
+        start = index % per_row * size
+        return Block(index // per_row, 1, start, min(size, s.n - start))
+    rows = size // s.n
+    return Block(index * rows, min(rows, s.rows - index * rows), 0, s.n)
+
+
+cdef inline Shape shape_of(const Call *c) noexcept nogil:
+    return Shape(c.rows, c.n)
+
+
+cdef inline Shape joined(const Call *c) noexcept nogil:
+    """The same numbers as one long row, where a group's rows lie one after the other."""
+    return Shape(1, c.rows * c.n) if c.x.row == c.n else Shape(c.rows, c.n)
+
+
+cdef inline Job job_of(const Call *c) noexcept nogil:
+    """The blocks of a group, into how many chunks each is split, and how many there are in all."""
+    cdef Py_ssize_t blocks = block_count(shape_of(c), c.k.row_block), chunks = 1
+    if c.groups < CHUNKS and c.rows * c.n >= SPLIT:
+        chunks = min(blocks, ceil_div(CHUNKS, c.groups))
+    return Job(c, blocks, chunks, c.groups * chunks, NULL, NULL)
+
+
+cdef inline nx_rows at(const Call *c, nx_groups a, Py_ssize_t group, Block b) noexcept nogil:
+    """A block's rows in an array; no data where there is none."""
+    if a.data == NULL:
+        return nx_rows(NULL, 0)
+    return nx_rows(
+        <char *> a.data + (group * a.group + b.row * a.row + b.start) * c.k.itemsize, a.row
+    )
+
+
+cdef inline const char *along(const Call *c, const char *p, Block b) noexcept nogil:
+    """Where the parameters of a block begin that run along the rows; NULL for others."""
+    if p == NULL or c.parameters != ALONG_ROW:
+        return NULL
+    return p + b.start * c.k.parameter_size
+
+
+cdef inline Py_ssize_t first_of(const Job *j, Py_ssize_t task, Py_ssize_t things) noexcept nogil:
+    """Where the share of a task in so many things begins, and that of the one before ends."""
+    return task * things // j.tasks
+
+
+# Forward -----------------------------------------------------------------------------------------
+
+
+cdef void group_moments(const Call *c, Py_ssize_t group, Py_ssize_t chunk, Py_ssize_t chunks,
+                        double scale, nx_moments *m) noexcept nogil:
+    cdef Shape s = joined(c)
+    cdef Py_ssize_t index, blocks = block_count(s, c.k.row_block)
+    cdef Block b
+    m.count = m.mean = m.m2 = 0
+    for index in range(chunk * blocks // chunks, (chunk + 1) * blocks // chunks):
+        b = block_at(s, c.k.row_block, index)
+        c.k.row_moments(at(c, c.x, group, b), nx_block(b.rows, b.n), c.statistics == CENTRED, scale, m)
+
+
+cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """y of the blocks first to last."""
+    cdef Py_ssize_t index, end, r, channel
+    cdef double zero = 0, mean = c.mean[group], rstd = c.rstd[group]
+    cdef double scale[ROWS_AT_ONCE]
+    cdef double shift[ROWS_AT_ONCE]
+    cdef double means[ROWS_AT_ONCE]
+    cdef nx_affine map = nx_affine(&mean, &rstd, &zero, 0)
+    cdef Block b
+    if c.parameters == PER_GROUP:
+        affine_of(c.k, c.gamma, c.beta, group, rstd, scale, shift)
+        map = nx_affine(&mean, &scale[0], &shift[0], 0)
+    elif c.parameters == PER_ROW:
+        for r in range(min(<Py_ssize_t> ROWS_AT_ONCE, c.rows)):
+            means[r] = mean
+        map = nx_affine(&means[0], &scale[0], &shift[0], 1)
+    for index in range(last - 1, first - 1, -1):
+        b = block_at(shape_of(c), c.k.row_block, index)
+        if c.parameters != PER_ROW:
+            c.k.row_affine(at(c, c.x, group, b), at(c, c.y, group, b), nx_block(b.rows, b.n), &map,
+                           along(c, c.gamma, b), along(c, c.beta, b), c.relu)
+            continue
+        end = b.row + b.rows
+        while b.row < end:
+            channel = (group * c.rows + b.row) % c.channels
+            b.rows = min(<Py_ssize_t> ROWS_AT_ONCE, end - b.row)
+            for r in range(b.rows):
+                affine_of(c.k, c.gamma, c.beta, channel + r, rstd, scale + r, shift + r)
+            c.k.row_affine(at(c, c.x, group, b), at(c, c.y, group, b), nx_block(b.rows, b.n), &map,
+                           NULL, NULL, c.relu)
+            b.row += b.rows
+
+
+cdef inline void finish_group(const Call *c, Py_ssize_t group, nx_moments m,
+                              double scale) noexcept nogil:
+    nx_finish_moments(m, scale, c.eps, c.mean + group, c.rstd + group,
+                      NULL if c.var == NULL else c.var + group)
+
+
+cdef void normalize_group(const Call *c, Py_ssize_t group, Py_ssize_t blocks) noexcept nogil:
+    cdef nx_moments m
+    cdef double scale
+    if c.statistics != GIVEN:
+        group_moments(c, group, 0, 1, 1, &m)
+        scale = nx_rescale(&c.k.range, m)
+        if scale != 1:
+            group_moments(c, group, 0, 1, scale, &m)
+        finish_group(c, group, m, scale)
+    if c.y.data != NULL:
+        group_affine(c, group, 0, blocks)
+
+
+cdef void group_task(const void *job, Py_ssize_t task) noexcept nogil:
+    normalize_group((<const Job *> job).call, task, (<const Job *> job).blocks)
+
+
+cdef void layer_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Some rows of layer norm, each of which is one block."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
+    cdef nx_layer norm = nx_layer(c.statistics == CENTRED, c.eps, c.gamma, c.beta)
+    c.k.layer_forward(rows_at(c.x, c.k.itemsize, first), rows_at(c.y, c.k.itemsize, first),
+                      nx_block(last - first, c.n), &norm, c.mean + first, c.rstd + first)
+
+
+cdef void short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Some groups, each of which is one block: their statistics are taken together."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
+    cdef Py_ssize_t end, group
+    while first < last:
+        end = min(first + GROUPS_AT_ONCE, last)
+        c.k.layer_statistics(rows_at(c.x, c.k.itemsize, first), nx_block(end - first, c.rows * c.n),
+                             c.statistics == CENTRED, c.eps, c.mean + first, c.rstd + first)
+        for group in range(first, end):
+            group_affine(c, group, 0, j.blocks)
+        first = end
+
+
+cdef void moments_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A chunk's moments, into `partial`, of numbers times the group's scale, in `adjust`."""
+    cdef const Job *j = <const Job *> job
+    group_moments(j.call, task // j.chunks, task % j.chunks, j.chunks, j.adjust[task // j.chunks],
+                  <nx_moments *> j.partial + task)
+
+
+cdef void affine_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef Py_ssize_t chunk = task % j.chunks
+    group_affine(j.call, task // j.chunks, chunk * j.blocks // j.chunks,
+                 (chunk + 1) * j.blocks // j.chunks)
+
+
+cdef int moments_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
+    """The statistics of groups that are split."""
+    cdef Py_ssize_t group, chunk, attempt
+    cdef bint again
+    cdef nx_moments m
+    j.partial = <double *> malloc(j.tasks * sizeof(nx_moments) + c.groups * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    j.adjust = <double *> (<nx_moments *> j.partial + j.tasks)
+    for group in range(c.groups):
+        j.adjust[group] = 1
+    for attempt in range(2):  # the second with scales that the first has found
+        run_on(threads, moments_task, j, j.tasks)
+        again = False
+        for group in range(c.groups):
+            m = nx_moments(0, 0, 0)
+            for chunk in range(j.chunks):
+                nx_merge(&m, (<nx_moments *> j.partial)[group * j.chunks + chunk])
+            finish_group(c, group, m, j.adjust[group])
+            if attempt == 0:
+                j.adjust[group] = nx_rescale(&c.k.range, m)
+                again = again or j.adjust[group] != 1
+        if not again:
+            break
+    free(j.partial)
+    return NORMEXT_OK
+
+
+cdef int normalize_rows(const Call *c) noexcept nogil:
+    """y = gamma * (x - mean) * rstd + beta, with relu 0 where that is less (not ALONG_ROW).
+
+    Unless they are GIVEN, mean, rstd and var are computed and stored; no more is done where y has
+    no data.
+    """
+    cdef Job j = job_of(c)
+    cdef int status, threads = team_for(j.tasks, c.groups * c.rows * c.n)
+    cdef bint own = c.statistics != GIVEN and c.y.data != NULL
+    if threads == 0:
+        return NORMEXT_NO_MEMORY
+    if own and c.parameters == ALONG_ROW and j.blocks == 1:
+        j.tasks = threads  # each row is on its own, and no bit depends on the split
+        run_on(threads, layer_task, &j, j.tasks)
+        return NORMEXT_OK
+    if own and c.var == NULL and joined(c).rows == 1 and c.rows * c.n <= c.k.row_block:
+        j.tasks = threads
+        run_on(threads, short_groups_task, &j, j.tasks)
+        return NORMEXT_OK
+    if j.chunks == 1:
+        run_on(threads, group_task, &j, c.groups)
+        return NORMEXT_OK
+    if c.statistics != GIVEN:
+        status = moments_in_chunks(c, &j, threads)
+        if status != NORMEXT_OK:
+            return status
+    if c.y.data != NULL:
+        run_on(threads, affine_task, &j, j.tasks)
+    return NORMEXT_OK
+
+
+cdef void affine_block_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A block of a group; `partial` has the scales of its rows, then the shifts."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t group = task // j.blocks
+    cdef Block b = block_at(shape_of(c), c.k.row_block, task % j.blocks)
+    cdef nx_affine map = nx_affine(c.mean + b.row, j.partial + b.row, j.partial + c.rows + b.row, 1)
+    c.k.row_affine(at(c, c.x, group, b), at(c, c.y, group, b), nx_block(b.rows, b.n), &map, NULL,
+                   NULL, c.relu)
+
+
+cdef int affine_rows(const Call *c) noexcept nogil:
+    """y = gamma * (x - mean) * rstd + beta, where row r of every group has number r of each.
+
+    So memory is walked in its order.
+    """
+    cdef Job j = job_of(c)
+    cdef int status
+    j.partial = <double *> malloc(2 * c.rows * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    affines_of(c.k, c.gamma, c.beta, 0, c.rows, c.rstd, j.partial, j.partial + c.rows)
+    status = run_tasks(affine_block_task, &j, c.groups * j.blocks, c.groups * c.rows * c.n)
+    free(j.partial)
+    return status
+
+
+cdef void sums_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Some rows are added up and then normalized, while they are in cache."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t row, first = task * CHUNK_ROWS, size = c.k.itemsize
+    cdef nx_block b = nx_block(min(<Py_ssize_t> CHUNK_ROWS, c.groups - first), c.n)
+    cdef nx_layer norm = nx_layer(c.statistics == CENTRED, c.eps, c.gamma, c.beta)
+    c.k.add_rows(rows_at(c.x, size, first), rows_at(c.residual, size, first),
+                 rows_at(c.sum, size, first), b)
+    if j.blocks == 1:
+        c.k.layer_forward(rows_at(c.sum, size, first), rows_at(c.y, size, first), b, &norm,
+                          c.mean + first, c.rstd + first)
+        return
+    cdef Call of_sum = c[0]
+    of_sum.x = c.sum
+    for row in range(first, first + b.rows):
+        normalize_group(&of_sum, row, j.blocks)
+
+
+cdef void add_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A chunk of a long row."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t row = task // j.chunks, chunk = task % j.chunks, start = chunk * c.n // j.chunks
+    cdef Block b = Block(0, 1, start, (chunk + 1) * c.n // j.chunks - start)
+    c.k.add_rows(at(c, c.x, row, b), at(c, c.residual, row, b), at(c, c.sum, row, b),
+                 nx_block(1, b.n))
+
+
+cdef int normalize_sums(const Call *c) noexcept nogil:
+    """sum = x + residual, and y as normalize_rows makes it of sum (ALONG_ROW), bit by bit."""
+    cdef Job j = job_of(c)
+    cdef int status
+    if j.chunks == 1:
+        return run_tasks(sums_task, &j, ceil_div(c.groups, CHUNK_ROWS), c.groups * c.n)
+    status = run_tasks(add_task, &j, j.tasks, c.groups * c.n)
+    if status != NORMEXT_OK:
+        return status
+    cdef Call of_sum = c[0]
+    of_sum.x = c.sum
+    return normalize_rows(&of_sum)
+
+
+# Backward ----------------------------------------------------------------------------------------
+
+
+cdef void group_dots(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
+                     const double *pivot, nx_sums sums) noexcept nogil:
+    """The sums of the blocks first to last."""
+    cdef Py_ssize_t index
+    cdef Block b
+    cdef double scale, shift
+    cdef nx_relu_mask mask = nx_relu_mask(&scale, &shift)
+    if c.parameters == PER_GROUP:
+        affine_of(c.k, c.gamma, c.beta, group, c.rstd[group], &scale, &shift)
+    sums.sum[0] = sums.dot[0] = 0
+    for index in range(first, last):
+        b = block_at(shape_of(c), c.k.row_block, index)
+        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n), c.mean[group],
+                     pivot, along(c, c.gamma, b), &mask if c.relu else NULL, sums)
+
+
+cdef bint is_far(const Call *c, Py_ssize_t group, double mean) noexcept nogil:
+    """Whether a group's gradients, with this mean, are far from zero (nx_near says why it matters)."""
+    return c.statistics == CENTRED and c.k.row_is_far(
+        <char *> c.dy.data + group * c.dy.group * c.k.itemsize, c.n,
+        c.gamma if c.parameters == ALONG_ROW else NULL, mean
+    )
+
+
+cdef void group_dx(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double sum,
+                   double dot) noexcept nogil:
+    """dx of the blocks first to last.
+
+    Statistics about zero have no mean to pass a gradient through: that of g counts as 0.
+    """
+    cdef Py_ssize_t index
+    cdef Block b
+    cdef double zero = 0, rstd = c.rstd[group], factor = rstd, shift, slope, constant
+    cdef double g_mean = sum / c.count if c.statistics == CENTRED else 0
+    cdef nx_relu_mask mask = nx_relu_mask(&factor, &shift)
+    cdef nx_affine map = nx_affine(&zero, &factor, &zero, 0)
+    cdef nx_line line = nx_line(c.mean + group, &g_mean, &factor, &slope, &constant, 0)
+    if c.parameters == PER_GROUP:
+        affine_of(c.k, c.gamma, c.beta, group, rstd, &factor, &shift)
+    slope = 0 if c.statistics == GIVEN else nx_slope(factor, rstd, dot / c.count)
+    constant = nx_constant(factor, g_mean)
+    for index in range(last - 1, first - 1, -1):
+        b = block_at(shape_of(c), c.k.row_block, index)
+        if c.statistics != GIVEN or c.relu:
+            c.k.row_dx(at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
+                       nx_block(b.rows, b.n), &line, along(c, c.gamma, b),
+                       &mask if c.relu else NULL, at(c, c.addend, group, b))
+        else:  # the statistics are constants, and x does not matter
+            c.k.row_affine(at(c, c.dy, group, b), at(c, c.dx, group, b), nx_block(b.rows, b.n), &map,
+                           along(c, c.gamma, b), NULL, False)
+
+
+cdef void backward_group(const Call *c, Py_ssize_t group, Py_ssize_t blocks,
+                         nx_sums sums) noexcept nogil:
+    cdef double pivot
+    if not c.given:
+        group_dots(c, group, 0, blocks, NULL if c.pivots == NULL else c.pivots + group, sums)
+        pivot = sums.sum[0] / c.count
+        if c.dx.data != NULL and is_far(c, group, pivot):
+            group_dots(c, group, 0, blocks, &pivot, sums)
+    if c.dx.data != NULL:
+        group_dx(c, group, 0, blocks, sums.sum[0], sums.dot[0])
+
+
+cdef void backward_group_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    backward_group(j.call, task, j.blocks, nx_sums(j.call.sums + task, j.call.dots + task, 0))
+
+
+cdef void dots_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A chunk's sum and dot, into `partial`, about the group's pivot, in `adjust` where that is not NULL."""
+    cdef const Job *j = <const Job *> job
+    cdef Py_ssize_t group = task // j.chunks, chunk = task % j.chunks
+    group_dots(j.call, group, chunk * j.blocks // j.chunks, (chunk + 1) * j.blocks // j.chunks,
+               NULL if j.adjust == NULL else j.adjust + group,
+               nx_sums(j.partial + 2 * task, j.partial + 2 * task + 1, 0))
+
+
+cdef void dx_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef Py_ssize_t group = task // j.chunks, chunk = task % j.chunks
+    group_dx(j.call, group, chunk * j.blocks // j.chunks, (chunk + 1) * j.blocks // j.chunks,
+             j.call.sums[group], j.call.dots[group])
+
+
+cdef int dots_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
+    """The sums of groups that are split."""
+    cdef Py_ssize_t group, chunk, attempt
+    cdef double *pivot
+    cdef double mean
+    cdef bint again
+    j.partial = <double *> malloc((2 * j.tasks + c.groups) * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    pivot, j.adjust = j.partial + 2 * j.tasks, <double *> c.pivots
+    for attempt in range(2):  # the second about pivots that the first has found
+        run_on(threads, dots_task, j, j.tasks)
+        again = False
+        for group in range(c.groups):
+            c.sums[group] = c.dots[group] = 0
+            for chunk in range(j.chunks):
+                c.sums[group] += j.partial[2 * (group * j.chunks + chunk)]
+                c.dots[group] += j.partial[2 * (group * j.chunks + chunk) + 1]
+            if attempt == 0:
+                mean, pivot[group] = c.sums[group] / c.count, 0
+                if c.dx.data != NULL and is_far(c, group, mean):
+                    pivot[group], again = mean, True
+        if not again:
+            break
+        j.adjust = pivot
+    free(j.partial)
+    return NORMEXT_OK
+
+
+cdef int rows_backward(const Call *c) noexcept nogil:
+    """The gradient dx and, for each group, its sum and dot.
+
+    g is ``gamma * dy`` where gamma is ALONG_ROW, and dy where it is PER_GROUP. No more than the
+    sums, of what may be parts of groups, is done where dx has no data.
+    """
+    cdef Job j = job_of(c)
+    cdef int status, threads = team_for(j.tasks, c.groups * c.rows * c.n)
+    if threads == 0:
+        return NORMEXT_NO_MEMORY
+    if j.chunks == 1:
+        run_on(threads, backward_group_task, &j, c.groups)
+        return NORMEXT_OK
+    if not c.given:
+        status = dots_in_chunks(c, &j, threads)
+        if status != NORMEXT_OK:
+            return status
+    if c.dx.data != NULL:
+        run_on(threads, dx_task, &j, j.tasks)
+    return NORMEXT_OK
+
+
+cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, double *dbeta,
+                          double *dgamma) noexcept nogil:
+    """dx of some rows, and their sums added to dbeta and dgamma.
+
+    First the latter, since dx may be written over dy.
+    """
+    cdef Py_ssize_t row, blocks = block_count(shape_of(c), c.k.row_block), end, size = c.k.itemsize
+    cdef nx_layer norm = nx_layer(c.statistics == CENTRED, c.eps, c.gamma, NULL)
+    cdef nx_block b
+    cdef double sum, dot
+    while first < last:
+        end = min(first + CHUNK_ROWS, last)
+        b = nx_block(end - first, c.n)
+        c.k.layer_parameters(rows_at(c.x, size, first), rows_at(c.dy, size, first), b, c.mean + first,
+                             c.rstd + first, dbeta, dgamma)
+        if blocks == 1:
+            c.k.layer_backward(rows_at(c.x, size, first), rows_at(c.dy, size, first),
+                               rows_at(c.dx, size, first), b, &norm, c.mean + first, c.rstd + first,
+                               rows_at(c.addend, size, first))
+        else:
+            for row in range(first, end):
+                backward_group(c, row, blocks, nx_sums(&sum, &dot, 0))
+        first = end
+
+
+cdef void layer_chunk_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A chunk of rows; its sums go to `partial`, those of the other chunks beside them."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef double *dbeta = j.partial + 2 * task * c.n
+    backward_layers(c, first_of(j, task, c.groups), first_of(j, task + 1, c.groups), dbeta,
+                    dbeta + c.n)
+
+
+cdef void parameters_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """The sums over all rows for some columns."""
+    cdef const Call *c = (<const Job *> job).call
+    cdef Py_ssize_t index, first, column = task * COLUMNS
+    cdef Py_ssize_t width = min(<Py_ssize_t> COLUMNS, c.n - column)
+    cdef Block b = Block(0, 1, column, width)
+    for index in range(ceil_div(c.groups, c.k.col_rows)):
+        first = index * c.k.col_rows
+        c.k.layer_parameters(nx_rows(at(c, c.x, first, b).data, c.x.group),
+                             nx_rows(at(c, c.dy, first, b).data, c.dy.group),
+                             nx_block(min(c.k.col_rows, c.groups - first), width), c.mean + first,
+                             c.rstd + first, c.dbeta + column, c.dgamma + column)
+
+
+cdef int layer_backward(const Call *c) noexcept nogil:
+    """dx of rows (one a group) and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) over them."""
+    cdef Job j
+    cdef Call rows
+    cdef Py_ssize_t chunk, i, elements = c.groups * c.n
+    cdef int status
+    j = Job(c, 0, 0, max(1, min(<Py_ssize_t> CHUNKS, c.groups // CHUNK_ROWS)), NULL, NULL)
+    if j.tasks == 1 and elements < SPLIT:
+        backward_layers(c, 0, c.groups, c.dbeta, c.dgamma)
+        return NORMEXT_OK
+    if j.tasks < CHUNKS // 4:  # too few rows to share out: columns instead, and chunks of each row
+        status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), elements)
+        if status != NORMEXT_OK:
+            return status
+        rows = c[0]
+        rows.sums = <double *> malloc(2 * c.groups * sizeof(double))
+        if rows.sums == NULL:
+            return NORMEXT_NO_MEMORY
+        rows.dots = rows.sums + c.groups
+        status = rows_backward(&rows)
+        free(rows.sums)
+        return status
+    j.partial = <double *> calloc(2 * j.tasks * c.n, sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    status = run_tasks(layer_chunk_task, &j, j.tasks, elements)
+    if status == NORMEXT_OK:
+        for chunk in range(j.tasks):
+            for i in range(c.n):
+                c.dbeta[i] += j.partial[2 * chunk * c.n + i]
+                c.dgamma[i] += j.partial[(2 * chunk + 1) * c.n + i]
+    free(j.partial)
+    return status
+
+
+# Group norm: every row of a group has a gamma of its own. `partial` holds, for each row of each
+# group, sum(dy), then sum(dy * xhat), then work space.
+
+
+cdef void row_dots_of_group(const Call *c, Py_ssize_t group, const double *pivot,
+                            nx_sums sums) noexcept nogil:
+    cdef Py_ssize_t r, index
+    cdef Block b
+    for r in range(c.rows):
+        sums.sum[r] = sums.dot[r] = 0
+    for index in range(block_count(shape_of(c), c.k.row_block)):
+        b = block_at(shape_of(c), c.k.row_block, index)
+        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n), c.mean[group],
+                     pivot, NULL, NULL, nx_sums(sums.sum + b.row, sums.dot + b.row, 1))
+
+
+cdef void row_deviations(const Call *c, Py_ssize_t group, double *deviations) noexcept nogil:
+    """Each row's sum of x - mean."""
+    cdef Py_ssize_t r
+    cdef nx_moments m
+    cdef Call row = c[0]
+    row.rows, row.x.row, row.statistics = 1, 0, CENTRED
+    for r in range(c.rows):
+        row.x.data = <char *> c.x.data + r * c.x.row * c.k.itemsize
+        group_moments(&row, group, 0, 1, 1, &m)
+        deviations[r] = m.count * (m.mean - c.mean[group])
+
+
+cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
+                                 double *deviations) noexcept nogil:
+    """group_dx where every row has a gamma; `group_backward` of the kernels does it to short groups."""
+    cdef Py_ssize_t r, index, end, channel = group * c.rows % c.channels
+    cdef double sum = 0, dot = 0, n = <double> c.rows * <double> c.n, pivot = 0, rstd = c.rstd[group]
+    cdef double slope, constant
+    cdef double factor[ROWS_AT_ONCE]
+    cdef nx_line line = nx_line(c.mean + group, &pivot, &factor[0], &slope, &constant, 1)
+    cdef Block b
+    row_dots_of_group(c, group, NULL, sums)
+    for r in range(c.rows):
+        pivot += sums.sum[r] / n
+    if is_far(c, group, pivot):
+        row_deviations(c, group, deviations)
+        row_dots_of_group(c, group, &pivot, sums)
+        dot = restore_pivot(c.k, c.gamma, channel, c.rows, pivot, deviations, sums.dot)
+    else:
+        for r in range(c.rows):
+            dot += sums.dot[r] if c.gamma == NULL else sums.dot[r] * element(c.k, c.gamma, channel + r)
+    for r in range(c.rows):
+        sum += sums.sum[r] if c.gamma == NULL else sums.sum[r] * element(c.k, c.gamma, channel + r)
+    slope, constant = nx_slope(rstd, rstd, dot / n), nx_constant(rstd, sum / n)
+    for index in range(block_count(shape_of(c), c.k.row_block) - 1, -1, -1):
+        b = block_at(shape_of(c), c.k.row_block, index)
+        end = b.row + b.rows
+        while b.row < end:
+            b.rows = min(<Py_ssize_t> ROWS_AT_ONCE, end - b.row)
+            for r in range(b.rows):
+                factor[r] = rstd if c.gamma == NULL else rstd * element(c.k, c.gamma, channel + b.row + r)
+            c.k.row_dx(at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
+                       nx_block(b.rows, b.n), &line, NULL, NULL, nx_rows(NULL, 0))
+            b.row += b.rows
+    for r in range(c.rows):
+        sums.dot[r] *= rstd
+
+
+cdef inline nx_sums sums_of(const Job *j, Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t rows = j.call.groups * j.call.rows
+    return nx_sums(j.partial + group * j.call.rows, j.partial + rows + group * j.call.rows, 1)
+
+
+cdef inline double *work_of(const Job *j, Py_ssize_t group) noexcept nogil:
+    return j.partial + (2 * j.call.groups + group) * j.call.rows
+
+
+cdef inline nx_groups groups_at(const Call *c, nx_groups a, Py_ssize_t group) noexcept nogil:
+    return nx_groups(<char *> a.data + group * a.group * c.k.itemsize, a.group, a.row)
+
+
+cdef void backward_short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Short groups, in one go but for those that are far from zero."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
+    cdef nx_grouping g = nx_grouping(0, c.rows, c.n, c.gamma, 0, c.channels)
+    cdef nx_sums sums
+    while True:
+        g.groups, g.channel, sums = last - first, first * c.rows % c.channels, sums_of(j, first)
+        first += c.k.group_backward(groups_at(c, c.x, first), groups_at(c, c.dy, first),
+                                    groups_at(c, c.dx, first), &g, c.mean + first, c.rstd + first,
+                                    sums.sum, sums.dot)
+        if first == last:
+            return
+        backward_rows_of_group(c, first, sums_of(j, first), work_of(j, first))
+        first += 1
+
+
+cdef void backward_rows_of_group_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    backward_rows_of_group(j.call, task, sums_of(j, task), work_of(j, task))
+
+
+cdef int grouped_backward(const Call *c) noexcept nogil:
+    """dx and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) of each channel over the groups."""
+    cdef Job j = job_of(c)
+    cdef Py_ssize_t i, rows = c.groups * c.rows
+    cdef int threads = team_for(c.groups, rows * c.n)
+    if threads == 0:
+        return NORMEXT_NO_MEMORY
+    j.partial = <double *> malloc(3 * rows * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    if j.blocks == 1:
+        j.tasks = threads  # each group is on its own, and no bit depends on the split
+        run_on(threads, backward_short_groups_task, &j, j.tasks)
+    else:
+        run_on(threads, backward_rows_of_group_task, &j, c.groups)
+    for i in range(rows):
+        c.dbeta[i % c.channels] += j.partial[i]
+        c.dgamma[i % c.channels] += j.partial[rows + i]
+    free(j.partial)
+    return NORMEXT_OK
