@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normext._core import xla
-from normext._core.arrays import Norm
+from normext._core.arrays import KINDS, Norm
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -61,7 +61,7 @@ def _call(name: str, norm: Norm, momentum: float, results: list[Any], *arrays: j
     results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (none if r is None else r for r in results)]
     arrays = _vary_alike([jnp.empty(0, none.dtype) if a is None else a for a in arrays])
     attributes = {
-        "kind": np.int64(norm.kind),
+        "kind": np.int64(KINDS[norm.kind]),
         "ndim": np.int64(len(norm.shape)),
         "axis": np.int64(norm.axis),
         "groups": np.int64(norm.groups),

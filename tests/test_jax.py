@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax = pytest.importorskip("jax", reason="normext.jax needs jax")
 import jax.numpy as jnp  # noqa: E402 - see above
 from jax.test_util import check_grads  # noqa: E402
-from normext._core.arrays import Norm  # noqa: E402
+from normext._core.arrays import KINDS, Norm  # noqa: E402
 
 import normext.jax  # noqa: E402
 
@@ -320,8 +320,9 @@ def test_bad_arguments(call, error, message):
 def test_the_handlers_refuse_what_does_not_fit():
     """Sizes are checked against the arrays that XLA hands over, before anything is read or written."""
     norm = Norm("group_norm", (6, 4), np.float32, axis=1, groups=1, eps=0.0)
-    attributes = {name: np.int64(getattr(norm, name)) for name in ("kind", "axis", "groups", "training")}
-    attributes |= {"ndim": np.int64(2), "eps": np.float64(norm.eps), "momentum": np.float64(0)}
+    attributes = {name: np.int64(getattr(norm, name)) for name in ("axis", "groups", "training")}
+    attributes |= {"kind": np.int64(KINDS[norm.kind]), "ndim": np.int64(2)}
+    attributes |= {"eps": np.float64(norm.eps), "momentum": np.float64(0)}
     x, p, u, none = (jax.ShapeDtypeStruct(*s) for s in (((6, 4), "f4"), ((4,), "f4"), ((6, 2), "u4"), ((0,), "f4")))
 
     def call(args, results, **changes):

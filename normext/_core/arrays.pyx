@@ -59,6 +59,7 @@ cdef dict kinds = {
     "group_norm": NORMEXT_GROUP_NORM,
     "instance_norm": NORMEXT_GROUP_NORM,
 }
+KINDS = kinds  # for who calls the loops by another door than the functions here
 
 
 cdef int element_type(object dtype) except -1:
@@ -183,6 +184,17 @@ cdef class Norm:
     @property
     def activation(self):
         return "relu" if self.c.relu else None
+
+    @property
+    def parameter_shape(self):
+        """Of gamma and beta."""
+        shape, axis = self.shape, self.c.axis
+        return shape[axis:] if self.kind in ("layer_norm", "rms_norm") else shape[axis:axis + 1]
+
+    @property
+    def statistics(self):
+        """How many means there are, and as many rstds."""
+        return norms.statistics_of(&self.c)
 
     def __reduce__(self):
         return norm_of, (self.kind, self.shape, self.dtype, self._options())

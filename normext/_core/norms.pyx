@@ -145,7 +145,7 @@ cdef inline bint is_row_norm(const nx_norm *norm) noexcept nogil:
     return norm.kind == NORMEXT_LAYER_NORM or norm.kind == NORMEXT_RMS_NORM
 
 
-cdef inline Py_ssize_t statistics_of(const nx_norm *norm) noexcept nogil:
+cdef Py_ssize_t statistics_of(const nx_norm *norm) noexcept nogil:
     """How many there are."""
     if norm.kind == NORMEXT_BATCH_NORM:
         return norm.shape[norm.axis]
@@ -154,7 +154,7 @@ cdef inline Py_ssize_t statistics_of(const nx_norm *norm) noexcept nogil:
     return numbers_of(norm, 0, norm.axis)
 
 
-cdef inline Py_ssize_t parameters_of(const nx_norm *norm) noexcept nogil:
+cdef Py_ssize_t parameters_of(const nx_norm *norm) noexcept nogil:
     """How many numbers gamma and beta have."""
     if is_row_norm(norm):
         return numbers_of(norm, norm.axis, norm.ndim)

@@ -30,7 +30,7 @@ from normext cimport (
     nx_io,
     nx_norm,
 )
-from normext._core.norms cimport backward, check, forward
+from normext._core.norms cimport backward, check, forward, parameters_of, statistics_of
 
 # XLA's foreign function interface, as xla/ffi/api/c_api.h in jaxlib declares it: so much of its
 # versions 0.1 to 0.3 as is used here. Structs of versions 0.x only grow at their ends. They are
@@ -231,14 +231,13 @@ cdef bint read_call(const XLA_FFI_CallFrame *frame, int args, int rets, Batch *b
     b.norm.groups, b.norm.training, b.norm.relu = groups, training, False
     if kind == NORMEXT_BATCH_NORM or kind == NORMEXT_GROUP_NORM:
         b.norm.ndim, b.norm.shape, b.norm.axis = ndim, &b.shape[1], axis
-        b.parameters = dims[axis]
-        b.statistics = dims[axis] if kind == NORMEXT_BATCH_NORM else dims[0] * groups
     else:
         b.norm.ndim, b.norm.shape, b.norm.axis = ndim + 1, b.shape, axis + 1
-        b.parameters = product(dims + axis, ndim - axis)
-        b.statistics = product(dims, axis)
+    if check(&b.norm) != NORMEXT_OK:
+        return False
+    b.parameters, b.statistics = parameters_of(&b.norm), statistics_of(&b.norm)
     b.parameter_dtype = F64 if y.dtype == F64 else XLA_FFI_DataType_F32
-    return check(&b.norm) == NORMEXT_OK
+    return True
 
 
 cdef inline Py_ssize_t numbers(const XLA_FFI_Buffer *a, const Batch *b) noexcept nogil:
