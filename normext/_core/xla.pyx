@@ -152,7 +152,7 @@ cdef bint asks_for_version(const XLA_FFI_CallFrame *frame) noexcept nogil:
     return True
 
 
-# A call --------------------------------------------------------------------------------------------
+# A call ------------------------------------------------------------------------------------------
 
 
 cdef struct Batch:
@@ -306,7 +306,7 @@ cdef void *ended(const XLA_FFI_CallFrame *frame, int status) noexcept nogil:
     return failure(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "normext: a norm was refused")
 
 
-# The handlers --------------------------------------------------------------------------------------
+# The handlers ------------------------------------------------------------------------------------
 
 
 cdef bint running_fits(const XLA_FFI_Buffer *old, const XLA_FFI_Buffer *new,
