@@ -987,7 +987,7 @@ cdef struct Scaled:
     double *rstd
     double *gamma
     double *pivots  # batch norm's
-    double *work  # of a block: mean, rstd, scale
+    double *work  # of a block: mean, rstd, scale, sums, dots
 
 
 cdef double scale_for(double rstd) noexcept nogil:
@@ -999,18 +999,18 @@ cdef double scale_for(double rstd) noexcept nogil:
 
 cdef int start_scaled(const nx_norm *norm, const nx_io *io, bint wide, Scaled *s) noexcept nogil:
     cdef Py_ssize_t i, n = statistics_of(norm), parameters = parameters_of(norm)
-    cdef double *memory = <double *> malloc((7 * n + parameters) * sizeof(double))
+    cdef double *memory = <double *> malloc((9 * n + parameters) * sizeof(double))
     if memory == NULL:
         return NORMEXT_NO_MEMORY
     s.pivots, s.work, s.mean, s.rstd = memory, memory + n, io.mean, io.rstd
     s.scale = s.gamma = NULL
     if wide:
-        s.scale, s.mean, s.rstd = memory + 4 * n, memory + 5 * n, memory + 6 * n
+        s.scale, s.mean, s.rstd = memory + 6 * n, memory + 7 * n, memory + 8 * n
         for i in range(n):
             s.scale[i] = scale_for(io.rstd[i])
             s.mean[i], s.rstd[i] = io.mean[i] * s.scale[i], io.rstd[i] / s.scale[i]
         if io.gamma != NULL:
-            s.gamma = memory + 7 * n
+            s.gamma = memory + 9 * n
             kernels_for(NORMEXT_FLOAT64 if norm.type == NORMEXT_FLOAT64 else NORMEXT_FLOAT32, False).widen(
                 io.gamma, parameters, s.gamma)
     return NORMEXT_OK
