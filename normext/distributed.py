@@ -24,16 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from normext._core.arrays import batch_backward_apply, batch_backward_sums, batch_moments
 from normext._version import how_to_install
 from normext.cs231n.layers import batchnorm_with
 from normext.cs231n.solver import Solver
-from normext.functional import (
-    batch_backward_apply,
-    batch_backward_sums,
-    batch_moments,
-    batch_norm,
-    batch_norm_backward,
-)
+from normext.functional import batch_norm, batch_norm_backward
 from normext.layers import BatchNorm, _integer, _number
 
 try:

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from normext._core.arrays import batch_moments
 from normext.functional import (
-    batch_moments,
     batch_norm,
     batch_norm_backward,
     group_norm,

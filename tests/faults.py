@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from norm_cases import NORMS, Case
+from normext._core.arrays import Cache
 
 import normext
 from normext.cs231n import fast_layers, optim
-from normext.functional import Cache
 
 LIBRARY = ctypes.CDLL(None)
 

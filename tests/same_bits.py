@@ -20,7 +20,7 @@ import numpy as np
 from norm_cases import DTYPES, NORMS, Case, Layout, Placed, forward_and_backward
 
 import normext
-from normext import functional
+from normext._core.arrays import batch_backward_apply, batch_backward_sums, batch_moments
 from normext._core.runtime import config
 
 LARGE = 1 << 22  # elements: the result goes around the caches
@@ -59,11 +59,11 @@ class Trial(NamedTuple):
 def batch_norm_in_parts(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What `normext.distributed` calls, which leaves all arrays as they are."""
     copies = {name: arrays[name].copy() for name in ("running_mean", "running_var")}
-    mean, var = functional.batch_moments(arrays["x"], case.axis)
+    mean, var = batch_moments(arrays["x"], case.axis)
     _, cache = normext.batch_norm(arrays["x"], **case.arguments(arrays | copies))
-    sums = functional.batch_backward_sums(arrays["dy"], cache)
+    sums = batch_backward_sums(arrays["dy"], cache)
     count = 3.0 * max(1, arrays["x"].size // case.shape[case.axis])
-    dx = functional.batch_backward_apply(arrays["dy"], cache, 3 * sums, count)
+    dx = batch_backward_apply(arrays["dy"], cache, 3 * sums, count)
     return {"moments' mean": mean, "moments' var": var, "sums": sums, "dx of sums": dx}
 
 

@@ -228,6 +228,7 @@ cdef enum:
 # The arrays that a call walks together, and where their place in it is to be noted.
 cdef struct Arrays:
     int count
+    bint copies  # of a block
     nx_array of[MAX_ARRAYS]
     nx_groups *to[MAX_ARRAYS]
     Py_ssize_t strides[MAX_ARRAYS][MAX_NDIM]  # in bytes; filled in by `fill_strides`
@@ -425,14 +426,17 @@ cdef void moved_axes(const nx_norm *norm, int to, int *order) noexcept nogil:
 
 
 cdef Way group_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
-    """Examples of groups of channels, with the channels first or last."""
+    """Examples of groups of channels, with the channels first or last.
+
+    The copy of a block has them first, whatever the number of pixels.
+    """
     cdef Py_ssize_t itemsize = c.k.itemsize, N = norm.shape[0], channels = norm.shape[norm.axis]
     cdef Py_ssize_t pixels = numbers_of(norm, 0, norm.ndim) // (N * channels)
     cdef int i
     cdef int order[MAX_NDIM]
-    cdef Way way
+    cdef Way way = BLOCKS
     if all_contiguous(a, itemsize) and (norm.axis == 1 or pixels == 1):
-        way = ONE_PIXEL if pixels == 1 else CHANNELS_FIRST
+        way = ONE_PIXEL if pixels == 1 and not a.copies else CHANNELS_FIRST
     else:
         if not walkable(norm, a, itemsize):
             return BLOCKS
@@ -534,12 +538,13 @@ cdef int pixel_groups(const nx_norm *norm, const Call *c, bint back) noexcept no
 cdef int walk_forward(const nx_norm *norm, const nx_io *io, double *var, Way *way) noexcept nogil:
     """The way, and unless that is by blocks, mean, rstd, var (may be NULL) and y (if it has data).
 
-    Running statistics are not looked at here.
+    Running statistics are not looked at here. `way` says by BLOCKS where it is the copy of a block
+    that is to be walked.
     """
     cdef Call c
     cdef Arrays a
     begin(norm, io, &c)
-    a.count, c.var = 0, var
+    a.count, a.copies, c.var = 0, way[0] == BLOCKS, var
     add_array(&a, io.x, &c.x)
     add_array(&a, io.residual, &c.residual)
     if io.residual.data != NULL:
@@ -573,7 +578,7 @@ cdef int walk_backward(const nx_norm *norm, const nx_io *io, const double *pivot
     cdef Call c
     cdef Arrays a
     begin(norm, io, &c)
-    a.count, c.pivots = 0, pivots
+    a.count, a.copies, c.pivots = 0, way[0] == BLOCKS, pivots
     add_array(&a, io.x, &c.x)
     add_array(&a, io.dy, &c.dy)
     if io.part != NORMEXT_SUMS:
@@ -847,7 +852,7 @@ cdef int block_moments(Detour *d, const double *scale, nx_io *part, double *var)
     """Mean and variance of a block's channels, of numbers times `scale`, NULL for 1."""
     cdef nx_norm norm = d.norm
     cdef Py_ssize_t n = block_numbers(d)
-    cdef Way way
+    cdef Way way = BLOCKS
     copy_block(d, X, False)
     if scale != NULL:  # which the type that is computed in can carry
         kernels_for(norm.type, False).widen(d.raw[X], n, d.wide[X])
@@ -914,7 +919,7 @@ cdef int forward_by_blocks(const nx_norm *norm, const nx_io *io, double *var) no
     cdef const nx_kernels *k = kernels_for(norm.type, False)
     cdef Detour d
     cdef nx_io part
-    cdef Way way
+    cdef Way way = BLOCKS
     cdef Py_ssize_t most
     cdef int status
     cdef double *statistics = NULL  # of a block
@@ -941,6 +946,7 @@ cdef int forward_by_blocks(const nx_norm *norm, const nx_io *io, double *var) no
             copy_statistics(&d, io.rstd, part.rstd, False)
             part.gamma = block_parameter(&d, io.gamma, k.parameter_size)
             part.beta = block_parameter(&d, io.beta, k.parameter_size)
+            way = BLOCKS
             status = walk_forward(&d.norm, &part, NULL, &way)
             copy_statistics(&d, io.mean, part.mean, True)
             copy_statistics(&d, io.rstd, part.rstd, True)
@@ -987,7 +993,7 @@ cdef struct Scaled:
     double *rstd
     double *gamma
     double *pivots  # batch norm's
-    double *work  # of a block: mean, rstd, scale, sums, dots
+    double *work  # of a block: mean, rstd, scale, and batch norm's two sums
 
 
 cdef double scale_for(double rstd) noexcept nogil:
@@ -1017,11 +1023,11 @@ cdef int start_scaled(const nx_norm *norm, const nx_io *io, bint wide, Scaled *s
 
 
 cdef int mask_block(const Detour *d, const nx_io *io, double *work) noexcept nogil:
-    """Set wide dy to 0 where the relu's result, found again as in the forward pass, is not above 0."""
+    """Set dy to 0 where the relu's result, found again as in the forward pass, is not above 0."""
     cdef const nx_kernels *k = kernels_for(d.norm.type, False)
     cdef nx_norm norm = d.norm
     cdef nx_io part
-    cdef Way way
+    cdef Way way = BLOCKS
     cdef Py_ssize_t i
     cdef int status
     memset(&part, 0, sizeof(nx_io))
@@ -1032,12 +1038,13 @@ cdef int mask_block(const Detour *d, const nx_io *io, double *work) noexcept nog
     copy_statistics(d, io.rstd, part.rstd, False)
     part.gamma = block_parameter(d, io.gamma, k.parameter_size)
     part.beta = block_parameter(d, io.beta, k.parameter_size)
+    way = BLOCKS
     status = walk_forward(&norm, &part, NULL, &way)
     if status == NORMEXT_OK:
         k.widen(d.raw[Y], block_numbers(d), d.wide[Y])
         for i in range(block_numbers(d)):
             if d.wide[Y][i] <= 0:
-                d.wide[DY][i] = 0
+                memset(d.raw[DY] + i * d.itemsize, 0, d.itemsize)
     return status
 
 
@@ -1052,17 +1059,16 @@ cdef int load_block(Detour *d, const nx_io *io, const Scaled *s, nx_norm *norm, 
     copy_block(d, DY, False)
     if d.of[OTHER].data != NULL:
         copy_block(d, OTHER, False)
-    part.beta = block_parameter(d, io.beta, k.parameter_size)
+    if norm.relu:
+        status = mask_block(d, io, s.work)
+        norm.relu = False
     if s.scale == NULL:
         part.x.data, part.dy.data, part.dx.data = d.raw[X], d.raw[DY], d.raw[Y]
         part.dsum.data = NULL if d.of[OTHER].data == NULL else d.raw[OTHER]
         part.gamma = block_parameter(d, io.gamma, k.parameter_size)
     else:
-        k.widen(d.raw[DY], n, d.wide[DY])
-        if norm.relu:
-            status = mask_block(d, io, s.work)
-            norm.relu = False
         copy_statistics(d, s.scale, scale, False)
+        k.widen(d.raw[DY], n, d.wide[DY])
         k.widen(d.raw[X], n, d.wide[X])
         multiply(d, d.wide[X], scale)
         norm.type = NORMEXT_FLOAT64
@@ -1092,7 +1098,7 @@ cdef int sum_blocks(Detour *d, const nx_io *io, const Scaled *s, const double *p
     cdef Py_ssize_t j, c, axis = d.norm.axis
     cdef nx_norm norm
     cdef nx_io part = io[0]
-    cdef Way way
+    cdef Way way = BLOCKS
     cdef int status
     cdef double *sums = s.work + 3 * d.shape[axis]
     for c in range(d.shape[axis]):
@@ -1103,6 +1109,7 @@ cdef int sum_blocks(Detour *d, const nx_io *io, const Scaled *s, const double *p
     while True:
         status = load_block(d, io, s, &norm, &part)
         if status == NORMEXT_OK:
+            way = BLOCKS
             status = walk_backward(&norm, &part, NULL if pivots == NULL else pivots + d.start[axis], &way)
         if status != NORMEXT_OK:
             return status
@@ -1126,7 +1133,7 @@ cdef int dx_blocks(Detour *d, const nx_io *io, const Scaled *s) noexcept nogil:
     """dx, and the sums of all norms but batch norm, whose are given."""
     cdef nx_norm norm
     cdef nx_io part = as_contiguous(io)
-    cdef Way way
+    cdef Way way = BLOCKS
     cdef int status
     cdef Py_ssize_t c
     part.part = NORMEXT_APPLY
@@ -1137,6 +1144,7 @@ cdef int dx_blocks(Detour *d, const nx_io *io, const Scaled *s) noexcept nogil:
             if norm.kind == NORMEXT_BATCH_NORM:
                 c = d.start[norm.axis]
                 part.dbeta, part.dgamma = io.dbeta + c, io.dgamma + c
+            way = BLOCKS
             status = walk_backward(&norm, &part, NULL, &way)
         if status != NORMEXT_OK:
             return status
@@ -1224,7 +1232,7 @@ cdef int run_forward(const nx_norm *norm, const nx_io *io, double *var, Way *way
     if status != NORMEXT_OK:
         return status
     of_sum = io[0]
-    of_sum.x, of_sum.residual.data = io.sum, NULL
+    of_sum.x, of_sum.residual.data, way[0] = io.sum, NULL, NOTHING
     status = walk_forward(norm, &of_sum, var, way)
     if status != NORMEXT_OK or way[0] != BLOCKS:
         way[0] = BLOCKS
