@@ -23,10 +23,11 @@ from normext cimport (
     NORMEXT_FLOAT16,
     NORMEXT_FLOAT32,
     NORMEXT_FLOAT64,
-    NORMEXT_GROUP_NORM,
+    NORMEXT_LAYER_NORM,
     NORMEXT_MAX_NDIM,
     NORMEXT_NO_MEMORY,
     NORMEXT_OK,
+    NORMEXT_RMS_NORM,
     nx_io,
     nx_norm,
 )
@@ -205,7 +206,6 @@ cdef inline Py_ssize_t product(const int64_t *dims, int n) noexcept nogil:
 cdef bint read_call(const XLA_FFI_CallFrame *frame, int args, int rets, Batch *b) noexcept nogil:
     """Fill in the call from its attributes and the shape of its first result (y or dx)."""
     cdef const XLA_FFI_Buffer *y
-    cdef const int64_t *dims
     cdef int64_t axis, groups, kind, ndim, training
     cdef int S64 = XLA_FFI_DataType_S64, F64 = XLA_FFI_DataType_F64, i
     if (frame.args.size != args or frame.rets.size != rets or frame.attrs.size != 7
@@ -222,16 +222,14 @@ cdef bint read_call(const XLA_FFI_CallFrame *frame, int args, int rets, Batch *b
         return False
     b.axes, b.lengths = y.rank - ndim, y.dims
     b.items = product(b.lengths, b.axes)
-    dims = y.dims + b.axes
-    # Examples are the first axis, which rows that each are an item of their own would not have.
-    b.shape[0] = 1
-    for i in range(ndim):
-        b.shape[1 + i] = dims[i]
     b.norm.kind, b.norm.type = kind, element_type(y.dtype)
     b.norm.groups, b.norm.training, b.norm.relu = groups, training, False
-    if kind == NORMEXT_BATCH_NORM or kind == NORMEXT_GROUP_NORM:
-        b.norm.ndim, b.norm.shape, b.norm.axis = ndim, &b.shape[1], axis
-    else:
+    b.norm.ndim, b.norm.shape, b.norm.axis = ndim, &b.shape[1], axis
+    for i in range(ndim):
+        b.shape[1 + i] = y.dims[b.axes + i]
+    if b.norm.kind == NORMEXT_LAYER_NORM or b.norm.kind == NORMEXT_RMS_NORM:
+        # With an axis before all others, as an item may be one row: so they too can become one.
+        b.shape[0] = 1
         b.norm.ndim, b.norm.shape, b.norm.axis = ndim + 1, b.shape, axis + 1
     if check(&b.norm) != NORMEXT_OK:
         return False
@@ -292,7 +290,7 @@ cdef void *item(const XLA_FFI_Buffer *a, const Batch *b, Py_ssize_t i) noexcept 
 
 
 cdef inline void join_items(Batch *b) noexcept nogil:
-    """Make one item of all, with more examples, where nothing but that tells them apart."""
+    """Make one item of all, with more examples: where these do not share statistics."""
     if b.norm.kind != NORMEXT_BATCH_NORM and b.items > 1:
         (<Py_ssize_t *> b.norm.shape)[0] *= b.items
         b.items = 1
