@@ -21,19 +21,11 @@ from normext cimport (
 from normext._core cimport norms
 
 
-cdef inline Py_ssize_t numbers_of(const nx_norm *norm) noexcept nogil:
-    cdef Py_ssize_t numbers = 1
-    cdef int i
-    for i in range(norm.ndim):
-        numbers *= norm.shape[i]
-    return numbers
-
-
 cdef int checked_forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef int status = norms.check(norm)
     if status != NORMEXT_OK:
         return status
-    if numbers_of(norm) and (io.x.data == NULL or io.mean == NULL or io.rstd == NULL):
+    if norms.numbers_of(norm, 0, norm.ndim) and (io.x.data == NULL or io.mean == NULL or io.rstd == NULL):
         return NORMEXT_BAD_ARGUMENT
     if io.residual.data != NULL and (io.sum.data == NULL or norm.kind == NORMEXT_BATCH_NORM
                                      or norm.kind == NORMEXT_GROUP_NORM):
@@ -41,7 +33,7 @@ cdef int checked_forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     if norm.kind == NORMEXT_BATCH_NORM and not norm.training and (
             (io.running.mean == NULL) != (io.running.var == NULL)):
         return NORMEXT_BAD_ARGUMENT
-    if norm.kind != NORMEXT_BATCH_NORM and numbers_of(norm) and io.y.data == NULL:
+    if norm.kind != NORMEXT_BATCH_NORM and norms.numbers_of(norm, 0, norm.ndim) and io.y.data == NULL:
         return NORMEXT_BAD_ARGUMENT
     return norms.forward(norm, io)
 
@@ -52,7 +44,7 @@ cdef int checked_backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
         return status
     if io.dgamma == NULL or io.dbeta == NULL:
         return NORMEXT_BAD_ARGUMENT
-    if numbers_of(norm) and (
+    if norms.numbers_of(norm, 0, norm.ndim) and (
             io.x.data == NULL or io.dy.data == NULL or io.mean == NULL or io.rstd == NULL
             or (io.dx.data == NULL and io.part != NORMEXT_SUMS)):
         return NORMEXT_BAD_ARGUMENT

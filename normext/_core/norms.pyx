@@ -97,17 +97,9 @@ cdef extern from "<time.h>" nogil:
 # What a norm is ----------------------------------------------------------------------------------
 
 
-cdef inline Py_ssize_t numbers_of(const nx_norm *norm, int first, int last) noexcept nogil:
-    """How many there are along the axes first to last."""
-    cdef Py_ssize_t product = 1
-    cdef int i
-    for i in range(first, last):
-        product *= norm.shape[i]
-    return product
-
-
 cdef int check(const nx_norm *norm) noexcept nogil:
-    cdef Py_ssize_t numbers = 1, channels
+    cdef Py_ssize_t numbers, channels
+    cdef double most = 1  # numbers, were no length 0
     cdef int i
     if not NORMEXT_BATCH_NORM <= norm.kind <= NORMEXT_RMS_NORM:
         return NORMEXT_BAD_KIND
@@ -118,9 +110,9 @@ cdef int check(const nx_norm *norm) noexcept nogil:
     if not 0 <= norm.axis < norm.ndim or (norm.kind == NORMEXT_GROUP_NORM and norm.axis == 0):
         return NORMEXT_BAD_AXIS
     for i in range(norm.ndim):
-        if norm.shape[i] < 0 or (norm.shape[i] > 0 and numbers > (<Py_ssize_t> 1 << 59) // norm.shape[i]):
+        most *= max(<Py_ssize_t> 1, norm.shape[i])
+        if norm.shape[i] < 0 or most > 1e18:
             return NORMEXT_BAD_SHAPE
-        numbers *= max(<Py_ssize_t> 1, norm.shape[i])
     if not 0 <= norm.eps <= 1e300:
         return NORMEXT_BAD_EPS
     if norm.kind != NORMEXT_BATCH_NORM and (norm.relu or not norm.training):
