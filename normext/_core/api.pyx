@@ -10,6 +10,7 @@ from normext cimport (
     NORMEXT_BATCH_NORM,
     NORMEXT_GROUP_NORM,
     NORMEXT_LAYER_NORM,
+    NORMEXT_NO_MEMORY,
     NORMEXT_OK,
     NORMEXT_RMS_NORM,
     NORMEXT_SUMS,
@@ -51,7 +52,11 @@ cdef int checked_backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     return norms.backward(norm, io)
 
 
-# The functions of the first table, for the layouts that they name.
+# The functions of the first table, for the layouts that they name. They know no other reasons.
+
+
+cdef inline int first_reasons(int status) noexcept nogil:
+    return NORMEXT_BAD_ARGUMENT if status < NORMEXT_NO_MEMORY else status
 
 
 cdef inline nx_array array_of(const void *data, const Py_ssize_t *strides) noexcept nogil:
@@ -83,7 +88,7 @@ cdef int normalize_rows(
                                 &shape[0], 1, 1, True, False, eps)
     cdef nx_io io = io_of(NULL, gamma, mean, rstd)
     io.x, io.y, io.beta = array_of(x, x_strides), array_of(y, y_strides), beta
-    return NORMEXT_OK if rows >= 0 and n == 0 else checked_forward(&norm, &io)
+    return NORMEXT_OK if rows >= 0 and n == 0 else first_reasons(checked_forward(&norm, &io))
 
 
 cdef int rows_backward(
@@ -101,7 +106,7 @@ cdef int rows_backward(
     cdef nx_io io = io_of(NULL, gamma, mean, rstd)
     io.x, io.dy, io.dx = array_of(x, x_strides), array_of(dy, dy_strides), array_of(dx, dx_strides)
     io.dgamma, io.dbeta = dgamma, dbeta
-    return NORMEXT_OK if rows >= 0 and n == 0 else checked_backward(&norm, &io)
+    return NORMEXT_OK if rows >= 0 and n == 0 else first_reasons(checked_backward(&norm, &io))
 
 
 cdef int normalize_channels(
@@ -114,7 +119,7 @@ cdef int normalize_channels(
     io.y, io.beta, io.var = array_of(y, NULL), beta, var
     if outer >= 0 and channels >= 0 and inner >= 0 and outer * channels * inner == 0:
         return NORMEXT_OK
-    return NORMEXT_BAD_ARGUMENT if y == NULL else checked_forward(&norm, &io)
+    return NORMEXT_BAD_ARGUMENT if y == NULL else first_reasons(checked_forward(&norm, &io))
 
 
 cdef int channels_backward(
@@ -127,7 +132,7 @@ cdef int channels_backward(
     io.dy, io.dx, io.dgamma, io.dbeta = array_of(dy, NULL), array_of(dx, NULL), dgamma, dbeta
     if outer >= 0 and inner >= 0 and outer * inner == 0:
         norm.training = False  # nothing to take a mean of, and nothing to do
-    return NORMEXT_OK if outer >= 0 and channels == 0 else checked_backward(&norm, &io)
+    return NORMEXT_OK if outer >= 0 and channels == 0 else first_reasons(checked_backward(&norm, &io))
 
 
 cdef int normalize_groups(
@@ -140,7 +145,7 @@ cdef int normalize_groups(
     io.y, io.beta = array_of(y, NULL), beta
     if outer >= 0 and groups >= 0 and per_group >= 0 and outer * groups * per_group * inner == 0:
         return NORMEXT_OK
-    return checked_forward(&norm, &io)
+    return first_reasons(checked_forward(&norm, &io))
 
 
 cdef int groups_backward(
@@ -153,7 +158,7 @@ cdef int groups_backward(
     io.dy, io.dx, io.dgamma, io.dbeta = array_of(dy, NULL), array_of(dx, NULL), dgamma, dbeta
     if outer >= 0 and inner == 0:
         shape[0] = 0  # the gradients of parameters alone
-    return NORMEXT_OK if groups * per_group == 0 else checked_backward(&norm, &io)
+    return NORMEXT_OK if groups * per_group == 0 else first_reasons(checked_backward(&norm, &io))
 
 
 cdef normext_api functions = normext_api(

@@ -161,6 +161,10 @@ cdef class Norm:
         if self.c.shape != &self.few[0]:
             PyMem_Free(<void *> self.c.shape)
 
+    def fits(self, x):
+        """Whether x is an array of its shape and dtype."""
+        return cnp.PyArray_CheckExact(x) and fits(self, x)
+
     @property
     def shape(self):
         return shape_of(self.c.ndim, self.c.shape)
@@ -206,6 +210,11 @@ cdef class Norm:
         usual = {"groups": 1, "training": True, "activation": None}
         options = [f"{k}={v!r}" for k, v in self._options().items() if k not in usual or v != usual[k]]
         return f"Norm({self.kind!r}, {self.shape}, {self.dtype.name!r}, {', '.join(options)})"
+
+
+cdef inline bint fits(Norm norm, cnp.ndarray x) noexcept:
+    return (cnp.PyArray_TYPE(x) == (<cnp.dtype> norm.dtype).type_num
+            and same_dims(x, norm.c.ndim, norm.c.shape))
 
 
 def norm_of(kind, shape, dtype, options):
@@ -768,7 +777,7 @@ cdef inline bint is_of(Norm norm, tuple how, cnp.ndarray x) noexcept:
     """Whether a norm is of x and of the very same objects, as equal ones (1 and 1.0) may be refused."""
     return (norm.how[0] is how[0] and norm.how[1] is how[1] and norm.how[2] is how[2]
             and norm.how[3] is how[3] and norm.how[4] is how[4] and norm.how[5] is how[5]
-            and norm.c.type == type_of(x) and same_dims(x, norm.c.ndim, norm.c.shape))
+            and fits(norm, x))
 
 
 cdef Norm norm_for(object norm, cnp.ndarray x):
@@ -778,7 +787,7 @@ cdef Norm norm_for(object norm, cnp.ndarray x):
     cdef int i
     if isinstance(norm, Norm):
         made = norm
-        if made.c.type != type_of(x) or not same_dims(x, made.c.ndim, made.c.shape):
+        if not fits(made, x):
             raise ValueError(
                 f"x must be of shape {made.shape} and {made.dtype}, got {np.shape(x)} and {x.dtype}"
             )
@@ -790,7 +799,8 @@ cdef Norm norm_for(object norm, cnp.ndarray x):
     if made is not None and is_of(made, norm, x):
         return made
     made = Norm.__new__(Norm)
-    made.dtype, made.how = x.dtype.newbyteorder("="), norm
+    made.how = norm
+    made.dtype = x.descr if cnp.PyArray_ISNOTSWAPPED(x) else x.dtype.newbyteorder("=")
     describe(made, norm, cnp.PyArray_NDIM(x), dims_of(x), type_of(x))
     recent[slot] = made
     return made
