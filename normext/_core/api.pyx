@@ -5,28 +5,19 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.string cimport memset
 
 from normext cimport (
-    NORMEXT_API_VERSION,
-    NORMEXT_BAD_ARGUMENT,
-    NORMEXT_BATCH_NORM,
-    NORMEXT_GROUP_NORM,
-    NORMEXT_LAYER_NORM,
-    NORMEXT_NO_MEMORY,
-    NORMEXT_OK,
-    NORMEXT_RMS_NORM,
-    NORMEXT_SUMS,
-    normext_api,
-    nx_array,
-    nx_io,
-    nx_norm,
+    NORMEXT_API_VERSION, NORMEXT_BAD_ARGUMENT, NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM,
+    NORMEXT_LAYER_NORM, NORMEXT_NO_MEMORY, NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_SUMS,
+    normext_api, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
+from normext._core.sizes cimport numbers_of
 
 
 cdef int checked_forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef int status = norms.check(norm)
     if status != NORMEXT_OK:
         return status
-    if norms.numbers_of(norm, 0, norm.ndim) and (io.x.data == NULL or io.mean == NULL or io.rstd == NULL):
+    if numbers_of(norm, 0, norm.ndim) and (io.x.data == NULL or io.mean == NULL or io.rstd == NULL):
         return NORMEXT_BAD_ARGUMENT
     if io.residual.data != NULL and (io.sum.data == NULL or norm.kind == NORMEXT_BATCH_NORM
                                      or norm.kind == NORMEXT_GROUP_NORM):
@@ -34,7 +25,7 @@ cdef int checked_forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     if norm.kind == NORMEXT_BATCH_NORM and not norm.training and (
             (io.running.mean == NULL) != (io.running.var == NULL)):
         return NORMEXT_BAD_ARGUMENT
-    if norm.kind != NORMEXT_BATCH_NORM and norms.numbers_of(norm, 0, norm.ndim) and io.y.data == NULL:
+    if norm.kind != NORMEXT_BATCH_NORM and numbers_of(norm, 0, norm.ndim) and io.y.data == NULL:
         return NORMEXT_BAD_ARGUMENT
     return norms.forward(norm, io)
 
@@ -45,7 +36,7 @@ cdef int checked_backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
         return status
     if io.dgamma == NULL or io.dbeta == NULL:
         return NORMEXT_BAD_ARGUMENT
-    if norms.numbers_of(norm, 0, norm.ndim) and (
+    if numbers_of(norm, 0, norm.ndim) and (
             io.x.data == NULL or io.dy.data == NULL or io.mean == NULL or io.rstd == NULL
             or (io.dx.data == NULL and io.part != NORMEXT_SUMS)):
         return NORMEXT_BAD_ARGUMENT

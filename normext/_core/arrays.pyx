@@ -15,26 +15,13 @@ import zlib
 import numpy as np
 
 from normext cimport (
-    NORMEXT_APPLY,
-    NORMEXT_BATCH_NORM,
-    NORMEXT_BFLOAT16,
-    NORMEXT_FLOAT16,
-    NORMEXT_FLOAT32,
-    NORMEXT_FLOAT64,
-    NORMEXT_GROUP_NORM,
-    NORMEXT_LAYER_NORM,
-    NORMEXT_NO_CHANNELS,
-    NORMEXT_NO_MEMORY,
-    NORMEXT_NO_NUMBERS,
-    NORMEXT_OK,
-    NORMEXT_RMS_NORM,
-    NORMEXT_SUMS,
-    NORMEXT_WHOLE,
-    nx_array,
-    nx_io,
-    nx_norm,
+    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_BFLOAT16, NORMEXT_FLOAT16, NORMEXT_FLOAT32,
+    NORMEXT_FLOAT64, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, NORMEXT_NO_CHANNELS,
+    NORMEXT_NO_MEMORY, NORMEXT_NO_NUMBERS, NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_SUMS,
+    NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
+from normext._core.sizes cimport numbers_of
 
 cdef enum:
     LITTLE = 1 << 15  # elements up to which letting go of the GIL would show
@@ -725,7 +712,7 @@ cdef tuple set_running(nx_io *io, Norm norm, tuple running, cnp.ndarray x, cnp.n
         if mean is None or var is None:
             missing = "running_mean" if mean is None else "running_var"
             raise ValueError(f"{missing} is needed with training=False, got None")
-    elif (norms.numbers_of(&norm.c, 0, norm.c.ndim) == channels[0]
+    elif (numbers_of(&norm.c, 0, norm.c.ndim) == channels[0]
             and (io.running.unbiased or io.running.momentum < 1 and not (mean is None and var is None))):
         raise ValueError(
             "x must have more than one number a channel where running statistics are updated, as the "
