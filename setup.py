@@ -161,6 +161,8 @@ setup(
     ext_modules=[
         extension("_core.arrays"),
         extension("_core.norms"),
+        extension("_core.walk"),
+        extension("_core.blocks"),
         extension("_core.rows"),
         extension("_core.columns"),
         extension("_core.updates"),

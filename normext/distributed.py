@@ -613,13 +613,15 @@ class SyncBatchNorm(BatchNorm):
             _intracomm(comm)
         self.comm = comm
 
-    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        return sync_batch_norm(x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis, **options)
+    def _normalize(self, x: np.ndarray, running: Any, training: bool | None = None) -> tuple[np.ndarray, Any]:
+        mean, var, momentum, _ = running
+        options = {"running_mean": mean, "running_var": var, "momentum": momentum, "eps": self.eps, "axis": self.axis}
+        options["training"] = self.training if training is None else training
+        return sync_batch_norm(x, self.params.get("gamma"), self.params.get("beta"), comm=self.comm, **options)
 
     def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
         mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's
-        y, cache = self._normalize(x, running_mean=mean, running_var=var, momentum=0.0)
+        y, cache = self._normalize(x, (mean, var, 0.0, False), training=True)
         return y, cache, cache.count, mean, var
 
 

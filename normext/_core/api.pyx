@@ -5,35 +5,19 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.string cimport memset
 
 from normext cimport (
-    NORMEXT_API_VERSION,
-    NORMEXT_BAD_ARGUMENT,
-    NORMEXT_BATCH_NORM,
-    NORMEXT_GROUP_NORM,
-    NORMEXT_LAYER_NORM,
-    NORMEXT_OK,
-    NORMEXT_RMS_NORM,
-    NORMEXT_SUMS,
-    normext_api,
-    nx_array,
-    nx_io,
-    nx_norm,
+    NORMEXT_API_VERSION, NORMEXT_BAD_ARGUMENT, NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM,
+    NORMEXT_LAYER_NORM, NORMEXT_NO_MEMORY, NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_SUMS,
+    normext_api, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
-
-
-cdef inline Py_ssize_t numbers_of(const nx_norm *norm) noexcept nogil:
-    cdef Py_ssize_t numbers = 1
-    cdef int i
-    for i in range(norm.ndim):
-        numbers *= norm.shape[i]
-    return numbers
+from normext._core.sizes cimport numbers_of
 
 
 cdef int checked_forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef int status = norms.check(norm)
     if status != NORMEXT_OK:
         return status
-    if numbers_of(norm) and (io.x.data == NULL or io.mean == NULL or io.rstd == NULL):
+    if numbers_of(norm, 0, norm.ndim) and (io.x.data == NULL or io.mean == NULL or io.rstd == NULL):
         return NORMEXT_BAD_ARGUMENT
     if io.residual.data != NULL and (io.sum.data == NULL or norm.kind == NORMEXT_BATCH_NORM
                                      or norm.kind == NORMEXT_GROUP_NORM):
@@ -41,7 +25,7 @@ cdef int checked_forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     if norm.kind == NORMEXT_BATCH_NORM and not norm.training and (
             (io.running.mean == NULL) != (io.running.var == NULL)):
         return NORMEXT_BAD_ARGUMENT
-    if norm.kind != NORMEXT_BATCH_NORM and numbers_of(norm) and io.y.data == NULL:
+    if norm.kind != NORMEXT_BATCH_NORM and numbers_of(norm, 0, norm.ndim) and io.y.data == NULL:
         return NORMEXT_BAD_ARGUMENT
     return norms.forward(norm, io)
 
@@ -52,14 +36,18 @@ cdef int checked_backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
         return status
     if io.dgamma == NULL or io.dbeta == NULL:
         return NORMEXT_BAD_ARGUMENT
-    if numbers_of(norm) and (
+    if numbers_of(norm, 0, norm.ndim) and (
             io.x.data == NULL or io.dy.data == NULL or io.mean == NULL or io.rstd == NULL
             or (io.dx.data == NULL and io.part != NORMEXT_SUMS)):
         return NORMEXT_BAD_ARGUMENT
     return norms.backward(norm, io)
 
 
-# The functions of the first table, for the layouts that they name.
+# The functions of the first table, for the layouts that they name. They know no other reasons.
+
+
+cdef inline int first_reasons(int status) noexcept nogil:
+    return NORMEXT_BAD_ARGUMENT if status < NORMEXT_NO_MEMORY else status
 
 
 cdef inline nx_array array_of(const void *data, const Py_ssize_t *strides) noexcept nogil:
@@ -87,11 +75,11 @@ cdef int normalize_rows(
     cdef Py_ssize_t[2] shape = [rows, n]
     cdef Py_ssize_t[2] x_strides = [x_stride * size, size]
     cdef Py_ssize_t[2] y_strides = [y_stride * size, size]
-    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2, shape, 1,
-                                1, True, False, eps)
+    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2,
+                                &shape[0], 1, 1, True, False, eps)
     cdef nx_io io = io_of(NULL, gamma, mean, rstd)
     io.x, io.y, io.beta = array_of(x, x_strides), array_of(y, y_strides), beta
-    return NORMEXT_OK if rows >= 0 and n == 0 else checked_forward(&norm, &io)
+    return NORMEXT_OK if rows >= 0 and n == 0 else first_reasons(checked_forward(&norm, &io))
 
 
 cdef int rows_backward(
@@ -104,12 +92,12 @@ cdef int rows_backward(
     cdef Py_ssize_t[2] x_strides = [x_stride * size, size]
     cdef Py_ssize_t[2] dy_strides = [dy_stride * size, size]
     cdef Py_ssize_t[2] dx_strides = [dx_stride * size, size]
-    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2, shape, 1,
-                                1, True, False, 0)
+    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2,
+                                &shape[0], 1, 1, True, False, 0)
     cdef nx_io io = io_of(NULL, gamma, mean, rstd)
     io.x, io.dy, io.dx = array_of(x, x_strides), array_of(dy, dy_strides), array_of(dx, dx_strides)
     io.dgamma, io.dbeta = dgamma, dbeta
-    return NORMEXT_OK if rows >= 0 and n == 0 else checked_backward(&norm, &io)
+    return NORMEXT_OK if rows >= 0 and n == 0 else first_reasons(checked_backward(&norm, &io))
 
 
 cdef int normalize_channels(
@@ -117,12 +105,12 @@ cdef int normalize_channels(
         const void *gamma, const void *beta, int training, double eps, double *mean, double *rstd,
         double *var) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, channels, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, shape, 1, 1, training != 0, False, eps)
+    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, &shape[0], 1, 1, training != 0, False, eps)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.y, io.beta, io.var = array_of(y, NULL), beta, var
     if outer >= 0 and channels >= 0 and inner >= 0 and outer * channels * inner == 0:
         return NORMEXT_OK
-    return NORMEXT_BAD_ARGUMENT if y == NULL else checked_forward(&norm, &io)
+    return NORMEXT_BAD_ARGUMENT if y == NULL else first_reasons(checked_forward(&norm, &io))
 
 
 cdef int channels_backward(
@@ -130,12 +118,12 @@ cdef int channels_backward(
         const void *dy, void *dx, const void *gamma, int training, const double *mean,
         const double *rstd, double *dgamma, double *dbeta) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, channels, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, shape, 1, 1, training != 0, False, 0)
+    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, &shape[0], 1, 1, training != 0, False, 0)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.dy, io.dx, io.dgamma, io.dbeta = array_of(dy, NULL), array_of(dx, NULL), dgamma, dbeta
     if outer >= 0 and inner >= 0 and outer * inner == 0:
         norm.training = False  # nothing to take a mean of, and nothing to do
-    return NORMEXT_OK if outer >= 0 and channels == 0 else checked_backward(&norm, &io)
+    return NORMEXT_OK if outer >= 0 and channels == 0 else first_reasons(checked_backward(&norm, &io))
 
 
 cdef int normalize_groups(
@@ -143,12 +131,12 @@ cdef int normalize_groups(
         const void *x, void *y, const void *gamma, const void *beta, double eps, double *mean,
         double *rstd) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, groups * per_group, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, shape, 1, groups, True, False, eps)
+    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, &shape[0], 1, groups, True, False, eps)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.y, io.beta = array_of(y, NULL), beta
     if outer >= 0 and groups >= 0 and per_group >= 0 and outer * groups * per_group * inner == 0:
         return NORMEXT_OK
-    return checked_forward(&norm, &io)
+    return first_reasons(checked_forward(&norm, &io))
 
 
 cdef int groups_backward(
@@ -156,12 +144,12 @@ cdef int groups_backward(
         const void *x, const void *dy, void *dx, const void *gamma, const double *mean,
         const double *rstd, double *dgamma, double *dbeta) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, groups * per_group, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, shape, 1, groups, True, False, 0)
+    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, &shape[0], 1, groups, True, False, 0)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.dy, io.dx, io.dgamma, io.dbeta = array_of(dy, NULL), array_of(dx, NULL), dgamma, dbeta
     if outer >= 0 and inner == 0:
         shape[0] = 0  # the gradients of parameters alone
-    return NORMEXT_OK if groups * per_group == 0 else checked_backward(&norm, &io)
+    return NORMEXT_OK if groups * per_group == 0 else first_reasons(checked_backward(&norm, &io))
 
 
 cdef normext_api functions = normext_api(

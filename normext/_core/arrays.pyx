@@ -15,26 +15,14 @@ import zlib
 import numpy as np
 
 from normext cimport (
-    NORMEXT_APPLY,
-    NORMEXT_BATCH_NORM,
-    NORMEXT_BFLOAT16,
-    NORMEXT_FLOAT16,
-    NORMEXT_FLOAT32,
-    NORMEXT_FLOAT64,
-    NORMEXT_GROUP_NORM,
-    NORMEXT_LAYER_NORM,
-    NORMEXT_NO_CHANNELS,
-    NORMEXT_NO_MEMORY,
-    NORMEXT_NO_NUMBERS,
-    NORMEXT_OK,
-    NORMEXT_RMS_NORM,
-    NORMEXT_SUMS,
-    NORMEXT_WHOLE,
-    nx_array,
-    nx_io,
-    nx_norm,
+    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_BFLOAT16, NORMEXT_FLOAT16, NORMEXT_FLOAT32,
+    NORMEXT_FLOAT64, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, NORMEXT_NO_CHANNELS,
+    NORMEXT_NO_MEMORY, NORMEXT_NO_NUMBERS, NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_SUMS,
+    NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
+from normext._core.sizes cimport statistics_of
+from normext._core.sizes cimport numbers_of
 
 cdef enum:
     LITTLE = 1 << 15  # elements up to which letting go of the GIL would show
@@ -134,6 +122,7 @@ cdef class Norm:
     cdef Py_ssize_t few[6]
     cdef readonly str kind
     cdef readonly object dtype
+    cdef tuple how  # what it was made of, beside shape and dtype, in `norm_for`
 
     def __init__(self, kind, shape, dtype, *, axis=None, groups=1, eps=None, training=True,
                  activation=None):
@@ -160,6 +149,10 @@ cdef class Norm:
     def __dealloc__(self):
         if self.c.shape != &self.few[0]:
             PyMem_Free(<void *> self.c.shape)
+
+    def fits(self, x):
+        """Whether x is an array of its shape and dtype."""
+        return cnp.PyArray_CheckExact(x) and fits(self, x)
 
     @property
     def shape(self):
@@ -194,7 +187,7 @@ cdef class Norm:
     @property
     def statistics(self):
         """How many means there are, and as many rstds."""
-        return norms.statistics_of(&self.c)
+        return statistics_of(&self.c)
 
     def __reduce__(self):
         return norm_of, (self.kind, self.shape, self.dtype, self._options())
@@ -217,6 +210,11 @@ cdef class Norm:
         usual = {"groups": 1, "training": True, "activation": None}
         options = [f"{k}={v!r}" for k, v in self._options().items() if k not in usual or v != usual[k]]
         return f"Norm({self.kind!r}, {self.shape}, {self.dtype.name!r}, {', '.join(options)})"
+
+
+cdef inline bint fits(Norm norm, cnp.ndarray x) noexcept:
+    return (cnp.PyArray_TYPE(x) == (<cnp.dtype> norm.dtype).type_num
+            and same_dims(x, norm.c.ndim, norm.c.shape))
 
 
 def norm_of(kind, shape, dtype, options):
@@ -290,7 +288,9 @@ cdef class Cache:
     """
 
     cdef readonly Norm norm
-    cdef readonly cnp.ndarray x, gamma, beta, mean, rstd
+    cdef readonly cnp.ndarray x, gamma, beta
+    cdef cnp.ndarray statistics  # mean, then rstd; or two arrays:
+    cdef cnp.ndarray own_mean, own_rstd
     cdef bint in_place
     # How x lay in the forward pass. Its caller can give it another shape, other strides or another
     # dtype in place.
@@ -303,6 +303,14 @@ cdef class Cache:
     def __dealloc__(self):
         if self.x_strides != &self.few[0]:
             PyMem_Free(self.x_strides)
+
+    @property
+    def mean(self):
+        return self.own_mean if self.statistics is None else self.statistics[0, ...]
+
+    @property
+    def rstd(self):
+        return self.own_rstd if self.statistics is None else self.statistics[1, ...]
 
     @property
     def axis(self):
@@ -321,13 +329,18 @@ cdef class Cache:
         return self.norm.activation
 
 
-cpdef Cache new_cache(Norm norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, cnp.ndarray mean,
-                      cnp.ndarray rstd, bint in_place=False):
+def new_cache(Norm norm not None, cnp.ndarray x not None, cnp.ndarray gamma, cnp.ndarray beta,
+              cnp.ndarray mean not None, cnp.ndarray rstd not None):
     """From its parts; `normext.torch` puts together again what autograd has kept apart."""
+    cdef Cache cache = cache_of(norm, x, gamma, beta)
+    cache.own_mean, cache.own_rstd = mean, rstd
+    return cache
+
+
+cdef Cache cache_of(Norm norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta):
     cdef Cache cache = Cache.__new__(Cache)
     cdef size_t size = cnp.PyArray_NDIM(x) * sizeof(Py_ssize_t)
-    cache.norm, cache.in_place = norm, in_place
-    cache.x, cache.gamma, cache.beta, cache.mean, cache.rstd = x, gamma, beta, mean, rstd
+    cache.norm, cache.x, cache.gamma, cache.beta = norm, x, gamma, beta
     cache.x_data, cache.x_dtype = data(x), x.descr
     cache.x_strides = &cache.few[0] if cnp.PyArray_NDIM(x) <= 6 else <Py_ssize_t *> PyMem_Malloc(size)
     if cache.x_strides == NULL:
@@ -640,15 +653,6 @@ cdef int run(const nx_norm *norm, const nx_io *io, bint back, Py_ssize_t element
 # Running statistics ------------------------------------------------------------------------------
 
 
-@cython.final
-cdef class Running:
-    """Those of one call: as they were given, and as the loops take them."""
-
-    cdef cnp.ndarray given_mean, given_var, mean, var
-    cdef double momentum
-    cdef bint unbiased
-
-
 cdef cnp.ndarray running_statistic(object r, str name, const Py_ssize_t *channels, bint updated):
     cdef cnp.ndarray array
     if r is None:
@@ -662,29 +666,37 @@ cdef cnp.ndarray running_statistic(object r, str name, const Py_ssize_t *channel
         raise ValueError(f"{name} must have shape ({channels[0]},), got {np.shape(array)}")
     if updated and not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError(f"{name} is updated in place in training, but it is read-only")
+    if (updated and cnp.PyArray_DIM(array, 0) > 1
+            and abs(cnp.PyArray_STRIDE(array, 0)) < cnp.PyArray_ITEMSIZE(array)):
+        raise ValueError(
+            f"{name} must have its own memory for every channel, got strides {(<object> array).strides}"
+        )
     return array
 
 
-cdef bint surely_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+cdef inline bint surely_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     return a is None or b is None or in_one_piece(a, b) and not in_reach(a, b)
 
 
-cdef int check_updated(cnp.ndarray running, str name, tuple read) except -1:
-    """A running statistic that is updated in place shares no memory with what is read."""
-    if running is None:
-        return 0
-    if (cnp.PyArray_DIM(running, 0) > 1
-            and abs(cnp.PyArray_STRIDE(running, 0)) < cnp.PyArray_ITEMSIZE(running)):
+cdef int check_apart(cnp.ndarray mean, cnp.ndarray var, tuple read) except -1:
+    """Statistics that are updated share no memory with each other, nor with what is read, by name."""
+    if not surely_apart(mean, var) and overlaps(mean, var):
         raise ValueError(
-            f"{name} must have its own memory for every channel, got strides "
-            f"{(<object> running).strides}"
+            "running_mean and running_var must be two arrays that share no memory, but they overlap"
         )
-    for other_name, other in read:
-        if other is not None and overlaps(running, other):
-            raise ValueError(
-                f"{name} is updated in place and must share no memory with {other_name}, but they overlap"
-            )
+    for name, array in read:
+        for running_name, running in (("running_mean", mean), ("running_var", var)):
+            if not surely_apart(running, array) and overlaps(running, array):
+                raise ValueError(
+                    f"{running_name} is updated in place and must share no memory with {name}, but "
+                    "they overlap"
+                )
     return 0
+
+
+cdef inline bint surely_apart_from_all(cnp.ndarray a, cnp.ndarray x, cnp.ndarray gamma,
+                                       cnp.ndarray beta) noexcept:
+    return surely_apart(a, x) and surely_apart(a, gamma) and surely_apart(a, beta)
 
 
 cdef bint is_taken(cnp.ndarray s) noexcept:
@@ -696,36 +708,44 @@ cdef cnp.ndarray float64(cnp.ndarray p):
     return None if p is None else p.astype(np.float64)
 
 
-cdef int set_running(nx_io *io, Running r, Norm norm) except -1:
-    cdef Py_ssize_t i, numbers = 1
-    for i in range(norm.c.ndim):
-        numbers *= norm.c.shape[i]
-    if norm.c.training:
-        if numbers == norm.c.shape[norm.c.axis] and (
-                r.unbiased or r.momentum < 1 and not (r.given_mean is None and r.given_var is None)):
-            raise ValueError(
-                "x must have more than one number a channel where running statistics are updated, as "
-                f"the variance of one is no estimate: got shape {norm.shape}, axis {norm.c.axis}; "
-                "training=False uses running statistics as they are"
-            )
-    elif r.given_mean is None or r.given_var is None:
-        missing = "running_mean" if r.given_mean is None else "running_var"
-        raise ValueError(f"{missing} is needed with training=False, got None")
-    r.mean, r.var = r.given_mean, r.given_var
-    if not (is_taken(r.mean) and is_taken(r.var)):
-        r.mean, r.var = float64(r.mean), float64(r.var)
-    io.running.mean, io.running.var = data(r.mean), data(r.var)
-    io.running.single_mean = r.mean is not None and cnp.PyArray_TYPE(r.mean) == cnp.NPY_FLOAT
-    io.running.single_var = r.var is not None and cnp.PyArray_TYPE(r.var) == cnp.NPY_FLOAT
-    io.running.momentum, io.running.unbiased = r.momentum, r.unbiased
-    return 0
+cdef tuple set_running(nx_io *io, Norm norm, tuple running, cnp.ndarray x, cnp.ndarray gamma,
+                       cnp.ndarray beta):
+    """Checks running_mean, running_var, momentum and unbiased, and has the call use them.
+
+    Returns the copies that it uses, where it does not take the arrays as they lie, or else None.
+    """
+    cdef cnp.ndarray mean, var
+    cdef const Py_ssize_t *channels = norm.c.shape + norm.c.axis
+    given_mean, given_var, momentum, unbiased = running
+    io.running.unbiased = checked_bool(unbiased, "unbiased")
+    io.running.momentum = checked_number(momentum, "momentum", 0, 1)
+    mean = running_statistic(given_mean, "running_mean", channels, norm.c.training)
+    var = running_statistic(given_var, "running_var", channels, norm.c.training)
+    if not norm.c.training:
+        if mean is None or var is None:
+            missing = "running_mean" if mean is None else "running_var"
+            raise ValueError(f"{missing} is needed with training=False, got None")
+    elif (numbers_of(&norm.c, 0, norm.c.ndim) == channels[0]
+            and (io.running.unbiased or io.running.momentum < 1 and not (mean is None and var is None))):
+        raise ValueError(
+            "x must have more than one number a channel where running statistics are updated, as the "
+            f"variance of one is no estimate: got shape {norm.shape}, axis {norm.c.axis}; "
+            "training=False uses running statistics as they are"
+        )
+    elif not (surely_apart(mean, var) and surely_apart_from_all(mean, x, gamma, beta)
+              and surely_apart_from_all(var, x, gamma, beta)):
+        check_apart(mean, var, (("x", x), ("gamma", gamma), ("beta", beta)))
+    copied = not (is_taken(mean) and is_taken(var))
+    if copied:
+        mean, var = float64(mean), float64(var)
+    io.running.mean, io.running.var = data(mean), data(var)
+    io.running.single_mean = mean is not None and cnp.PyArray_TYPE(mean) == cnp.NPY_FLOAT
+    io.running.single_var = var is not None and cnp.PyArray_TYPE(var) == cnp.NPY_FLOAT
+    return (mean, var) if copied else None
 
 
 cdef void copy_numbers(cnp.ndarray source, cnp.ndarray to) noexcept:
-    """From a contiguous array to one of the same dtype and any stride, with nothing that could fail.
-
-    None is nothing to copy.
-    """
+    """From a contiguous array to one of its dtype and any stride, with nothing that could fail."""
     cdef Py_ssize_t i, size
     if to is None:
         return
@@ -734,58 +754,55 @@ cdef void copy_numbers(cnp.ndarray source, cnp.ndarray to) noexcept:
         memcpy(data(to) + i * cnp.PyArray_STRIDE(to, 0), data(source) + i * size, size)
 
 
-cdef int store_running(Running r) except -1:
-    """Where they are not taken as they lie, back to where they were given."""
-    if r.mean is r.given_mean and r.var is r.given_var:
-        return 0
-    new_mean = None if r.given_mean is None else r.mean.astype(r.given_mean.dtype)
-    new_var = None if r.given_var is None else r.var.astype(r.given_var.dtype)
-    copy_numbers(new_mean, r.given_mean)
-    copy_numbers(new_var, r.given_var)
+cdef int store_running(tuple running, tuple copies) except -1:
+    """Back to where they were given: both, or none."""
+    rounded = []
+    for given, copy in zip(running, copies):
+        rounded.append(None if copy is None else copy.astype(given.dtype))
+    for given, copy in zip(running, rounded):
+        copy_numbers(copy, given)
     return 0
-
-
-cdef Running checked_running(tuple running, Norm norm, cnp.ndarray x, cnp.ndarray gamma,
-                             cnp.ndarray beta):
-    """running_mean, running_var, momentum and unbiased of batch norm."""
-    cdef Running r = Running.__new__(Running)
-    cdef const Py_ssize_t *channels = norm.c.shape + norm.c.axis
-    mean, var, momentum, unbiased = running
-    r.unbiased = checked_bool(unbiased, "unbiased")
-    r.momentum = checked_number(momentum, "momentum", 0, 1)
-    r.given_mean = running_statistic(mean, "running_mean", channels, norm.c.training)
-    r.given_var = running_statistic(var, "running_var", channels, norm.c.training)
-    if norm.c.training and not (
-            surely_apart(r.given_mean, r.given_var) and surely_apart(r.given_mean, x)
-            and surely_apart(r.given_mean, gamma) and surely_apart(r.given_mean, beta)
-            and surely_apart(r.given_var, x) and surely_apart(r.given_var, gamma)
-            and surely_apart(r.given_var, beta)):
-        if r.given_mean is not None and r.given_var is not None and overlaps(r.given_mean, r.given_var):
-            raise ValueError(
-                "running_mean and running_var must be two arrays that share no memory, but they overlap"
-            )
-        read = ("x", x), ("gamma", gamma), ("beta", beta)
-        check_updated(r.given_mean, "running_mean", read)
-        check_updated(r.given_var, "running_var", read)
-    return r
 
 
 # The passes --------------------------------------------------------------------------------------
 
 
+# The norms of recent calls: a call that is made again finds its norm here, checked.
+cdef enum:
+    RECENT = 16
+cdef list recent = [None] * RECENT
+
+
+cdef inline bint is_of(Norm norm, tuple how, cnp.ndarray x) noexcept:
+    """Whether a norm is of x and of the very same objects, as equal ones (1 and 1.0) may be refused."""
+    return (norm.how[0] is how[0] and norm.how[1] is how[1] and norm.how[2] is how[2]
+            and norm.how[3] is how[3] and norm.how[4] is how[4] and norm.how[5] is how[5]
+            and fits(norm, x))
+
+
 cdef Norm norm_for(object norm, cnp.ndarray x):
     """A Norm: the one that is given, or of what it takes beside shape and dtype, as a tuple."""
     cdef Norm made
+    cdef size_t slot = type_of(x)
+    cdef int i
     if isinstance(norm, Norm):
         made = norm
-        if made.c.type != type_of(x) or not same_dims(x, made.c.ndim, made.c.shape):
+        if not fits(made, x):
             raise ValueError(
                 f"x must be of shape {made.shape} and {made.dtype}, got {np.shape(x)} and {x.dtype}"
             )
         return made
+    for i in range(cnp.PyArray_NDIM(x)):
+        slot = 31 * slot + <size_t> cnp.PyArray_DIM(x, i)
+    slot = (slot ^ (slot >> 7) ^ (<size_t> <void *> (<tuple> norm)[0] >> 5)) % RECENT
+    made = recent[slot]
+    if made is not None and is_of(made, norm, x):
+        return made
     made = Norm.__new__(Norm)
-    made.dtype = x.descr
+    made.how = norm
+    made.dtype = x.descr if cnp.PyArray_ISNOTSWAPPED(x) else x.dtype.newbyteorder("=")
     describe(made, norm, cnp.PyArray_NDIM(x), dims_of(x), type_of(x))
+    recent[slot] = made
     return made
 
 
@@ -797,14 +814,20 @@ cdef inline int parameter_axes(Norm norm, const Py_ssize_t **dims) noexcept:
     return 1
 
 
-cdef cnp.ndarray new_statistic(Norm norm):
-    cdef Py_ssize_t[2] dims
+cdef cnp.ndarray new_statistics(Norm norm):
+    """Mean and rstd as one array: to make another takes as long as a small call's work."""
+    cdef Py_ssize_t[65] dims
+    cdef int i, ndim = 1
+    dims[0] = 2
     if norm.c.kind == NORMEXT_BATCH_NORM:
-        return empty(1, norm.c.shape + norm.c.axis, cnp.NPY_DOUBLE)
-    if norm.c.kind == NORMEXT_GROUP_NORM:
-        dims[0], dims[1] = norm.c.shape[0], norm.c.groups
-        return empty(2, dims, cnp.NPY_DOUBLE)
-    return empty(norm.c.axis, norm.c.shape, cnp.NPY_DOUBLE)
+        dims[1] = norm.c.shape[norm.c.axis]
+    elif norm.c.kind == NORMEXT_GROUP_NORM:
+        dims[1], dims[2], ndim = norm.c.shape[0], norm.c.groups, 2
+    else:
+        ndim = norm.c.axis
+        for i in range(ndim):
+            dims[1 + i] = norm.c.shape[i]
+    return empty(1 + ndim, dims, cnp.NPY_DOUBLE)
 
 
 cpdef tuple forward(object x, object norm, object gamma, object beta, tuple running, object residual,
@@ -820,41 +843,41 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
     x, gamma, beta, residual, out
         As the functions of `normext.functional` have them.
     """
-    cdef cnp.ndarray x_ = floating_array(x, "x"), total = x_, y, mean, rstd, residual_ = None
+    cdef cnp.ndarray x_ = floating_array(x, "x"), total = x_, y, residual_ = None
     cdef Norm n = norm_for(norm, x_)
     cdef const Py_ssize_t *dims
     cdef int ndim = parameter_axes(n, &dims)
     cdef cnp.ndarray gamma_ = parameter(gamma, "gamma", x_, ndim, dims)
     cdef cnp.ndarray beta_ = parameter(beta, "beta", x_, ndim, dims)
-    cdef Running r = None
     cdef nx_io io
-    cdef tuple inputs = (), result
+    cdef tuple inputs = (), copies = None, result
+    cdef Cache cache
     memset(&io, 0, sizeof(nx_io))
     if running is not None:
-        r = checked_running(running, n, x_, gamma_, beta_)
-        set_running(&io, r, n)
+        copies = set_running(&io, n, running, x_, gamma_, beta_)
     if residual is not None:
         residual_ = like_x(residual, "residual", x_)
     if out is not None:
         inputs = ("gamma", gamma_), ("beta", beta_), ("residual", residual_)
-        if r is not None:
-            inputs += ("running_mean", r.given_mean), ("running_var", r.given_var)
+        if running is not None:
+            inputs += ("running_mean", running[0]), ("running_var", running[1])
     y = result_array(out, x_, x_, "x", inputs)
-    mean, rstd = new_statistic(n), new_statistic(n)
     set_array(&io.x, x_)
     set_array(&io.y, y)
     if residual_ is not None:
         total = new_like(x_)
         set_array(&io.residual, residual_)
         set_array(&io.sum, total)
-    io.gamma, io.beta, io.mean, io.rstd = data(gamma_), data(beta_), doubles(mean), doubles(rstd)
     # All memory is had before the loops update running statistics: they are updated both or, with a
     # MemoryError, neither.
-    cache = new_cache(n, total, gamma_, beta_, mean, rstd, out is not None and same_memory(y, total))
+    cache = cache_of(n, total, gamma_, beta_)
+    cache.in_place, cache.statistics = out is not None and same_memory(y, total), new_statistics(n)
+    io.gamma, io.beta, io.mean = data(gamma_), data(beta_), doubles(cache.statistics)
+    io.rstd = io.mean + cnp.PyArray_SIZE(cache.statistics) // 2
     result = (y, cache) if residual_ is None else (y, total, cache)
     run(&n.c, &io, False, cnp.PyArray_SIZE(x_))
-    if r is not None and n.c.training:
-        store_running(r)
+    if copies is not None and n.c.training:
+        store_running(running, copies)
     finished(cache)
     return result
 
@@ -888,7 +911,12 @@ cdef void set_backward(nx_io *io, Cache c, cnp.ndarray dy, cnp.ndarray dx) noexc
     set_array(&io.dy, dy)
     if dx is not None:
         set_array(&io.dx, dx)
-    io.gamma, io.beta, io.mean, io.rstd = data(c.gamma), data(c.beta), doubles(c.mean), doubles(c.rstd)
+    io.gamma, io.beta = data(c.gamma), data(c.beta)
+    if c.statistics is None:
+        io.mean, io.rstd = doubles(c.own_mean), doubles(c.own_rstd)
+    else:
+        io.mean = doubles(c.statistics)
+        io.rstd = io.mean + cnp.PyArray_SIZE(c.statistics) // 2
 
 
 cpdef tuple backward(object dy, object cache, str kind, object dsum, object out):

@@ -14,26 +14,9 @@ from libc.string cimport memcpy
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.call cimport CENTRED, GIVEN, Call, Job
 from normext._core.kernels cimport (
-    affines_of,
-    ceil_div,
-    element,
-    nx_affine,
-    nx_block,
-    nx_constant,
-    nx_finish_moments,
-    nx_groups,
-    nx_inverse_stds,
-    nx_line,
-    nx_merge,
-    nx_merge_equal,
-    nx_moments,
-    nx_relu_mask,
-    nx_rescale,
-    nx_rescale_columns,
-    nx_rows,
-    nx_slope,
-    nx_sums,
-    restore_pivot,
+    affines_of, ceil_div, element, nx_affine, nx_block, nx_constant, nx_finish_moments,
+    nx_groups, nx_inverse_stds, nx_line, nx_merge, nx_merge_equal, nx_moments, nx_relu_mask,
+    nx_rescale, nx_rescale_columns, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
 from normext._core.runtime cimport run_on, run_tasks, team_for
 

@@ -31,7 +31,8 @@ from normext cimport (
     nx_io,
     nx_norm,
 )
-from normext._core.norms cimport backward, check, forward, parameters_of, statistics_of
+from normext._core.norms cimport backward, check, forward
+from normext._core.sizes cimport parameters_of, statistics_of
 
 # XLA's foreign function interface, as xla/ffi/api/c_api.h in jaxlib declares it: so much of its
 # versions 0.1 to 0.3 as is used here. Structs of versions 0.x only grow at their ends. They are
