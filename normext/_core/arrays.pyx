@@ -21,8 +21,7 @@ from normext cimport (
     NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
-from normext._core.sizes cimport statistics_of
-from normext._core.sizes cimport numbers_of
+from normext._core.sizes cimport numbers_of, statistics_of
 
 cdef enum:
     LITTLE = 1 << 15  # elements up to which letting go of the GIL would show
