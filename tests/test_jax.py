@@ -19,9 +19,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax = pytest.importorskip("jax", reason="normext.jax needs jax")
 import jax.numpy as jnp  # noqa: E402 - see above
 from jax.test_util import check_grads  # noqa: E402
-from normext._core.arrays import KINDS, Norm  # noqa: E402
 
 import normext.jax  # noqa: E402
+from normext._core.arrays import KINDS, Norm  # noqa: E402
 
 RTOL = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 EPS = 1e-3
