@@ -87,8 +87,8 @@ cdef int normalize_rows(
     cdef Py_ssize_t[2] shape = [rows, n]
     cdef Py_ssize_t[2] x_strides = [x_stride * size, size]
     cdef Py_ssize_t[2] y_strides = [y_stride * size, size]
-    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2, shape, 1,
-                                1, True, False, eps)
+    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2,
+                                &shape[0], 1, 1, True, False, eps)
     cdef nx_io io = io_of(NULL, gamma, mean, rstd)
     io.x, io.y, io.beta = array_of(x, x_strides), array_of(y, y_strides), beta
     return NORMEXT_OK if rows >= 0 and n == 0 else checked_forward(&norm, &io)
@@ -104,8 +104,8 @@ cdef int rows_backward(
     cdef Py_ssize_t[2] x_strides = [x_stride * size, size]
     cdef Py_ssize_t[2] dy_strides = [dy_stride * size, size]
     cdef Py_ssize_t[2] dx_strides = [dx_stride * size, size]
-    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2, shape, 1,
-                                1, True, False, 0)
+    cdef nx_norm norm = nx_norm(NORMEXT_LAYER_NORM if centred else NORMEXT_RMS_NORM, type, 2,
+                                &shape[0], 1, 1, True, False, 0)
     cdef nx_io io = io_of(NULL, gamma, mean, rstd)
     io.x, io.dy, io.dx = array_of(x, x_strides), array_of(dy, dy_strides), array_of(dx, dx_strides)
     io.dgamma, io.dbeta = dgamma, dbeta
@@ -117,7 +117,7 @@ cdef int normalize_channels(
         const void *gamma, const void *beta, int training, double eps, double *mean, double *rstd,
         double *var) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, channels, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, shape, 1, 1, training != 0, False, eps)
+    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, &shape[0], 1, 1, training != 0, False, eps)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.y, io.beta, io.var = array_of(y, NULL), beta, var
     if outer >= 0 and channels >= 0 and inner >= 0 and outer * channels * inner == 0:
@@ -130,7 +130,7 @@ cdef int channels_backward(
         const void *dy, void *dx, const void *gamma, int training, const double *mean,
         const double *rstd, double *dgamma, double *dbeta) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, channels, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, shape, 1, 1, training != 0, False, 0)
+    cdef nx_norm norm = nx_norm(NORMEXT_BATCH_NORM, type, 3, &shape[0], 1, 1, training != 0, False, 0)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.dy, io.dx, io.dgamma, io.dbeta = array_of(dy, NULL), array_of(dx, NULL), dgamma, dbeta
     if outer >= 0 and inner >= 0 and outer * inner == 0:
@@ -143,7 +143,7 @@ cdef int normalize_groups(
         const void *x, void *y, const void *gamma, const void *beta, double eps, double *mean,
         double *rstd) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, groups * per_group, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, shape, 1, groups, True, False, eps)
+    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, &shape[0], 1, groups, True, False, eps)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.y, io.beta = array_of(y, NULL), beta
     if outer >= 0 and groups >= 0 and per_group >= 0 and outer * groups * per_group * inner == 0:
@@ -156,7 +156,7 @@ cdef int groups_backward(
         const void *x, const void *dy, void *dx, const void *gamma, const double *mean,
         const double *rstd, double *dgamma, double *dbeta) noexcept nogil:
     cdef Py_ssize_t[3] shape = [outer, groups * per_group, inner]
-    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, shape, 1, groups, True, False, 0)
+    cdef nx_norm norm = nx_norm(NORMEXT_GROUP_NORM, type, 3, &shape[0], 1, groups, True, False, 0)
     cdef nx_io io = io_of(x, gamma, mean, rstd)
     io.dy, io.dx, io.dgamma, io.dbeta = array_of(dy, NULL), array_of(dx, NULL), dgamma, dbeta
     if outer >= 0 and inner == 0:
