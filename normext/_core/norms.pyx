@@ -13,11 +13,9 @@ normext.h describes the arguments. Nothing here holds the GIL.
 
 from libc.math cimport fabs, frexp, ldexp
 from libc.stdint cimport uintptr_t
-from libc.stdio cimport fprintf, stderr
+from libc.stdio cimport fputs, snprintf, stderr
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-
-import os
 
 from normext cimport (
     NORMEXT_APPLY,
@@ -83,7 +81,7 @@ from normext._core.rows cimport (
     normalize_sums,
     rows_backward,
 )
-from normext._core.runtime cimport isa_name, kernels_for, norm_kernels, threads_used
+from normext._core.runtime cimport isa_name, kernels_for, norm_kernels, threads_used, tracing
 
 cdef extern from "<time.h>" nogil:
     ctypedef long time_t
@@ -211,15 +209,6 @@ cdef enum Way:
     ONE_PIXEL
     BLOCKS
     NOTHING
-
-cdef const char *way_name(Way way) noexcept nogil:
-    if way == ROWS or way == CHANNELS_FIRST:
-        return "along rows"
-    if way == COLUMNS or way == CHANNELS_LAST:
-        return "down columns"
-    if way == LAYERS or way == ONE_PIXEL:
-        return "row by row"
-    return "by copied blocks" if way == BLOCKS else "nothing to do"
 
 cdef enum:
     MAX_NDIM = 64  # NORMEXT_MAX_NDIM
@@ -1200,8 +1189,6 @@ cdef int backward_by_blocks(const nx_norm *norm, const nx_io *io, bint wide) noe
 
 # The door ----------------------------------------------------------------------------------------
 
-cdef bint tracing = os.environ.get("NORMEXT_TRACE", "0") not in ("", "0")
-
 
 cdef double milliseconds() noexcept nogil:
     cdef timespec t
@@ -1209,16 +1196,30 @@ cdef double milliseconds() noexcept nogil:
     return 1e3 * t.tv_sec + 1e-6 * t.tv_nsec
 
 
-cdef void trace(const nx_norm *norm, const char *what, Way way, double began) noexcept nogil:
-    """A line about a call, for whoever wants to know which way it went."""
+cdef const char *way_name(Way way, bint wide) noexcept nogil:
+    if way == ROWS or way == CHANNELS_FIRST:
+        return "along rows"
+    if way == COLUMNS or way == CHANNELS_LAST:
+        return "down columns"
+    if way == LAYERS or way == ONE_PIXEL:
+        return "row by row"
+    if way == BLOCKS:
+        return "by blocks copied to float64" if wide else "by copied blocks"
+    return "nothing to do"
+
+
+cdef void trace(const nx_norm *norm, const char *what, const char *way, double began) noexcept nogil:
+    """A line about a call, for whoever wants to know which way it went (docs/architecture.md)."""
     cdef const char **kinds = ["batch norm", "group norm", "layer norm", "RMS norm"]
     cdef const char **types = ["float32", "float64", "float16", "bfloat16"]
-    cdef int i
-    fprintf(stderr, "normext: %s %s, %s (", kinds[norm.kind], what, types[norm.type])
+    cdef char[2048] line  # more than 64 axes and all else take
+    cdef int i, threads = threads_used(), n
+    n = snprintf(line, sizeof(line), "normext: %s %s, %s (", kinds[norm.kind], what, types[norm.type])
     for i in range(norm.ndim):
-        fprintf(stderr, "%s%zd", b", " if i else b"", norm.shape[i])
-    fprintf(stderr, ") axis %d: %s, %s, threads %d, %.3f ms\n", norm.axis, way_name(way), isa_name(),
-            threads_used(), milliseconds() - began)
+        n += snprintf(line + n, sizeof(line) - n, "%s%zd", b", " if i else b"", norm.shape[i])
+    snprintf(line + n, sizeof(line) - n, ") axis %d: %s, %s, %d thread%s, %.3f ms\n", norm.axis, way,
+             isa_name(), threads, b"" if threads == 1 else b"s", milliseconds() - began)
+    fputs(line, stderr)  # whole, whatever other threads write
 
 
 cdef int run_forward(const nx_norm *norm, const nx_io *io, double *var, Way *way) noexcept nogil:
@@ -1273,7 +1274,7 @@ cdef int forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     elif numbers_of(norm, 0, norm.ndim) != 0:
         status = run_forward(norm, io, NULL, &way)
     if tracing:
-        trace(norm, "forward", way, began)
+        trace(norm, "forward", way_name(way, False), began)
     return status
 
 
@@ -1283,7 +1284,7 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef double largest = 1e100 if norm.type == NORMEXT_FLOAT64 else 1e10
     cdef Py_ssize_t c, numbers = numbers_of(norm, 0, norm.ndim), parameters = parameters_of(norm)
     cdef nx_io call = io[0]
-    cdef bint wide
+    cdef bint wide = False
     cdef int status = NORMEXT_OK
     if io.part != NORMEXT_APPLY:
         memset(io.dgamma, 0, parameters * sizeof(double))
@@ -1304,5 +1305,5 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
             for c in range(parameters):  # from dots
                 io.dgamma[c] *= io.rstd[c]
     if tracing:
-        trace(norm, "backward", way, began)
+        trace(norm, "backward", way_name(way, wide), began)
     return status
