@@ -21,7 +21,7 @@ from normext cimport (
     NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
-from normext._core.sizes cimport numbers_of
+from normext._core.sizes cimport numbers_of, statistics_of
 
 cdef enum:
     LITTLE = 1 << 15  # elements up to which letting go of the GIL would show
@@ -175,6 +175,17 @@ cdef class Norm:
     @property
     def activation(self):
         return "relu" if self.c.relu else None
+
+    @property
+    def parameter_shape(self):
+        """Of gamma and beta."""
+        shape, axis = self.shape, self.c.axis
+        return shape[axis:] if self.kind in ("layer_norm", "rms_norm") else shape[axis:axis + 1]
+
+    @property
+    def statistics(self):
+        """How many means there are, and as many rstds."""
+        return statistics_of(&self.c)
 
     def __reduce__(self):
         return norm_of, (self.kind, self.shape, self.dtype, self._options())
