@@ -4,9 +4,8 @@ Everything that is not code to run at build time is in pyproject.toml, but for t
 to setuptools 77 and later only. What was built before and is not older than what it was made of, nor made with other
 settings, stays as it is; all of it is in the folder build, or where build_ext is told to.
 
-In the environment NORMEXT_OPENMP=0 builds for one thread. NORMEXT_JAX=1 builds normext._jax too or fails; 0 leaves it
-out; by default it is built where jax can be imported, which with pip is the case with --no-build-isolation alone.
-CFLAGS=-g keeps debug symbols, which take more room than all else.
+In the environment NORMEXT_OPENMP=0 builds for one thread. CFLAGS=-g keeps debug symbols, which take more room than all
+else.
 """
 
 import os
@@ -150,23 +149,6 @@ def extension(name, *sources, depends=(), macros=()):
     )
 
 
-def jax_extension():
-    """The way from JAX to the loops without Python, compiled against the headers in jaxlib; a list of one or none."""
-    wanted = os.environ.get("NORMEXT_JAX", "")
-    if wanted == "0":
-        return []
-    try:
-        import jax.ffi
-    except ImportError:
-        if wanted:
-            raise
-        return []
-    headers = Path(jax.ffi.include_dir())
-    ext = extension("_jax", depends=["normext/include/normext.h", str(headers / "xla/ffi/api/c_api.h")])
-    ext.include_dirs.append(str(headers))
-    return [ext]
-
-
 RUNTIME = "normext._core.runtime"
 NEEDS = [
     (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features))
@@ -186,7 +168,7 @@ setup(
         extension("_core.updates"),
         extension("_core.windows"),
         extension("_core.api"),
-        *jax_extension(),
+        extension("_core.xla"),
         extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
     ],
     cmdclass={"build_ext": BuildExt},

@@ -46,6 +46,7 @@ cdef dict kinds = {
     "group_norm": NORMEXT_GROUP_NORM,
     "instance_norm": NORMEXT_GROUP_NORM,
 }
+KINDS = kinds  # for who calls the loops by another door than the functions here
 
 
 cdef int element_type(object dtype) except -1:
