@@ -106,8 +106,9 @@ def batch_norm(
     layer_norm : normalizes each row instead.
 
     Notes
-    ----- Statistics are accumulated about a pivot near the mean, in blocks that are merged in float64 [2]_, so that
-    data far from zero lose nothing. Results are bit-identical for every number of threads.
+    -----
+    Statistics are accumulated about a pivot near the mean, in blocks that are merged in float64 [2]_, so that data far
+    from zero lose nothing. Results are bit-identical for every number of threads.
 
     Numbers of any size are normalized, those whose variance is beyond float64 (from about 1e154 on) too; a running
     variance is then infinite. A channel that holds a NaN or an infinity has NaN for statistics and becomes NaN; its
@@ -270,8 +271,9 @@ def layer_norm(
     batch_norm : normalizes each channel over the batch, and says how the statistics are taken.
 
     Notes
-    ----- A row that holds a NaN or an infinity becomes NaN; the others do not change. A constant row gives beta without
-    an eps too.
+    -----
+    A row that holds a NaN or an infinity becomes NaN; the others do not change. A constant row gives beta without an
+    eps too.
 
     References
     ----------
@@ -411,8 +413,9 @@ def rms_norm(
         eps is negative. `numpy.exceptions.AxisError`, which is one, if axis is out of range.
 
     Notes
-    ----- A row that holds a NaN becomes NaN. One with an infinity has an infinite root mean square, and what is divided
-    by it is 0, or NaN where x is infinite itself; its gradients are NaN.
+    -----
+    A row that holds a NaN becomes NaN. One with an infinity has an infinite root mean square, and what is divided by it
+    is 0, or NaN where x is infinite itself; its gradients are NaN.
 
     References
     ----------
@@ -526,8 +529,9 @@ def group_norm(
         is out of range.
 
     Notes
-    ----- A group that holds a NaN or an infinity becomes NaN; the others do not change. A constant group gives beta
-    without an eps too.
+    -----
+    A group that holds a NaN or an infinity becomes NaN; the others do not change. A constant group gives beta without
+    an eps too.
 
     References
     ----------

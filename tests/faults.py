@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from norm_cases import NORMS, Case
-from normext._core.arrays import Cache
 
 import normext
+from normext._core.arrays import Cache
 from normext.cs231n import fast_layers, optim
 
 LIBRARY = ctypes.CDLL(None)

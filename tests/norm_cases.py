@@ -11,6 +11,7 @@ import sys
 from typing import Any, NamedTuple
 
 import numpy as np
+from normext._core.arrays import Norm
 
 import normext
 
@@ -49,31 +50,38 @@ class Case(NamedTuple):
     seed: int = 0
 
     @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """That of gamma and beta."""
-        by_row = self.norm in ("layer_norm", "rms_norm")
-        return self.shape[self.axis :] if by_row else self.shape[self.axis : self.axis + 1]
+    def plan(self) -> Norm:
+        """What is to be done; an error where no norm is like that."""
+        options: dict[str, Any] = {"axis": self.axis, "eps": self.eps}
+        if self.norm == "group_norm":
+            options["groups"] = self.groups
+        if self.norm == "batch_norm":
+            options |= {"training": self.training, "activation": "relu" if self.relu else None}
+        return Norm(self.norm, self.shape, DTYPES[self.dtype], **options)
 
     @property
-    def number_of_groups(self) -> int:
-        """Of group and instance norm."""
-        return self.shape[self.axis] if self.norm == "instance_norm" else self.groups
+    def by_row(self) -> bool:
+        """Whether what is normalized together is the axis and all after it."""
+        return self.norm in ("layer_norm", "rms_norm")
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """That of gamma and beta, for a shape that no norm takes too."""
+        return self.shape[self.axis :] if self.by_row else self.shape[self.axis : self.axis + 1]
+
+    @property
+    def channels_to(self) -> int:
+        """The axis that the channels must come to for the numbers of a statistic to lie together."""
+        return self.axis if self.by_row else int(self.norm != "batch_norm")
 
     def statistics(self, a: np.ndarray) -> np.ndarray:
         """The numbers of an array in the shape of x as (statistic, numbers that it is of)."""
-        if self.norm == "batch_norm":
-            return np.moveaxis(a, self.axis, 0).reshape(self.shape[self.axis], -1)
-        if self.norm in ("layer_norm", "rms_norm"):
-            return a.reshape(math.prod(self.shape[: self.axis]), -1)
-        return np.moveaxis(a, self.axis, 1).reshape(self.shape[0] * self.number_of_groups, -1)
+        return np.moveaxis(a, self.axis, self.channels_to).reshape(self.plan.statistics, -1)
 
     def put_back(self, numbers: np.ndarray) -> np.ndarray:
         """The inverse of `statistics`."""
-        if self.norm in ("layer_norm", "rms_norm"):
-            return numbers.reshape(self.shape)
-        at = 0 if self.norm == "batch_norm" else 1
-        moved = np.moveaxis(np.empty(self.shape, np.bool_), self.axis, at).shape
-        return np.moveaxis(numbers.reshape(moved), at, self.axis)
+        moved = np.moveaxis(np.empty(self.shape, np.bool_), self.axis, self.channels_to).shape
+        return np.moveaxis(numbers.reshape(moved), self.channels_to, self.axis)
 
     def draw(self) -> dict[str, np.ndarray]:
         """x, residual, dy and dsum in the case's dtype; gamma, beta and running statistics in a dtype of their own."""
@@ -123,7 +131,7 @@ class Case(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether a residual is added."""
-        return self.residual and self.norm in ("layer_norm", "rms_norm")
+        return self.residual and self.by_row
 
 
 def forward_and_backward(
@@ -132,6 +140,7 @@ def forward_and_backward(
     """All results by name; running statistics are changed where they lie."""
     outs = [{} if a is None else {"out": a} for a in (out, dx_out)]
     y, *sums, cache = getattr(module, case.norm)(arrays["x"], **case.arguments(arrays), **outs[0])
+    assert module is not normext or cache.norm == case.plan
     fused = {"dsum": arrays["dsum"]} if case.fused else {}
     gradients = getattr(module, case.norm + "_backward")(arrays["dy"], cache, **fused, **outs[1])
     results = {"y": y, "mean": cache.mean, "rstd": cache.rstd}

@@ -8,11 +8,9 @@
 normext.h describes the arguments. Nothing here holds the GIL.
 """
 
-from libc.stdio cimport fprintf, stderr
+from libc.stdio cimport fputs, snprintf, stderr
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-
-import os
 
 from normext cimport (
     NORMEXT_APPLY, NORMEXT_BAD_ARGUMENT, NORMEXT_BAD_AXIS, NORMEXT_BAD_EPS, NORMEXT_BAD_GROUPS,
@@ -23,7 +21,7 @@ from normext cimport (
 )
 from normext._core.blocks cimport add_by_blocks, backward_by_blocks, forward_by_blocks
 from normext._core.kernels cimport nx_any_outside, nx_inverse_stds
-from normext._core.runtime cimport isa_name, threads_used
+from normext._core.runtime cimport isa_name, threads_used, tracing
 from normext._core.sizes cimport numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
     BLOCKS, CHANNELS_FIRST, CHANNELS_LAST, COLUMNS, LAYERS, NOTHING, ONE_PIXEL, ROWS, Way,
@@ -118,35 +116,38 @@ cdef void update_running(const nx_norm *norm, const nx_running *running, const d
 
 # The door ----------------------------------------------------------------------------------------
 
-cdef bint tracing = os.environ.get("NORMEXT_TRACE", "0") not in ("", "0")
-
-
-cdef const char *way_name(Way way) noexcept nogil:
-    if way == ROWS or way == CHANNELS_FIRST:
-        return "along rows"
-    if way == COLUMNS or way == CHANNELS_LAST:
-        return "down columns"
-    if way == LAYERS or way == ONE_PIXEL:
-        return "row by row"
-    return "by copied blocks" if way == BLOCKS else "nothing to do"
-
-
 cdef double milliseconds() noexcept nogil:
     cdef timespec t
     timespec_get(&t, TIME_UTC)
     return 1e3 * t.tv_sec + 1e-6 * t.tv_nsec
 
 
-cdef void trace(const nx_norm *norm, const char *what, Way way, double began) noexcept nogil:
-    """A line about a call, for whoever wants to know which way it went."""
+cdef const char *way_name(Way way, bint wide) noexcept nogil:
+    if way == ROWS or way == CHANNELS_FIRST:
+        return "along rows"
+    if way == COLUMNS or way == CHANNELS_LAST:
+        return "down columns"
+    if way == LAYERS or way == ONE_PIXEL:
+        return "row by row"
+    if way == BLOCKS:
+        return "by blocks copied to float64" if wide else "by copied blocks"
+    return "nothing to do"
+
+
+cdef void trace(const nx_norm *norm, const char *what, const char *way,
+                double began) noexcept nogil:
+    """A line about a call, for whoever wants to know which way it went (docs/architecture.md)."""
     cdef const char **kinds = ["batch norm", "group norm", "layer norm", "RMS norm"]
     cdef const char **types = ["float32", "float64", "float16", "bfloat16"]
-    cdef int i
-    fprintf(stderr, "normext: %s %s, %s (", kinds[norm.kind], what, types[norm.type])
+    cdef char[2048] line  # more than 64 axes and all else take
+    cdef int i, threads = threads_used(), n
+    n = snprintf(line, sizeof(line), "normext: %s %s, %s (", kinds[norm.kind], what,
+                 types[norm.type])
     for i in range(norm.ndim):
-        fprintf(stderr, "%s%zd", b", " if i else b"", norm.shape[i])
-    fprintf(stderr, ") axis %d: %s, %s, threads %d, %.3f ms\n", norm.axis, way_name(way),
-            isa_name(), threads_used(), milliseconds() - began)
+        n += snprintf(line + n, sizeof(line) - n, "%s%zd", b", " if i else b"", norm.shape[i])
+    snprintf(line + n, sizeof(line) - n, ") axis %d: %s, %s, %d thread%s, %.3f ms\n", norm.axis,
+             way, isa_name(), threads, b"" if threads == 1 else b"s", milliseconds() - began)
+    fputs(line, stderr)  # whole, whatever other threads write
 
 
 cdef int run_forward(const nx_norm *norm, const nx_io *io, double *var, Way *way) noexcept nogil:
@@ -201,7 +202,7 @@ cdef int forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     elif numbers_of(norm, 0, norm.ndim) != 0:
         status = run_forward(norm, io, NULL, &way)
     if tracing:
-        trace(norm, "forward", way, began)
+        trace(norm, "forward", way_name(way, False), began)
     return status
 
 
@@ -211,7 +212,7 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef double largest = 1e100 if norm.type == NORMEXT_FLOAT64 else 1e10
     cdef Py_ssize_t c, numbers = numbers_of(norm, 0, norm.ndim), parameters = parameters_of(norm)
     cdef nx_io call = io[0]
-    cdef bint wide
+    cdef bint wide = False
     cdef int status = NORMEXT_OK
     if io.part != NORMEXT_APPLY:
         memset(io.dgamma, 0, parameters * sizeof(double))
@@ -233,5 +234,5 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
             for c in range(parameters):  # from dots
                 io.dgamma[c] *= io.rstd[c]
     if tracing:
-        trace(norm, "backward", way, began)
+        trace(norm, "backward", way_name(way, wide), began)
     return status

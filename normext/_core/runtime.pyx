@@ -43,7 +43,9 @@ cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ss
     return kernels
 
 
-cdef int most_threads = 1  # of any call so far; only traces look at it
+# Whether norms.pyx says which way each call goes, and for it, the most threads of a call so far.
+cdef bint tracing = os.environ.get("NORMEXT_TRACE", "0") not in ("", "0")
+cdef int most_threads = 1
 
 
 cdef int team_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil:
@@ -59,7 +61,8 @@ cdef int team_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil:
             threads = min(threads, limit)
     if threads > 1:
         threads = nx_team(threads)
-        most_threads = max(threads, most_threads)
+        if tracing:
+            most_threads = max(threads, most_threads)
     return threads
 
 
