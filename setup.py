@@ -139,16 +139,20 @@ def is_older(path, *sources):
     return not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources))
 
 
-def extension(name, *sources, depends=(), macros=()):
+HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h"]
+
+
+def extension(name, *sources, macros=()):
     return Extension(
         f"normext.{name}",
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
-        depends=["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h", *map(str, Path("normext").glob("**/*.pxd")), *depends],
+        depends=[*HEADERS, *map(str, Path("normext").glob("**/*.pxd"))],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
     )
 
 
+MODULES = ["arrays", "norms", "walk", "blocks", "rows", "columns", "updates", "windows", "api", "xla"]
 RUNTIME = "normext._core.runtime"
 NEEDS = [
     (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features))
@@ -159,16 +163,7 @@ NEEDS = [
 setup(
     **{"license_expression" if int(__version__.partition(".")[0]) >= 77 else "license": "BSD-3-Clause"},
     ext_modules=[
-        extension("_core.arrays"),
-        extension("_core.norms"),
-        extension("_core.walk"),
-        extension("_core.blocks"),
-        extension("_core.rows"),
-        extension("_core.columns"),
-        extension("_core.updates"),
-        extension("_core.windows"),
-        extension("_core.api"),
-        extension("_core.xla"),
+        *(extension(f"_core.{name}") for name in MODULES),
         extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
     ],
     cmdclass={"build_ext": BuildExt},

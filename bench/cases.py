@@ -7,9 +7,9 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from normext._core.arrays import Norm
 
 from bench.timing import private_cache
+from normext._core.arrays import Norm
 from normext._version import how_to_install
 
 __all__ = ["BOTH", "Case", "Data", "Traffic", "cases", "data_of", "traffic"]

@@ -11,9 +11,9 @@ import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from normext._core.arrays import Norm
 
 import normext
+from normext._core.arrays import Norm
 
 NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 DTYPES = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
