@@ -29,15 +29,15 @@ cdef enum:
 
 cnp.import_array()
 
-# Whether backward passes look for a change of what their caches refer to. That reads it once more in
-# each pass.
+# Whether backward passes look for a change of what their caches refer to. That reads it once more
+# in each pass.
 cdef bint debugging = os.environ.get("NORMEXT_DEBUG", "0") not in ("", "0")
 
 
 # What a norm is ----------------------------------------------------------------------------------
 
 
-cdef int bfloat16 = -1  # its type number, once ml_dtypes has given it one and an array of it came by
+cdef int bfloat16 = -1  # its type number, once an array of ml_dtypes' has come by
 
 cdef dict kinds = {
     "batch_norm": NORMEXT_BATCH_NORM,
@@ -207,7 +207,9 @@ cdef class Norm:
 
     def __repr__(self):
         usual = {"groups": 1, "training": True, "activation": None}
-        options = [f"{k}={v!r}" for k, v in self._options().items() if k not in usual or v != usual[k]]
+        options = [
+            f"{k}={v!r}" for k, v in self._options().items() if k not in usual or v != usual[k]
+        ]
         return f"Norm({self.kind!r}, {self.shape}, {self.dtype.name!r}, {', '.join(options)})"
 
 
@@ -279,11 +281,11 @@ cdef class Cache:
     norm : Norm
         What was done; `axis`, `eps`, `training` and `activation` are its.
     x, gamma, beta : ndarray
-        The arguments; gamma and beta in the dtype of x (float32 if that has 16 bits), or None. With a
-        residual, x is the sum.
+        The arguments; gamma and beta in the dtype of x (float32 if that has 16 bits), or None. With
+        a residual, x is the sum.
     mean, rstd : ndarray of float64
-        Mean and ``1 / sqrt(variance + eps)`` of each channel (batch norm), row (layer norm) or group
-        of each example.
+        Mean and ``1 / sqrt(variance + eps)`` of each channel (batch norm), row (layer norm) or
+        group of each example.
     """
 
     cdef readonly Norm norm
@@ -341,7 +343,9 @@ cdef Cache cache_of(Norm norm, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray bet
     cdef size_t size = cnp.PyArray_NDIM(x) * sizeof(Py_ssize_t)
     cache.norm, cache.x, cache.gamma, cache.beta = norm, x, gamma, beta
     cache.x_data, cache.x_dtype = data(x), x.descr
-    cache.x_strides = &cache.few[0] if cnp.PyArray_NDIM(x) <= 6 else <Py_ssize_t *> PyMem_Malloc(size)
+    cache.x_strides = &cache.few[0]
+    if cnp.PyArray_NDIM(x) > 6:
+        cache.x_strides = <Py_ssize_t *> PyMem_Malloc(size)
     if cache.x_strides == NULL:
         raise MemoryError("no memory for what a backward pass needs")
     memcpy(cache.x_strides, strides_of(x), size)
@@ -382,19 +386,21 @@ cpdef Cache checked_cache(object cache, str kind):
     c = cache
     if c.in_place:
         raise ValueError(
-            f"cache is of a call {kind}(x, ..., out=x), which wrote over the x that its gradients need"
+            f"cache is of a call {kind}(x, ..., out=x), which wrote over the x that its gradients "
+            "need"
         )
     if not x_lies_as_it_did(c):
         raise ValueError(
-            f"x must be as {kind} had it, of shape {c.norm.shape} and dtype {c.x_dtype}, but its shape, "
-            f"strides or dtype were changed in place; it has shape {np.shape(c.x)} and dtype {c.x.dtype}"
+            f"x must be as {kind} had it, of shape {c.norm.shape} and dtype {c.x_dtype}, but its "
+            "shape, strides or dtype were changed in place; it has shape "
+            f"{np.shape(c.x)} and dtype {c.x.dtype}"
         )
     if c.checksums is not None:
         for name, checksum in checksums_of(c).items():
             if checksum != c.checksums[name]:
                 raise ValueError(
-                    f"{name} must be as {kind} had it, but its numbers were changed before the backward "
-                    "pass"
+                    f"{name} must be as {kind} had it, but its numbers were changed before the "
+                    "backward pass"
                 )
     return c
 
@@ -426,14 +432,14 @@ cdef cnp.ndarray as_array(object a, str name):
     """NumPy would drop a mask without a word."""
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} must not be a masked array, as its mask would be lost: fill it first (filled) or "
-            "leave out what it hides"
+            f"{name} must not be a masked array, as its mask would be lost: fill it first (filled) "
+            "or leave out what it hides"
         )
     return np.asarray(a)
 
 
 cdef cnp.ndarray floating_array(object a, str name):
-    """a as an array of floats, of any strides and byte order: itself if it is one, integers as float64."""
+    """a as an array of floats, of any strides: itself if it is one, integers as float64."""
     global bfloat16
     cdef cnp.ndarray array = a if cnp.PyArray_CheckExact(a) else as_array(a, name)
     cdef int number = cnp.PyArray_TYPE(array)
@@ -445,8 +451,8 @@ cdef cnp.ndarray floating_array(object a, str name):
     if array.dtype.kind in "iub":
         return array.astype(np.float64)
     raise TypeError(
-        f"{name} must be an array of float32, float64, float16 or bfloat16 (or of integers, taken as "
-        f"float64), got dtype {array.dtype}"
+        f"{name} must be an array of float32, float64, float16 or bfloat16 (or of integers, taken "
+        f"as float64), got dtype {array.dtype}"
     )
 
 
@@ -519,7 +525,7 @@ cdef tuple shape_of(int ndim, const Py_ssize_t *dims):
 
 
 cdef cnp.ndarray parameter(object p, str name, cnp.ndarray x, int ndim, const Py_ssize_t *dims):
-    """gamma or beta: contiguous, in the type that x is computed in, of the wanted shape; None stays None."""
+    """gamma or beta: contiguous, in the type that x is computed in; None stays None."""
     cdef cnp.ndarray array
     if p is None:
         return None
@@ -597,7 +603,8 @@ cdef cnp.ndarray new_like(cnp.ndarray x):
     return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
 
 
-cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str over_name, tuple inputs):
+cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str over_name,
+                              tuple inputs):
     """`out`, checked, or a new array in the layout and dtype of x.
 
     out may be the very memory of `over`, whose numbers are each read before its own is written; it
@@ -620,7 +627,8 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
     check_own_memory(array, "out")
     if not same_memory(array, over) and overlaps(array, over):
         raise ValueError(
-            f"out must be {over_name} itself or share no memory with it, but it overlaps {over_name}"
+            f"out must be {over_name} itself or share no memory with it, but it overlaps "
+            f"{over_name}"
         )
     for name, other in inputs:
         if other is not None and overlaps(array, other):
@@ -668,7 +676,8 @@ cdef cnp.ndarray running_statistic(object r, str name, const Py_ssize_t *channel
     if (updated and cnp.PyArray_DIM(array, 0) > 1
             and abs(cnp.PyArray_STRIDE(array, 0)) < cnp.PyArray_ITEMSIZE(array)):
         raise ValueError(
-            f"{name} must have its own memory for every channel, got strides {(<object> array).strides}"
+            f"{name} must have its own memory for every channel, got strides "
+            f"{(<object> array).strides}"
         )
     return array
 
@@ -678,7 +687,7 @@ cdef inline bint surely_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 
 cdef int check_apart(cnp.ndarray mean, cnp.ndarray var, tuple read) except -1:
-    """Statistics that are updated share no memory with each other, nor with what is read, by name."""
+    """Statistics that are updated share no memory with each other, nor with what is `read`."""
     if not surely_apart(mean, var) and overlaps(mean, var):
         raise ValueError(
             "running_mean and running_var must be two arrays that share no memory, but they overlap"
@@ -725,10 +734,11 @@ cdef tuple set_running(nx_io *io, Norm norm, tuple running, cnp.ndarray x, cnp.n
             missing = "running_mean" if mean is None else "running_var"
             raise ValueError(f"{missing} is needed with training=False, got None")
     elif (numbers_of(&norm.c, 0, norm.c.ndim) == channels[0]
-            and (io.running.unbiased or io.running.momentum < 1 and not (mean is None and var is None))):
+            and (io.running.unbiased
+                 or io.running.momentum < 1 and not (mean is None and var is None))):
         raise ValueError(
-            "x must have more than one number a channel where running statistics are updated, as the "
-            f"variance of one is no estimate: got shape {norm.shape}, axis {norm.c.axis}; "
+            "x must have more than one number a channel where running statistics are updated, as "
+            f"the variance of one is no estimate: got shape {norm.shape}, axis {norm.c.axis}; "
             "training=False uses running statistics as they are"
         )
     elif not (surely_apart(mean, var) and surely_apart_from_all(mean, x, gamma, beta)
@@ -773,7 +783,7 @@ cdef list recent = [None] * RECENT
 
 
 cdef inline bint is_of(Norm norm, tuple how, cnp.ndarray x) noexcept:
-    """Whether a norm is of x and of the very same objects, as equal ones (1 and 1.0) may be refused."""
+    """Whether a norm is of x and of the very same objects: 1.0 may be refused where 1 was not."""
     return (norm.how[0] is how[0] and norm.how[1] is how[1] and norm.how[2] is how[2]
             and norm.how[3] is how[3] and norm.how[4] is how[4] and norm.how[5] is how[5]
             and fits(norm, x))
@@ -829,8 +839,8 @@ cdef cnp.ndarray new_statistics(Norm norm):
     return empty(1 + ndim, dims, cnp.NPY_DOUBLE)
 
 
-cpdef tuple forward(object x, object norm, object gamma, object beta, tuple running, object residual,
-                    object out):
+cpdef tuple forward(object x, object norm, object gamma, object beta, tuple running,
+                    object residual, object out):
     """The forward pass of any norm: y and the cache, and with a residual the sum between them.
 
     Parameters
@@ -867,8 +877,8 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
         total = new_like(x_)
         set_array(&io.residual, residual_)
         set_array(&io.sum, total)
-    # All memory is had before the loops update running statistics: they are updated both or, with a
-    # MemoryError, neither.
+    # All memory is had before the loops update running statistics: they are updated both or, with
+    # a MemoryError, neither.
     cache = cache_of(n, total, gamma_, beta_)
     cache.in_place, cache.statistics = out is not None and same_memory(y, total), new_statistics(n)
     io.gamma, io.beta, io.mean = data(gamma_), data(beta_), doubles(cache.statistics)
@@ -960,7 +970,7 @@ cpdef tuple backward(object dy, object cache, str kind, object dsum, object out)
 
 
 def batch_moments(x, axis):
-    """Mean and biased variance of each channel, (C,) in float64: the first pass of `batch_norm` alone."""
+    """Mean and biased variance of each channel, (C,) in float64: `batch_norm`'s first pass."""
     cdef cnp.ndarray x_ = floating_array(x, "x"), mean, rstd, var
     cdef Norm n
     cdef nx_io io
@@ -993,13 +1003,14 @@ def batch_backward_sums(dy, cache):
     The first half of its backward pass.
     """
     cdef Cache c = checked_cache(cache, "batch_norm")
-    cdef cnp.ndarray dy_ = like_x(dy, "dy", c.x), sums = np.zeros((2, c.norm.c.shape[c.norm.c.axis]))
+    cdef cnp.ndarray dy_ = like_x(dy, "dy", c.x)
+    cdef cnp.ndarray sums = np.zeros((2, c.norm.c.shape[c.norm.c.axis]))
     run_part(NORMEXT_SUMS, c, dy_, None, sums, 1)
     return sums
 
 
 def batch_backward_apply(dy, cache, sums, count, *, out=None):
-    """dx, from what `batch_backward_sums` gave for `count` numbers of a channel: its second half."""
+    """dx, from what `batch_backward_sums` gave for `count` numbers of a channel: the other half."""
     cdef Cache c = checked_cache(cache, "batch_norm")
     cdef cnp.ndarray dy_ = like_x(dy, "dy", c.x), dx = gradient_array(out, c, dy_, None)
     run_part(NORMEXT_APPLY, c, dy_, dx, np.ascontiguousarray(sums, np.float64), count)
