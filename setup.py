@@ -29,6 +29,7 @@ VARIANTS = {"baseline": []}
 if X86_64:
     VARIANTS["avx2"] = ["avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"]
     VARIANTS["avx512"] = [*VARIANTS["avx2"], "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]
+TYPES = ("f32", "f64", "f16", "bf16")  # of the elements
 MSVC_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 
 # No contraction: where a * b + c is rounded once, the source says so, and AVX2 and AVX-512 give the same bits.
@@ -54,7 +55,7 @@ int main(void)
 
 
 class BuildExt(build_ext):
-    """Compiles src_c/kernels.c once per instruction set, and everything with OpenMP where the compiler has it."""
+    """Compiles src_c/kernels.c once per instruction set and type, and everything with OpenMP where the compiler has it."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -69,7 +70,8 @@ class BuildExt(build_ext):
         compile_args = OPTIMIZE[self.msvc] + openmp_compile_args
         settings = self.settings_file(compile_args, openmp_link_args)
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            kernels = [pool.submit(self.compile_kernels, isa, settings) for isa in VARIANTS]  # what takes longest
+            # what takes longest
+            kernels = [pool.submit(self.compile_kernels, isa, type, settings) for isa in VARIANTS for type in TYPES]
             jobs = []
             for ext in self.extensions:
                 ext.extra_compile_args = compile_args
@@ -90,16 +92,16 @@ class BuildExt(build_ext):
         (made,) = cythonize([ext], build_dir=folder, compiler_directives={"language_level": 3})
         return made.sources
 
-    def compile_kernels(self, isa, settings):
+    def compile_kernels(self, isa, type, settings):
         flags = MSVC_FLAGS[isa] if self.msvc else [f"-m{feature}" for feature in VARIANTS[isa]]
-        folder = os.path.join(self.build_temp, isa)
+        folder = os.path.join(self.build_temp, isa, type)
         objects = self.compiler.object_filenames(["src_c/kernels.c"], output_dir=folder)
         sources = [settings, *(path for path in Path("src_c").iterdir() if path.name != "dispatch.c")]
         if self.force or any(is_older(path, *sources) for path in objects):
             self.compiler.compile(
                 ["src_c/kernels.c"],
                 output_dir=folder,
-                macros=[("NX_ISA", isa)],
+                macros=[("NX_ISA", isa), (f"NX_{type.upper()}", None)],
                 extra_postargs=OPTIMIZE[self.msvc] + flags,
             )
         return objects

@@ -6,13 +6,15 @@
 
 static int always(void) { return 1; }
 
-#define NX_DECLARE(isa)                                                                      \
-    extern const nx_kernels nx_##isa##_f32, nx_##isa##_f64, nx_##isa##_f16, nx_##isa##_bf16; \
-    extern const nx_kernels nx_stream_##isa##_f32, nx_stream_##isa##_f64, nx_stream_##isa##_f16, nx_stream_##isa##_bf16;
-#define NX_TABLES(isa)                                                                                     \
-    {                                                                                                      \
-        {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16},                             \
-        {&nx_stream_##isa##_f32, &nx_stream_##isa##_f64, &nx_stream_##isa##_f16, &nx_stream_##isa##_bf16}, \
+#define NX_DECLARE(isa)                                                                          \
+    extern const nx_kernels nx_##isa##_f32, nx_##isa##_f64, nx_##isa##_f16, nx_##isa##_bf16;     \
+    extern const nx_kernels nx_stream_##isa##_f32, nx_stream_##isa##_f64, nx_stream_##isa##_f16, \
+        nx_stream_##isa##_bf16;
+#define NX_TABLES(isa)                                                           \
+    {                                                                            \
+        {&nx_##isa##_f32, &nx_##isa##_f64, &nx_##isa##_f16, &nx_##isa##_bf16},   \
+        {&nx_stream_##isa##_f32, &nx_stream_##isa##_f64, &nx_stream_##isa##_f16, \
+         &nx_stream_##isa##_bf16},                                               \
     }
 
 NX_DECLARE(baseline)
@@ -26,7 +28,8 @@ NX_DECLARE(avx512)
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <immintrin.h>
 #include <intrin.h>
-static void cpuid(unsigned leaf, unsigned registers[4]) { __cpuidex((int *)registers, (int)leaf, 0); }
+static void cpuid(unsigned leaf, unsigned registers[4])
+{ __cpuidex((int *)registers, (int)leaf, 0); }
 static unsigned saved(void) { return (unsigned)_xgetbv(0); }
 #else
 #include <cpuid.h>

@@ -39,7 +39,8 @@ typedef struct {
 
 /* Merges the moments of two sets of numbers: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm
  * for Computing Sample Variances", 1979, equation 2.1. The other set is `share` of the whole, and `count` the first's size. */
-static inline void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2, double count, double share)
+static inline void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2,
+                                  double count, double share)
 {
     double delta = other_mean - *mean;
     *mean += delta * share;
@@ -53,12 +54,14 @@ static inline void nx_merge(nx_moments *m, nx_moments other)
         *m = other;
         return;
     }
-    nx_merge_share(&m->mean, &m->m2, other.mean, other.m2, m->count, other.count / (m->count + other.count));
+    nx_merge_share(&m->mean, &m->m2, other.mean, other.m2, m->count,
+                   other.count / (m->count + other.count));
     m->count += other.count;
 }
 
 /* The same of many sets of equally many numbers at once, without a division for each. */
-static inline nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean, const double *m2)
+static inline nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean,
+                                        const double *m2)
 {
     double offset = 0, squares = 0, spread = 0, middle;
     for (ptrdiff_t j = 0; j < sets; j++) offset += mean[j] - mean[0];
@@ -79,15 +82,16 @@ static inline double nx_rescale(const nx_range *range, nx_moments m)
 }
 
 /* Whether any of n columns needs another than 1, and then all their scales. */
-static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count, const double *mean, const double *m2,
-                                     double *scale)
+static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count,
+                                     const double *mean, const double *m2, double *scale)
 {
     double any = 0; /* in the type of the numbers, to become vectors */
     for (ptrdiff_t j = 0; j < n; j++)
-        any +=
-            (m2[j] <= DBL_MAX ? 0.0 : 1.0) + (m2[j] < range->tiny * count ? 1.0 : 0.0) * (fabs(mean[j]) < range->near_zero ? 1.0 : 0.0);
+        any += (m2[j] <= DBL_MAX ? 0.0 : 1.0) + (m2[j] < range->tiny * count ? 1.0 : 0.0) *
+                                                    (fabs(mean[j]) < range->near_zero ? 1.0 : 0.0);
     if (any == 0) return 0;
-    for (ptrdiff_t j = 0; j < n; j++) scale[j] = nx_rescale(range, (nx_moments){count, mean[j], m2[j]});
+    for (ptrdiff_t j = 0; j < n; j++)
+        scale[j] = nx_rescale(range, (nx_moments){count, mean[j], m2[j]});
     return 1;
 }
 
@@ -97,7 +101,8 @@ static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double 
 static inline double nx_inverse_std(double variance, double scale, double eps)
 {
     double sum = variance + eps * scale * scale, inverse;
-    if (!(sum <= DBL_MAX)) return 1 / sqrt(variance / scale / scale + eps); /* eps is too large to be scaled */
+    if (!(sum <= DBL_MAX))
+        return 1 / sqrt(variance / scale / scale + eps); /* eps is too large to be scaled */
     inverse = scale / sqrt(sum);
     return sum != 0 && inverse <= DBL_MAX ? inverse : 0;
 }
@@ -115,12 +120,15 @@ static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
 static inline int nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
 {
     double outside = 0;
-    for (ptrdiff_t i = 0; i < n; i++) outside += (p[i] > largest ? 1.0 : 0.0) + (p[i] < least ? 1.0 : 0.0) - (p[i] <= 0 ? 1.0 : 0.0);
+    for (ptrdiff_t i = 0; i < n; i++)
+        outside +=
+            (p[i] > largest ? 1.0 : 0.0) + (p[i] < least ? 1.0 : 0.0) - (p[i] <= 0 ? 1.0 : 0.0);
     return outside != 0;
 }
 
 /* Mean, variance and 1 / sqrt(variance + eps) of x, from the moments of x * scale. */
-static inline void nx_finish_moments(nx_moments m, double scale, double eps, double *mean, double *rstd, double *var)
+static inline void nx_finish_moments(nx_moments m, double scale, double eps, double *mean,
+                                     double *rstd, double *var)
 {
     double variance = m.m2 / m.count;
     *mean = m.mean / scale;
@@ -179,7 +187,8 @@ typedef struct {
 /* The closed form of a backward pass: with g the gradient with respect to xhat * factor / rstd,
  * dx = factor * (g - mean(g) - xhat * mean(g * xhat)) is linear in g and x - mean. It is S. Ioffe and C. Szegedy, "Batch
  * Normalization", 2015, section 3, simplified. */
-static inline double nx_slope(double factor, double rstd, double dot_mean) { return -factor * rstd * rstd * dot_mean; }
+static inline double nx_slope(double factor, double rstd, double dot_mean)
+{ return -factor * rstd * rstd * dot_mean; }
 static inline double nx_constant(double factor, double g_mean) { return -factor * g_mean; }
 
 /* What normalizes rows that have statistics of their own; gamma and beta run along the row, NULL means 1 and 0. */
@@ -212,10 +221,13 @@ typedef struct {
 
 typedef struct {
     ptrdiff_t itemsize;
-    ptrdiff_t parameter_size; /* of gamma and beta's type: float for 16-bit elements, otherwise that of the elements */
-    ptrdiff_t row_block; /* most elements in a block of rows, if it holds more than one row or part of one */
-    ptrdiff_t col_block; /* most elements in a block of columns that holds more than col_rows rows */
-    ptrdiff_t col_rows;  /* rows that a block of any number of columns may hold */
+    ptrdiff_t
+        parameter_size; /* of gamma and beta's type: float for 16-bit elements, otherwise that of the elements */
+    ptrdiff_t
+        row_block; /* most elements in a block of rows, if it holds more than one row or part of one */
+    ptrdiff_t
+        col_block; /* most elements in a block of columns that holds more than col_rows rows */
+    ptrdiff_t col_rows; /* rows that a block of any number of columns may hold */
     nx_range range;
 #define NX_KERNEL(name, result, arguments) result(*name) arguments;
 #define NX_WRITER NX_KERNEL

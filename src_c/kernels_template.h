@@ -1,84 +1,139 @@
-/* The primitives of kernels.h, written once over the element type T, named E, and the type C, named EC, that it is computed in. They
- * are one and the same but for 16-bit floats, which loads and stores convert. This file has what reads elements and makes sums;
- * kernels_write.h, included at its end, what writes them. */
+/* The kernels of kernels.h, written once for any element type. Takes these macros:
+ *
+ *     NX_ISA, NX_TYPE  names, of which the tables' names are made
+ *     T                the type of the elements
+ *     C, V             the type that they are computed in, and a vector of it: T is C but for 16-bit
+ *                      floats, which loads and stores convert
+ *     T_INT            an integer type as wide as T where T is C, otherwise undefined
+ *     T_UNDERFLOW      a positive result up to this becomes 0 when it is stored
+ *
+ * This file has what reads elements and makes sums; kernels_write.h, included at its end, what writes
+ * them. */
+#if !defined(NX_ISA) || !defined(NX_TYPE) || !defined(T) || !defined(C) || !defined(V) || \
+    !defined(T_UNDERFLOW)
+#error "kernels_template.h takes NX_ISA, NX_TYPE, T, C, V, T_UNDERFLOW"
+#endif
 
-#define FN(name) NX_OP(E, name) /* loads and stores of elements, and the functions of this file */
-#define OP(name) NX_OP(EC, name) /* arithmetic, and loads and stores of coefficients and sums */
-#define V OP(t)
-#define W OP(W)
-#define LANES            \
-    ((ptrdiff_t)(128 /   \
-                 sizeof( \
-                     C))) /* a sum has this many lanes on every instruction set: 2 AVX-512 or 4 AVX2 vectors */
-#define NV (LANES / W)
-#define ROW_BLOCK \
-    ((ptrdiff_t)(16384 / sizeof(C))) /* x and y of a block stay in the L1 cache together */
-#define PIECE (8 * LANES)
-#define COL_ROWS 128
-#define COL_BLOCK (COL_ROWS * 64)
-#define STRIP            \
-    ((ptrdiff_t)(4096 /  \
-                 sizeof( \
-                     C))) /* columns whose coefficients and sums are held on the stack, in the L1 cache */
-#define PADDED (STRIP + UNIT) /* a vector of coefficients may begin at any of them */
-#define GROUP 8 /* rows that share one load and store of a column's sums */
-#define ZERO OP(set)(0)
-#define UNIT          \
-    ((ptrdiff_t)(64 / \
-                 sizeof(C))) /* a vector of the widest instruction set, whichever this one is */
+#define NX_JOIN_(a, b, c) a##_##b##_##c
+#define NX_JOIN(a, b, c) NX_JOIN_(a, b, c)
 
-NX_INLINE V FN(some)(const T *p, ptrdiff_t left, int whole, V fill)
-{ return whole ? FN(load)(p) : FN(load_n)(p, left, fill); }
-NX_INLINE V FN(coefficients)(const C *p, ptrdiff_t left, int whole)
-{ return whole ? OP(load)(p) : OP(load_n)(p, left, ZERO); }
+#define BY_TYPE(single, wide) (sizeof(C) == sizeof(float) ? (single) : (wide))
+#define ZERO splat((C)0)
+
+enum {
+    W = sizeof(V) / sizeof(C),
+    /* A vector of the widest instruction set, whichever this one is. */
+    WIDEST = 64 / sizeof(C),
+    /* A sum has this many lanes on every instruction set, so that all round alike: two vectors of
+     * AVX-512, four of AVX2. An addition takes 4 cycles; two sums of four vectors each, as most
+     * loops here have, keep both units that add busy for that long. */
+    LANES = 2 * WIDEST,
+    NV = LANES / W,
+    /* What the first of two levels of sums adds up. A lane then makes 8 additions on the first level
+     * and, in a block of rows, 16 on the second, whose rounding errors are those of 24 additions and
+     * not of 128; and the squares of multiples of some 2^-k have low bits that rounding would lose
+     * more often down than up, one by one. */
+    FIRST_SUM = 8 * LANES,
+    /* 16 KiB: x and y, or x and dy, of a block stay in an L1 cache of 32 KiB together. */
+    ROW_BLOCK = 16384 / sizeof(C),
+    /* 128 additions in a lane, in two levels, are 8 and 16 likewise. Blocks of few columns, whose
+     * rows are folded, may have more: as many numbers as 128 rows of 64. */
+    COL_ROWS = 128,
+    COL_BLOCK = COL_ROWS * 64,
+    /* Columns whose coefficients and sums are held on the stack, in 4 KiB for each: the seven of dx
+     * stay in the L1 cache. */
+    COLS_AT_ONCE = 4096 / sizeof(C),
+    /* A vector of coefficients may begin at any of them. */
+    PADDED = COLS_AT_ONCE + WIDEST,
+    /* Rows that share one load and store of a column's sums, which then are a seventh of all loads. */
+    ROWS_AT_ONCE = 8,
+    /* Short rows that go through each step together; see rows_interleaved. */
+    INTERLEAVED = 8,
+};
+
+/* The squares of float get lost below 2^-126 = 1.2e-38, and their digits begin to below 2^-102 =
+ * 2.0e-31; 2^100 lifts the smallest number, 2^-149, to 2^-49 (and leaves those whose squares are
+ * below 1e-30 small), 2^-80 makes of the largest, 2^128, one whose square is 2^96. An ulp of a mean
+ * from 2^-22 on is 2^-46 or more, whose square is no less than 2^-92 = 2.0e-28. For double likewise:
+ * digits get lost below 2^-969 = 2.0e-292, the smallest number is 2^-1074, the largest 2^1024. */
+#define RANGE                                                                       \
+    {BY_TYPE(1e-30, 1e-290), BY_TYPE(0x1p100, 0x1p600), BY_TYPE(0x1p-80, 0x1p-540), \
+     BY_TYPE(0x1p-22, 0x1p-300)}
+static const nx_range range = RANGE;
+
+/* Statistics up to this, and from its inverse on, are applied in C: 8 (and 18) digits are left to
+ * what comes of them before C overflows or loses digits, at 3.4e38 and 1.2e-38 (1.8e308, 2.2e-308). */
+#define LARGE BY_TYPE(1e30, 1e290)
+
+/* Rows of few columns that lie one after the other in memory are folded: taken `fold` at a time, as
+ * `rows` rows of `lanes` numbers, which fill whole vectors, and one of `tail` numbers. A column then
+ * has `fold` lanes, which share its coefficients and whose sums are its sum. */
+typedef struct {
+    ptrdiff_t fold, lanes, rows, tail;
+} nx_fold;
+
+static nx_fold fold_rows(nx_block b, int adjacent)
+{
+    ptrdiff_t fold = 1;
+    if (adjacent && b.n <= COLS_AT_ONCE / 2) {
+        while (fold < WIDEST && fold * b.n % WIDEST) fold *= 2;
+        while (fold * b.n < 4 * WIDEST) fold *= 2;
+        while (fold * b.n > COLS_AT_ONCE || b.rows < 4 * fold) fold = fold == 1 ? 0 : fold / 2;
+    }
+    if (fold <= 1) return (nx_fold){1, b.n, b.rows, 0};
+    return (nx_fold){fold, fold * b.n, b.rows / fold, b.rows % fold * b.n};
+}
+
+NX_INLINE V some(const T *p, ptrdiff_t left, int whole, V fill)
+{ return whole ? load(p) : load_n(p, left, fill); }
+NX_INLINE V coefficients(const C *p, ptrdiff_t left, int whole)
+{ return whole ? load(p) : load_n(p, left, ZERO); }
 
 /* How many of n numbers lie before the first aligned vector. */
-NX_INLINE ptrdiff_t FN(unaligned)(const T *p, ptrdiff_t n)
+NX_INLINE ptrdiff_t unaligned(const T *p, ptrdiff_t n)
 {
     ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)p % (W * sizeof(T)) / sizeof(T));
     return head < n ? head : n;
 }
 
 /* From number i of row r on. */
-NX_INLINE nx_rows FN(from)(nx_rows x, ptrdiff_t r, ptrdiff_t i)
+NX_INLINE nx_rows rows_at(nx_rows x, ptrdiff_t r, ptrdiff_t i)
 { return (nx_rows){(T *)x.data + r * x.stride + i, x.stride}; }
 
 /* Rows ------------------------------------------------------------------------------------- */
 
-NX_INLINE C FN(sum_lanes)(V *lanes)
+NX_INLINE C sum_lanes(V *lanes)
 {
     for (int half = NV / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] = OP(add)(lanes[k], lanes[k + half]);
-    return OP(sum)(lanes[0]);
+        for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half]);
+    return total(lanes[0]);
 }
 
 /* The mean, roughly. */
-NX_INLINE double FN(row_mean)(nx_rows x, nx_block b, C scale)
+NX_INLINE double row_mean(nx_rows x, nx_block b, C scale)
 {
     const T *row = x.data;
-    V s[NV], factor = OP(set)(scale), zero = ZERO;
+    V s[NV], factor = splat(scale), zero = ZERO;
     for (int k = 0; k < NV; k++) s[k] = zero;
     for (ptrdiff_t r = 0; r < b.rows; r++, row += x.stride) {
         ptrdiff_t i = 0;
         for (; i + LANES <= b.n; i += LANES)
-            for (int k = 0; k < NV; k++) s[k] = OP(fma)(FN(load)(row + i + k * W), factor, s[k]);
+            for (int k = 0; k < NV; k++) s[k] = mul_add(load(row + i + k * W), factor, s[k]);
         for (int k = 0; k < NV && i < b.n; k++, i += W)
-            s[k] = OP(fma)(FN(some)(row + i, b.n - i, b.n - i >= W, zero), factor, s[k]);
+            s[k] = mul_add(some(row + i, b.n - i, b.n - i >= W, zero), factor, s[k]);
     }
-    return (double)FN(sum_lanes)(s) / ((double)b.rows * (double)b.n) / scale;
+    return (double)sum_lanes(s) / ((double)b.rows * (double)b.n) / scale;
 }
 
-/* How many rows make up a piece: adding up in two levels, within a piece and over the pieces, keeps
- * the rounding error of long sums small; and the squares of multiples of some 2^-k have low bits
- * that rounding would lose more often down than up, one by one. */
-NX_INLINE ptrdiff_t FN(rows_together)(ptrdiff_t left, ptrdiff_t n)
+/* How many rows of n numbers the first level of sums adds up. */
+NX_INLINE ptrdiff_t rows_of_first_sum(ptrdiff_t left, ptrdiff_t n)
 {
-    ptrdiff_t rows = n < PIECE ? PIECE / n : 1;
+    ptrdiff_t rows = n < FIRST_SUM ? FIRST_SUM / n : 1;
     return left < rows ? left : rows;
 }
 
-/* Adds a piece to the lanes of sum and squares, through lanes of its own. */
-NX_INLINE void FN(moments_piece)(nx_rows x, nx_block b, V p, V factor, V offset, V *sum, V *squares)
+/* Adds FIRST_SUM numbers at most to the lanes of sum and squares, through lanes of its own. */
+NX_INLINE void first_moments(nx_rows x, nx_block b, V p, V factor, V offset, V *sum, V *squares)
 {
     const T *row = x.data;
     V s[NV], q[NV];
@@ -87,41 +142,41 @@ NX_INLINE void FN(moments_piece)(nx_rows x, nx_block b, V p, V factor, V offset,
         ptrdiff_t i = 0;
         for (; i + LANES <= b.n; i += LANES)
             for (int k = 0; k < NV; k++) {
-                V d = OP(fma)(FN(load)(row + i + k * W), factor, offset);
-                s[k] = OP(add)(s[k], d);
-                q[k] = OP(fma)(d, d, q[k]);
+                V d = mul_add(load(row + i + k * W), factor, offset);
+                s[k] = add(s[k], d);
+                q[k] = mul_add(d, d, q[k]);
             }
         for (int k = 0; k < NV && i < b.n; k++, i += W) {
-            V d = OP(fma)(FN(some)(row + i, b.n - i, b.n - i >= W, p), factor, offset);
-            s[k] = OP(add)(s[k], d);
-            q[k] = OP(fma)(d, d, q[k]);
+            V d = mul_add(some(row + i, b.n - i, b.n - i >= W, p), factor, offset);
+            s[k] = add(s[k], d);
+            q[k] = mul_add(d, d, q[k]);
         }
     }
     for (int k = 0; k < NV; k++) {
-        sum[k] = OP(add)(sum[k], s[k]);
-        squares[k] = OP(add)(squares[k], q[k]);
+        sum[k] = add(sum[k], s[k]);
+        squares[k] = add(squares[k], q[k]);
     }
 }
 
 /* The sum of (x - pivot) * scale, and of its squares. */
-NX_INLINE void FN(row_powers)(nx_rows x, nx_block b, C pivot, C scale, double *sum, double *squares)
+NX_INLINE void row_powers(nx_rows x, nx_block b, C pivot, C scale, double *sum, double *squares)
 {
-    V s[NV], q[NV], factor = OP(set)(scale), p = OP(set)(pivot), offset = OP(set)(-pivot * scale);
+    V s[NV], q[NV], factor = splat(scale), p = splat(pivot), offset = splat(-pivot * scale);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
-    for (ptrdiff_t count, left = b.rows; left > 0; left -= count, x = FN(from)(x, count, 0)) {
-        count = FN(rows_together)(left, b.n);
-        for (ptrdiff_t i = 0; i < b.n; i += PIECE) {
-            nx_block piece = {count, b.n - i < PIECE ? b.n - i : PIECE};
-            FN(moments_piece)(FN(from)(x, 0, i), piece, p, factor, offset, s, q);
+    for (ptrdiff_t count, left = b.rows; left > 0; left -= count, x = rows_at(x, count, 0)) {
+        count = b.rows == 1 ? 1 : rows_of_first_sum(left, b.n);
+        for (ptrdiff_t i = 0; i < b.n; i += FIRST_SUM) {
+            nx_block first = {count, b.n - i < FIRST_SUM ? b.n - i : FIRST_SUM};
+            first_moments(rows_at(x, 0, i), first, p, factor, offset, s, q);
         }
     }
-    *sum = FN(sum_lanes)(s);
-    *squares = FN(sum_lanes)(q);
+    *sum = sum_lanes(s);
+    *squares = sum_lanes(q);
 }
 
 /* Moments of x * scale, from powers about a pivot, or about zero. */
-NX_INLINE nx_moments FN(moments)(double count, int centred, C pivot, C scale, double sum,
-                                 double squares)
+NX_INLINE nx_moments moments(double count, int centred, C pivot, C scale, double sum,
+                             double squares)
 {
     double mean = sum / count, m2 = squares - sum * mean;
     if (!centred) return (nx_moments){count, 0, squares};
@@ -131,92 +186,122 @@ NX_INLINE nx_moments FN(moments)(double count, int centred, C pivot, C scale, do
 /* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later
  * ones' the mean so far, whose distance to the block's mean then enters the merged m2 anyway, with a
  * larger factor than its rounding error has. */
-NX_INLINE void FN(add_moments)(nx_rows x, nx_block b, int centred, C scale, nx_moments *m)
+NX_INLINE void add_moments(nx_rows x, nx_block b, int centred, C scale, nx_moments *m)
 {
     double count = (double)b.rows * (double)b.n, sum, squares;
     C pivot = 0;
-    if (centred) pivot = (C)(m->count > 0 ? m->mean / scale : FN(row_mean)(x, b, scale));
-    FN(row_powers)(x, b, pivot, scale, &sum, &squares);
-    nx_merge(m, FN(moments)(count, centred, pivot, scale, sum, squares));
+    if (centred) pivot = (C)(m->count > 0 ? m->mean / scale : row_mean(x, b, scale));
+    row_powers(x, b, pivot, scale, &sum, &squares);
+    nx_merge(m, moments(count, centred, pivot, scale, sum, squares));
 }
 
-static void FN(row_moments)(nx_rows x, nx_block b, int centred, double scale, nx_moments *m)
-{ FN(add_moments)(x, b, centred, (C)scale, m); }
-
-static const nx_range FN(range) = T_RANGE;
+NX_OUTLINE void row_moments(nx_rows x, nx_block b, int centred, double scale, nx_moments *m)
+{ add_moments(x, b, centred, (C)scale, m); }
 
 /* Whether a map's mean and scale are at the ends of the range of C: a deviation from the mean may
  * overflow, or the scale. */
-NX_INLINE int FN(far_out)(double mean, double scale)
+NX_INLINE int far_out(double mean, double scale)
 {
-    return (fabs(mean) > T_LARGE) | (fabs(scale) > T_LARGE) |
-           ((fabs(scale) < 1 / T_LARGE) & (scale != 0));
+    return (fabs(mean) > LARGE) | (fabs(scale) > LARGE) |
+           ((fabs(scale) < 1 / LARGE) & (scale != 0));
 }
 
 /* How many of n maps come before the first that is. */
-NX_INLINE ptrdiff_t FN(ordinary)(const double *mean, const double *scale, ptrdiff_t n)
+NX_INLINE ptrdiff_t ordinary(const double *mean, const double *scale, ptrdiff_t n)
 {
     int any = 0;
-    for (ptrdiff_t j = 0; j < n; j++) any |= FN(far_out)(mean[j], scale[j]);
+    for (ptrdiff_t j = 0; j < n; j++) any |= far_out(mean[j], scale[j]);
     if (!any) return n;
     for (ptrdiff_t j = 0; j < n; j++)
-        if (FN(far_out)(mean[j], scale[j])) return j;
+        if (far_out(mean[j], scale[j])) return j;
     return n;
 }
 
-NX_INLINE double FN(element)(const T *p)
+NX_INLINE double element(const T *p)
 {
 #ifdef T_INT
     return *p;
 #else
     C lanes[W];
-    OP(store)(lanes, FN(load_n)(p, 1, ZERO));
+    store(lanes, load_n(p, 1, ZERO));
     return lanes[0];
 #endif
 }
 
 /* (x - mean) * scale + shift = (x - pivot) * scale + this, with the mean rounded to C for a pivot. */
-NX_INLINE C FN(pivot_shift)(double mean, double scale, double shift)
+NX_INLINE C pivot_shift(double mean, double scale, double shift)
 { return (C)(shift - (mean - (C)mean) * scale); }
+
+/* An affine map by way of double, for means and scales at the ends of the range of C: rare, and
+ * slow. */
+NX_OUTLINE void affine_far_out(const T *x, T *y, ptrdiff_t n, const nx_affine *map, const C *gamma,
+                               const C *beta, int relu)
+{
+    const double mean = *map->mean, scale = *map->scale, shift = *map->shift;
+    const double half =
+        fabs(scale) < 1 ? 0.5 : 1; /* of what may overflow before it is scaled down */
+    C lanes[W];
+    for (ptrdiff_t i = 0; i < n; i += W) {
+        ptrdiff_t left = n - i;
+        store(lanes, some(x + i, left, left >= W, ZERO));
+        for (ptrdiff_t k = 0; k < W && k < left; k++) {
+            double v = ((double)lanes[k] * half - mean * half) * scale / half + shift;
+            if (gamma) v *= (double)gamma[i + k];
+            if (beta) v += (double)beta[i + k];
+            lanes[k] = (C)(relu && v <= 0 ? 0 : v);
+        }
+        if (left >= W) store(y + i, load(lanes));
+        else store_n(y + i, left, load(lanes));
+    }
+}
 
 /* The affine map under a relu, about its pivot: a gradient passes where the map's result, found again
  * from x as it was found in the forward pass, is above zero. */
 typedef struct {
     V scale, shift;
-} FN(relu_mask);
+} relu_mask;
 
-NX_INLINE FN(relu_mask) FN(mask_of)(const nx_relu_mask *relu, double mean)
+NX_INLINE relu_mask mask_of(const nx_relu_mask *relu, double mean)
 {
-    C shift = FN(pivot_shift)(mean, *relu->scale, *relu->shift);
-    return (FN(relu_mask)){OP(set)((C)*relu->scale), OP(set)(shift)};
+    C shift = pivot_shift(mean, *relu->scale, *relu->shift);
+    return (relu_mask){splat((C)*relu->scale), splat(shift)};
 }
 
-NX_INLINE V FN(masked)(V g, V d, FN(relu_mask) mask)
+NX_INLINE V masked(V g, V d, relu_mask mask)
 {
-    V y = OP(fma)(d, mask.scale, mask.shift);
-    return OP(keep_positive)(g, T_UNDERFLOW ? OP(sub)(y, OP(set)(T_UNDERFLOW)) : y);
+    V y = mul_add(d, mask.scale, mask.shift);
+    return keep_positive(g, T_UNDERFLOW ? sub(y, splat((C)T_UNDERFLOW)) : y);
 }
+
+/* nx_line about pivots of C: what their rounding leaves is in the constant. */
+typedef struct {
+    V x_pivot, minus_pivot, factor, slope, constant;
+} line_vectors;
+
+/* The coefficients of some columns: a line and a relu mask for each, about the columns' pivots. */
+typedef struct {
+    const C *x_pivot, *minus_pivot, *factor, *slope, *constant, *mask_scale, *mask_shift;
+} line_columns;
 
 /* What a relu or gamma, and a pivot, make of a vector of dy: each of them may be NULL. The pivot
  * comes with its sign changed. */
-NX_INLINE V FN(gradient)(V dy, V d, const V *gamma, const FN(relu_mask) * mask,
-                         const V *minus_pivot)
+NX_INLINE V gradient(V dy, V d, const V *gamma, const relu_mask *mask, const V *minus_pivot)
 {
     /* before a far product is rounded */
-    if (gamma && minus_pivot) return OP(fma_once)(dy, *gamma, *minus_pivot);
-    V g = gamma ? OP(mul)(dy, *gamma) : mask ? FN(masked)(dy, d, *mask) : dy;
-    return minus_pivot ? OP(add)(g, *minus_pivot) : g;
+    if (gamma && minus_pivot) return mul_add_once(dy, *gamma, *minus_pivot);
+    V g = gamma ? mul(dy, *gamma) : mask ? masked(dy, d, *mask) : dy;
+    return minus_pivot ? add(g, *minus_pivot) : g;
 }
 
 /* v with zeros from lane n on. */
-NX_INLINE V FN(first_lanes)(V v, ptrdiff_t n)
+NX_INLINE V first_lanes(V v, ptrdiff_t n)
 {
     static const C ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    return OP(keep_positive)(v, OP(load_n)(ones, n, ZERO));
+    return keep_positive(v, load_n(ones, n, ZERO));
 }
 
-NX_INLINE void FN(dots_piece)(nx_rows x_, nx_rows dy_, nx_block b, V p, const V *minus_pivot,
-                              const C *gamma, const FN(relu_mask) * mask, V *sum, V *dot)
+NX_INLINE void first_dots(nx_rows x_, nx_rows dy_, nx_block b, V p, const V *minus_pivot,
+                          const C *gamma, const relu_mask *mask, V *sum, V *dot)
 {
     const T *x = x_.data, *dy = dy_.data;
     V s[NV], q[NV], zero = ZERO, c = ZERO;
@@ -225,164 +310,163 @@ NX_INLINE void FN(dots_piece)(nx_rows x_, nx_rows dy_, nx_block b, V p, const V 
         ptrdiff_t i = 0;
         for (; i + LANES <= b.n; i += LANES)
             for (int k = 0; k < NV; k++) {
-                V d = OP(sub)(FN(load)(x + i + k * W), p);
-                if (gamma) c = OP(load)(gamma + i + k * W);
-                V g = FN(load)(dy + i + k * W);
-                g = FN(gradient)(g, d, gamma ? &c : NULL, mask, minus_pivot);
-                s[k] = OP(add)(s[k], g);
-                q[k] = OP(fma)(g, d, q[k]);
+                V d = sub(load(x + i + k * W), p);
+                if (gamma) c = load(gamma + i + k * W);
+                V g = load(dy + i + k * W);
+                g = gradient(g, d, gamma ? &c : NULL, mask, minus_pivot);
+                s[k] = add(s[k], g);
+                q[k] = mul_add(g, d, q[k]);
             }
         for (int k = 0; k < NV && i < b.n; k++, i += W) {
             ptrdiff_t left = b.n - i;
             int whole = left >= W;
-            V d = OP(sub)(FN(some)(x + i, left, whole, p), p);
-            if (gamma) c = FN(coefficients)(gamma + i, left, whole);
-            V g = FN(some)(dy + i, left, whole, zero);
-            g = FN(gradient)(g, d, gamma ? &c : NULL, mask, minus_pivot);
-            if (minus_pivot) g = FN(first_lanes)(g, left);
-            s[k] = OP(add)(s[k], g);
-            q[k] = OP(fma)(g, d, q[k]);
+            V d = sub(some(x + i, left, whole, p), p);
+            if (gamma) c = coefficients(gamma + i, left, whole);
+            V g = some(dy + i, left, whole, zero);
+            g = gradient(g, d, gamma ? &c : NULL, mask, minus_pivot);
+            if (minus_pivot) g = first_lanes(g, left);
+            s[k] = add(s[k], g);
+            q[k] = mul_add(g, d, q[k]);
         }
     }
     for (int k = 0; k < NV; k++) {
-        sum[k] = OP(add)(sum[k], s[k]);
-        dot[k] = OP(add)(dot[k], q[k]);
+        sum[k] = add(sum[k], s[k]);
+        dot[k] = add(dot[k], q[k]);
     }
 }
 
-NX_INLINE void FN(dots_loop)(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
-                             const C *gamma, const nx_relu_mask *relu, nx_sums sums)
+NX_INLINE void dots_loop(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
+                         const C *gamma, const nx_relu_mask *relu, nx_sums sums)
 {
     const C x_pivot = (C)mean, g_pivot = pivot ? (C)*pivot : 0;
-    const V p = OP(set)(x_pivot), minus_pivot = OP(set)(-g_pivot);
+    const V p = splat(x_pivot), minus_pivot = splat(-g_pivot);
     V s[NV], q[NV];
-    FN(relu_mask) mask;
-    if (relu) mask = FN(mask_of)(relu, mean);
+    relu_mask mask;
+    if (relu) mask = mask_of(relu, mean);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
     const double numbers = (double)(sums.step ? 1 : b.rows) * (double)b.n;
     for (ptrdiff_t count, left = b.rows; left > 0; left -= count) {
-        count = sums.step ? 1 : FN(rows_together)(left, b.n);
-        for (ptrdiff_t i = 0; i < b.n; i += PIECE) {
-            nx_block piece = {count, b.n - i < PIECE ? b.n - i : PIECE};
-            FN(dots_piece)(FN(from)(x, 0, i), FN(from)(dy, 0, i), piece, p,
-                           pivot ? &minus_pivot : NULL, gamma ? gamma + i : NULL,
-                           relu ? &mask : NULL, s, q);
+        count = sums.step || b.rows == 1 ? 1 : rows_of_first_sum(left, b.n);
+        for (ptrdiff_t i = 0; i < b.n; i += FIRST_SUM) {
+            nx_block first = {count, b.n - i < FIRST_SUM ? b.n - i : FIRST_SUM};
+            first_dots(rows_at(x, 0, i), rows_at(dy, 0, i), first, p, pivot ? &minus_pivot : NULL,
+                       gamma ? gamma + i : NULL, relu ? &mask : NULL, s, q);
         }
-        x = FN(from)(x, count, 0);
-        dy = FN(from)(dy, count, 0);
+        x = rows_at(x, count, 0);
+        dy = rows_at(dy, count, 0);
         if (!sums.step && count < left) continue;
-        double block_sum = FN(sum_lanes)(s);
+        double block_sum = sum_lanes(s);
         *sums.sum += pivot ? numbers * g_pivot + block_sum : block_sum;
-        *sums.dot += FN(sum_lanes)(q) - (mean - x_pivot) * block_sum;
+        *sums.dot += sum_lanes(q) - (mean - x_pivot) * block_sum;
         for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
         sums.sum += sums.step;
         sums.dot += sums.step;
     }
 }
 
-/* The same about a pivot: out of line, for it is rare. */
-NX_OUTLINE void FN(dots_about)(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
-                               const C *gamma, const nx_relu_mask *relu, nx_sums sums)
-{
-    if (gamma) FN(dots_loop)(x, dy, b, mean, pivot, gamma, NULL, sums);
-    else if (relu) FN(dots_loop)(x, dy, b, mean, pivot, NULL, relu, sums);
-    else FN(dots_loop)(x, dy, b, mean, pivot, NULL, NULL, sums);
-}
+/* The same about a pivot: rare, and so one loop for all cases. */
+NX_OUTLINE void dots_about(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
+                           const C *gamma, const nx_relu_mask *relu, nx_sums sums)
+{ dots_loop(x, dy, b, mean, pivot, gamma, gamma ? NULL : relu, sums); }
 
-static void FN(row_dots)(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
+NX_OUTLINE void row_dots(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
                          const void *gamma, const nx_relu_mask *relu, nx_sums sums)
 {
-    if (pivot) FN(dots_about)(x, dy, b, mean, pivot, gamma, relu, sums);
-    else if (gamma) FN(dots_loop)(x, dy, b, mean, NULL, gamma, NULL, sums);
-    else if (relu) FN(dots_loop)(x, dy, b, mean, NULL, NULL, relu, sums);
-    else FN(dots_loop)(x, dy, b, mean, NULL, NULL, NULL, sums);
+    if (pivot) dots_about(x, dy, b, mean, pivot, gamma, relu, sums);
+    else if (gamma) dots_loop(x, dy, b, mean, NULL, gamma, NULL, sums);
+    else if (relu) dots_loop(x, dy, b, mean, NULL, NULL, relu, sums);
+    else dots_loop(x, dy, b, mean, NULL, NULL, NULL, sums);
 }
 
-/* The sums of one row of a block. */
-NX_INLINE void FN(dots_of_row)(nx_rows x, nx_rows dy, nx_block b, ptrdiff_t r, double mean,
-                               const C *gamma, double *sum, double *dot)
-{
-    *sum = *dot = 0;
-    FN(dots_loop)(FN(from)(x, r, 0), FN(from)(dy, r, 0), (nx_block){1, b.n}, mean, NULL, gamma,
-                  NULL, (nx_sums){sum, dot, 0});
-}
-
-static int FN(row_is_far)(const void *dy_, ptrdiff_t n, const void *gamma_, double mean)
+static int row_is_far(const void *dy_, ptrdiff_t n, const void *gamma_, double mean)
 {
     const T *dy = dy_;
     const C *gamma = gamma_;
     for (int i = 1; i < 8; i += 2) {
         ptrdiff_t j = i * n / 8;
-        double g = gamma ? FN(element)(dy + j) * (double)gamma[j] : FN(element)(dy + j);
+        double g = gamma ? element(dy + j) * (double)gamma[j] : element(dy + j);
         if (!nx_near(g, mean)) return 0;
     }
     return n > 1;
 }
 
 /* The same where it is asked of many short rows: one number most often tells. */
-NX_INLINE int FN(is_far)(const T *dy, ptrdiff_t n, const C *gamma, double mean)
+NX_INLINE int is_far(const T *dy, ptrdiff_t n, const C *gamma, double mean)
 {
     ptrdiff_t j = n / 2;
-    double g = gamma ? FN(element)(dy + j) * (double)gamma[j] : FN(element)(dy + j);
-    return nx_near(g, mean) && FN(row_is_far)(dy, n, gamma, mean);
+    double g = gamma ? element(dy + j) * (double)gamma[j] : element(dy + j);
+    return nx_near(g, mean) && row_is_far(dy, n, gamma, mean);
 }
 
 /* Some rows go through each step interleaved, and while in the L1 cache: what one has to wait for in
  * its statistics (a dozen additions, divisions and a root, each needing the one before) the others
  * fill with work. */
-#define INTERLEAVED 8
-NX_INLINE ptrdiff_t FN(rows_interleaved)(ptrdiff_t left, ptrdiff_t n)
+NX_INLINE ptrdiff_t rows_interleaved(ptrdiff_t left, ptrdiff_t n)
 {
     ptrdiff_t rows = n * INTERLEAVED <= ROW_BLOCK ? INTERLEAVED : n < ROW_BLOCK ? ROW_BLOCK / n : 1;
     return left < rows ? left : rows;
 }
 
-NX_INLINE void FN(statistics_interleaved)(nx_rows x, nx_block b, int centred, double eps,
-                                          double *mean, double *rstd)
+NX_OUTLINE void statistics_interleaved(nx_rows x, nx_block b, int centred, double eps, double *mean,
+                                       double *rstd)
 {
     C pivot[INTERLEAVED];
     double sum[INTERLEAVED], squares[INTERLEAVED];
     const nx_block row = {1, b.n};
     for (ptrdiff_t r = 0; r < b.rows; r++)
-        pivot[r] = centred ? (C)FN(row_mean)(FN(from)(x, r, 0), row, 1) : 0;
+        pivot[r] = centred ? (C)row_mean(rows_at(x, r, 0), row, 1) : 0;
     for (ptrdiff_t r = 0; r < b.rows; r++)
-        FN(row_powers)(FN(from)(x, r, 0), row, pivot[r], 1, sum + r, squares + r);
+        row_powers(rows_at(x, r, 0), row, pivot[r], 1, sum + r, squares + r);
     for (ptrdiff_t r = 0; r < b.rows; r++) {
-        nx_moments m = FN(moments)((double)b.n, centred, pivot[r], 1, sum[r], squares[r]);
-        double scale = nx_rescale(&FN(range), m);
+        nx_moments m = moments((double)b.n, centred, pivot[r], 1, sum[r], squares[r]);
+        double scale = nx_rescale(&range, m);
         if (scale != 1) {
             m = (nx_moments){0, 0, 0};
-            FN(add_moments)(FN(from)(x, r, 0), row, centred, (C)scale, &m);
+            row_moments(rows_at(x, r, 0), row, centred, scale, &m);
         }
         nx_finish_moments(m, scale, eps, mean + r, rstd + r, NULL);
     }
 }
 
-static void FN(layer_statistics)(nx_rows x, nx_block b, int centred, double eps, double *mean,
-                                 double *rstd)
+/* The sums of each row about its mean. */
+NX_OUTLINE void dots_interleaved(nx_rows x, nx_rows dy, nx_block b, const double *mean,
+                                 const C *gamma, double *sum, double *dot)
 {
-    for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
-        count = FN(rows_interleaved)(b.rows - first, b.n);
-        FN(statistics_interleaved)(FN(from)(x, first, 0), (nx_block){count, b.n}, centred, eps,
-                                   mean + first, rstd + first);
+    const nx_block row = {1, b.n};
+    for (ptrdiff_t r = 0; r < b.rows; r++) {
+        nx_sums sums = {sum + r, dot + r, 0};
+        sum[r] = dot[r] = 0;
+        if (gamma)
+            dots_loop(rows_at(x, r, 0), rows_at(dy, r, 0), row, mean[r], NULL, gamma, NULL, sums);
+        else dots_loop(rows_at(x, r, 0), rows_at(dy, r, 0), row, mean[r], NULL, NULL, NULL, sums);
     }
 }
 
-static void FN(add_rows)(nx_rows a_, nx_rows b_, nx_rows sum_, nx_block block)
+static void layer_statistics(nx_rows x, nx_block b, int centred, double eps, double *mean,
+                             double *rstd)
+{
+    for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
+        count = rows_interleaved(b.rows - first, b.n);
+        statistics_interleaved(rows_at(x, first, 0), (nx_block){count, b.n}, centred, eps,
+                               mean + first, rstd + first);
+    }
+}
+
+static void add_rows(nx_rows a_, nx_rows b_, nx_rows sum_, nx_block block)
 {
     const T *a = a_.data, *b = b_.data;
     T *sum = sum_.data;
     const ptrdiff_t n = block.n;
     for (ptrdiff_t r = 0; r < block.rows; r++, a += a_.stride, b += b_.stride, sum += sum_.stride) {
         ptrdiff_t i = 0;
-        for (; i + W <= n; i += W) FN(store)(sum + i, OP(add)(FN(load)(a + i), FN(load)(b + i)));
+        for (; i + W <= n; i += W) store(sum + i, add(load(a + i), load(b + i)));
         if (i == n) continue;
-        V tail = OP(add)(FN(load_n)(a + i, n - i, ZERO), FN(load_n)(b + i, n - i, ZERO));
-        FN(store_n)(sum + i, n - i, tail);
+        V tail = add(load_n(a + i, n - i, ZERO), load_n(b + i, n - i, ZERO));
+        store_n(sum + i, n - i, tail);
     }
 }
 
-static void FN(widen)(const void *x_, ptrdiff_t n, double *y)
+static void widen(const void *x_, ptrdiff_t n, double *y)
 {
     const T *x = x_;
 #ifdef T_INT
@@ -390,13 +474,29 @@ static void FN(widen)(const void *x_, ptrdiff_t n, double *y)
 #else
     C lanes[W];
     for (ptrdiff_t i = 0; i < n; i += W) {
-        OP(store)(lanes, FN(some)(x + i, n - i, n - i >= W, ZERO));
+        store(lanes, some(x + i, n - i, n - i >= W, ZERO));
         for (ptrdiff_t k = 0; k < W && i + k < n; k++) y[i + k] = lanes[k];
     }
 #endif
 }
 
-static void FN(narrow)(const double *x, ptrdiff_t n, void *y_)
+#ifndef T_INT
+/* To float, with the last bit set where that is inexact: what then rounds it to fewer bits, two at
+ * least, rounds as if there had been no step between (S. Boldo and G. Melquiond, "Emulation of FMA
+ * and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008). */
+static float round_to_odd(double x)
+{
+    float nearest = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &nearest, sizeof bits);
+    if (x != x || nearest == x || bits & 1) return nearest;
+    bits += fabs(nearest) < fabs(x) ? 1 : -1;
+    memcpy(&nearest, &bits, sizeof bits);
+    return nearest;
+}
+#endif
+
+static void narrow(const double *x, ptrdiff_t n, void *y_)
 {
     T *y = y_;
 #ifdef T_INT
@@ -405,48 +505,47 @@ static void FN(narrow)(const double *x, ptrdiff_t n, void *y_)
     C lanes[W];
     for (ptrdiff_t i = 0; i < n; i += W) {
         for (ptrdiff_t k = 0; k < W; k++) lanes[k] = i + k < n ? round_to_odd(x[i + k]) : 0;
-        FN(store_n)(y + i, n - i, OP(load)(lanes));
+        store_n(y + i, n - i, load(lanes));
     }
 #endif
 }
 
 /* Columns ---------------------------------------------------------------------------------- *
  *
- * A strip of columns at a time; within it row by row, so that memory is read in order, GROUP rows
- * interleaved, whose sums are added to the strip's (two levels, as in moments_piece). The strip's
- * coefficients and sums are arrays of C on the stack, padded to whole vectors. Each loop is written
- * for any number of rows; with a constant there the compiler unrolls it. */
+ * COLS_AT_ONCE columns at a time; within them row by row, so that memory is read in order,
+ * ROWS_AT_ONCE rows interleaved, whose sums are added to the columns' (two levels, as in rows).
+ * Coefficients and sums are arrays of C on the stack, padded to whole vectors. */
 
-#define STRIPS(j0, width)                                                                       \
-    for (ptrdiff_t j0 = 0, width; j0 < b.n && (width = b.n - j0 < STRIP ? b.n - j0 : STRIP, 1); \
-         j0 += STRIP)
+#define EACH_COLUMNS(j0, width)   \
+    for (ptrdiff_t j0 = 0, width; \
+         j0 < b.n && (width = b.n - j0 < COLS_AT_ONCE ? b.n - j0 : COLS_AT_ONCE, 1); j0 += width)
 
-/* f(first row, rows, numbers in a row), for GROUP rows at a time, then one by one, then the tail. */
-#define ROW_GROUPS(folded, f)                                                          \
-    do {                                                                               \
-        ptrdiff_t i_ = 0;                                                              \
-        for (; i_ + GROUP <= (folded).rows; i_ += GROUP) f(i_, GROUP, (folded).lanes); \
-        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);                     \
-        if ((folded).tail) f(i_, 1, (folded).tail);                                    \
+/* f(first row, rows, numbers in a row), for ROWS_AT_ONCE rows at a time, as a constant with which the
+ * compiler unrolls a loop over them, then for one at a time, then for the tail. */
+#define EACH_ROWS(folded, f)                                               \
+    do {                                                                   \
+        ptrdiff_t i_ = 0;                                                  \
+        for (; i_ + ROWS_AT_ONCE <= (folded).rows; i_ += ROWS_AT_ONCE)     \
+            f(i_, ROWS_AT_ONCE, (folded).lanes);                           \
+        for (; i_ < (folded).rows + ((folded).tail > 0); i_++)             \
+            f(i_, 1, i_ < (folded).rows ? (folded).lanes : (folded).tail); \
     } while (0)
 
-/* The same row by row. What is written goes so: half as many streams through memory as GROUP rows of
- * both would be. */
-#define EACH_ROW(folded, f)                                                     \
-    do {                                                                        \
-        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes); \
-        if ((folded).tail) f((folded).rows, (folded).tail);                     \
-    } while (0)
+/* f(row, numbers in it). What is written goes row by row: half as many streams through memory as
+ * ROWS_AT_ONCE rows of both would be. */
+#define EACH_ROW(folded, f)                                                \
+    for (ptrdiff_t i_ = 0; i_ < (folded).rows + ((folded).tail > 0); i_++) \
+    f(i_, i_ < (folded).rows ? (folded).lanes : (folded).tail)
 
 /* A column's coefficients for all its lanes. */
-NX_INLINE void FN(spread)(C *p, nx_fold folded)
+NX_INLINE void spread(C *p, nx_fold folded)
 {
     ptrdiff_t cols = folded.lanes / folded.fold;
     for (ptrdiff_t j = cols; j < folded.lanes; j++) p[j] = p[j - cols];
 }
 
 /* The sums of the columns' lanes. */
-NX_INLINE void FN(lane_sums)(const C *NX_RESTRICT s, nx_fold folded, double *NX_RESTRICT sum)
+NX_INLINE void lane_sums(const C *NX_RESTRICT s, nx_fold folded, double *NX_RESTRICT sum)
 {
     ptrdiff_t cols = folded.lanes / folded.fold;
     for (ptrdiff_t j = 0; j < cols; j++) sum[j] = s[j];
@@ -454,43 +553,45 @@ NX_INLINE void FN(lane_sums)(const C *NX_RESTRICT s, nx_fold folded, double *NX_
         for (ptrdiff_t j = 0; j < cols; j++) sum[j] += s[l + j];
 }
 
-/* A strip's columns of x, as folded. */
-NX_INLINE nx_rows FN(strip)(nx_rows x, ptrdiff_t j0, nx_fold folded)
+/* The columns of x from j0 on, as folded. */
+NX_INLINE nx_rows columns_at(nx_rows x, ptrdiff_t j0, nx_fold folded)
 { return (nx_rows){(T *)x.data + j0, folded.fold * x.stride}; }
 
-NX_INLINE void FN(col_sum_group)(nx_rows x_, nx_block b, const C *factor, C *s)
+NX_INLINE void col_sum_rows(nx_rows x_, nx_block b, const C *factor, C *s)
 {
-    const T *x = x_.data;
     for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = OP(load)(s + j), f = OP(load)(factor + j);
-        for (ptrdiff_t r = 0; r < b.rows; r++)
-            sum = OP(fma)(FN(some)(x + r * x_.stride + j, b.n - j, b.n - j >= W, ZERO), f, sum);
-        OP(store)(s + j, sum);
+        const T *x = (const T *)x_.data + j;
+        V sum = load(s + j), f = load(factor + j);
+        if (b.n - j >= W)
+            for (ptrdiff_t r = 0; r < b.rows; r++) sum = mul_add(load(x + r * x_.stride), f, sum);
+        else
+            for (ptrdiff_t r = 0; r < b.rows; r++)
+                sum = mul_add(load_n(x + r * x_.stride, b.n - j, ZERO), f, sum);
+        store(s + j, sum);
     }
 }
 
-NX_INLINE void FN(col_moments_group)(nx_rows x, nx_block b, const C *pivot, const C *factor,
-                                     const C *offset, C *s, C *q)
+NX_INLINE void col_moments_rows(nx_rows x, nx_block b, const C *pivot, const C *factor,
+                                const C *offset, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, squares = ZERO, f = OP(load)(factor + j), o = OP(load)(offset + j);
+        V sum = ZERO, squares = ZERO, f = load(factor + j), o = load(offset + j);
         for (ptrdiff_t r = 0; r < b.rows; r++) {
             const T *row = (const T *)x.data + r * x.stride + j;
-            V v = b.n - j >= W ? FN(load)(row) : FN(load_n)(row, b.n - j, OP(load)(pivot + j));
-            V d = OP(fma)(v, f, o);
-            sum = OP(add)(sum, d);
-            squares = OP(fma)(d, d, squares);
+            V v = b.n - j >= W ? load(row) : load_n(row, b.n - j, load(pivot + j));
+            V d = mul_add(v, f, o);
+            sum = add(sum, d);
+            squares = mul_add(d, d, squares);
         }
-        OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
-        OP(store)(q + j, OP(add)(OP(load)(q + j), squares));
+        store(s + j, add(load(s + j), sum));
+        store(q + j, add(load(q + j), squares));
     }
 }
 
 /* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
-NX_INLINE void FN(merge_columns)(nx_block b, const C *NX_RESTRICT pivot,
-                                 const C *NX_RESTRICT factor, const double *NX_RESTRICT sum,
-                                 const double *NX_RESTRICT squares, double count,
-                                 double *NX_RESTRICT mean, double *NX_RESTRICT m2)
+NX_INLINE void merge_columns(nx_block b, const C *NX_RESTRICT pivot, const C *NX_RESTRICT factor,
+                             const double *NX_RESTRICT sum, const double *NX_RESTRICT squares,
+                             double count, double *NX_RESTRICT mean, double *NX_RESTRICT m2)
 {
     double n = (double)b.rows, each = 1 / n, share = n / (count + n);
     for (ptrdiff_t j = 0; j < b.n; j++) {
@@ -507,114 +608,118 @@ NX_INLINE void FN(merge_columns)(nx_block b, const C *NX_RESTRICT pivot,
 }
 
 /* The pivots are as those of add_moments. */
-static void FN(col_moments)(nx_rows x_, nx_block b, const double *scale, double count, double *mean,
-                            double *m2)
+static void col_moments(nx_rows x_, nx_block b, const double *scale, double count, double *mean,
+                        double *m2)
 {
-    C factor[STRIP], pivot[STRIP], offset[STRIP], s[STRIP], q[STRIP];
-    double sum[STRIP], squares[STRIP];
-    STRIPS (j0, width) {
-        nx_fold folded = fold_rows(b.rows, width, x_.stride == width, UNIT, STRIP);
-        const nx_rows x = FN(strip)(x_, j0, folded);
+    C factor[COLS_AT_ONCE], pivot[COLS_AT_ONCE], offset[COLS_AT_ONCE], s[COLS_AT_ONCE],
+        q[COLS_AT_ONCE];
+    double sum[COLS_AT_ONCE], squares[COLS_AT_ONCE];
+    EACH_COLUMNS(j0, width)
+    {
+        nx_fold folded = fold_rows((nx_block){b.rows, width}, x_.stride == width);
+        const nx_rows x = columns_at(x_, j0, folded);
         const ptrdiff_t padded = (folded.lanes + W - 1) / W * W;
         for (ptrdiff_t j = 0; j < width; j++) factor[j] = scale ? (C)scale[j0 + j] : 1;
-        FN(spread)(factor, folded);
+        spread(factor, folded);
         for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
         if (count == 0) {
-#define SUM_GROUP(i, rows, n) FN(col_sum_group)(FN(from)(x, i, 0), (nx_block){rows, n}, factor, s)
-            ROW_GROUPS(folded, SUM_GROUP);
-#undef SUM_GROUP
-            FN(lane_sums)(s, folded, sum);
+#define SUM_ROWS(i, rows, n) col_sum_rows(rows_at(x, i, 0), (nx_block){rows, n}, factor, s)
+            EACH_ROWS(folded, SUM_ROWS);
+#undef SUM_ROWS
+            lane_sums(s, folded, sum);
             for (ptrdiff_t j = 0; j < width; j++)
                 pivot[j] = (C)(sum[j] / ((double)factor[j] * (double)b.rows));
         } else {
             for (ptrdiff_t j = 0; j < width; j++) pivot[j] = (C)(mean[j0 + j] / factor[j]);
         }
-        FN(spread)(pivot, folded);
+        spread(pivot, folded);
         for (ptrdiff_t j = folded.lanes; j < padded; j++) pivot[j] = factor[j] = 0;
         for (ptrdiff_t j = 0; j < padded; j++) {
             offset[j] = -pivot[j] * factor[j];
             s[j] = 0;
         }
-#define MOMENTS_GROUP(i, rows, n) \
-    FN(col_moments_group)(FN(from)(x, i, 0), (nx_block){rows, n}, pivot, factor, offset, s, q)
-        ROW_GROUPS(folded, MOMENTS_GROUP);
-#undef MOMENTS_GROUP
-        FN(lane_sums)(s, folded, sum);
-        FN(lane_sums)(q, folded, squares);
-        FN(merge_columns)((nx_block){b.rows, width}, pivot, factor, sum, squares, count, mean + j0,
-                          m2 + j0);
+#define MOMENTS_ROWS(i, rows, n) \
+    col_moments_rows(rows_at(x, i, 0), (nx_block){rows, n}, pivot, factor, offset, s, q)
+        EACH_ROWS(folded, MOMENTS_ROWS);
+#undef MOMENTS_ROWS
+        lane_sums(s, folded, sum);
+        lane_sums(q, folded, squares);
+        merge_columns((nx_block){b.rows, width}, pivot, factor, sum, squares, count, mean + j0,
+                      m2 + j0);
     }
 }
 
-/* The relu masks of a strip's columns, about their pivots. */
-NX_INLINE void FN(masks)(const nx_relu_mask *relu, const double *mean, ptrdiff_t j0, nx_fold folded,
-                         C *scale, C *shift)
+/* The relu masks of columns, about their pivots. */
+NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, ptrdiff_t j0, nx_fold folded,
+                     C *scale, C *shift)
 {
     for (ptrdiff_t j = 0, width = folded.lanes / folded.fold; j < width; j++) {
         scale[j] = (C)relu->scale[j0 + j];
-        shift[j] = FN(pivot_shift)(mean[j0 + j], relu->scale[j0 + j], relu->shift[j0 + j]);
+        shift[j] = pivot_shift(mean[j0 + j], relu->scale[j0 + j], relu->shift[j0 + j]);
     }
-    FN(spread)(scale, folded);
-    FN(spread)(shift, folded);
+    spread(scale, folded);
+    spread(shift, folded);
 }
 
 /* minus_pivot and scale may be NULL, and shift then does not matter. */
-NX_INLINE void FN(col_dots_group)(nx_rows x, nx_rows dy, nx_block b, const C *x_pivot,
-                                  const C *minus_pivot, const C *scale, const C *shift, C *s, C *q)
+NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, const C *x_pivot,
+                             const C *minus_pivot, const C *scale, const C *shift, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, dot = ZERO, p = OP(load)(x_pivot + j), minus = ZERO;
-        FN(relu_mask) mask;
-        if (minus_pivot) minus = OP(load)(minus_pivot + j);
-        if (scale) mask = (FN(relu_mask)){OP(load)(scale + j), OP(load)(shift + j)};
+        V sum = ZERO, dot = ZERO, p = load(x_pivot + j), minus = ZERO;
+        relu_mask mask;
+        if (minus_pivot) minus = load(minus_pivot + j);
+        if (scale) mask = (relu_mask){load(scale + j), load(shift + j)};
         for (ptrdiff_t r = 0; r < b.rows; r++) {
             const T *xr = (const T *)x.data + r * x.stride + j;
             const T *gr = (const T *)dy.data + r * dy.stride + j;
-            V d = OP(sub)(b.n - j >= W ? FN(load)(xr) : FN(load_n)(xr, b.n - j, p), p);
-            V g = b.n - j >= W ? FN(load)(gr) : FN(load_n)(gr, b.n - j, ZERO);
-            g = FN(gradient)(g, d, NULL, scale ? &mask : NULL, minus_pivot ? &minus : NULL);
-            if (minus_pivot && b.n - j < W) g = FN(first_lanes)(g, b.n - j);
-            sum = OP(add)(sum, g);
-            dot = OP(fma)(g, d, dot);
+            V d = sub(b.n - j >= W ? load(xr) : load_n(xr, b.n - j, p), p);
+            V g = b.n - j >= W ? load(gr) : load_n(gr, b.n - j, ZERO);
+            g = gradient(g, d, NULL, scale ? &mask : NULL, minus_pivot ? &minus : NULL);
+            if (minus_pivot && b.n - j < W) g = first_lanes(g, b.n - j);
+            sum = add(sum, g);
+            dot = mul_add(g, d, dot);
         }
-        OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
-        OP(store)(q + j, OP(add)(OP(load)(q + j), dot));
+        store(s + j, add(load(s + j), sum));
+        store(q + j, add(load(q + j), dot));
     }
 }
 
-static void FN(col_dots)(nx_rows x_, nx_rows dy_, nx_block b, const double *mean,
-                         const double *pivot, const nx_relu_mask *relu, nx_sums sums)
+static void col_dots(nx_rows x_, nx_rows dy_, nx_block b, const double *mean, const double *pivot,
+                     const nx_relu_mask *relu, nx_sums sums)
 {
-    C x_pivot[STRIP], minus[PADDED], scale[STRIP], shift[STRIP], s[STRIP], q[STRIP];
-    double block_sum[STRIP], block_dot[STRIP];
-    STRIPS (j0, width) {
+    C x_pivot[COLS_AT_ONCE], minus[PADDED], scale[COLS_AT_ONCE], shift[COLS_AT_ONCE],
+        s[COLS_AT_ONCE], q[COLS_AT_ONCE];
+    double block_sum[COLS_AT_ONCE], block_dot[COLS_AT_ONCE];
+    EACH_COLUMNS(j0, width)
+    {
         const int adjacent = x_.stride == width && dy_.stride == width;
-        nx_fold folded = fold_rows(b.rows, width, adjacent, UNIT, STRIP);
-        const nx_rows x = FN(strip)(x_, j0, folded), dy = FN(strip)(dy_, j0, folded);
+        nx_fold folded = fold_rows((nx_block){b.rows, width}, adjacent);
+        const nx_rows x = columns_at(x_, j0, folded), dy = columns_at(dy_, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) x_pivot[j] = (C)mean[j0 + j];
         for (ptrdiff_t j = 0; j < width; j++) minus[j] = pivot ? -(C)pivot[j0 + j] : 0;
-        FN(spread)(x_pivot, folded);
-        FN(spread)(minus, folded);
+        spread(x_pivot, folded);
+        spread(minus, folded);
         for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
-        if (relu) FN(masks)(relu, mean, j0, folded, scale, shift);
+        if (relu) masks(relu, mean, j0, folded, scale, shift);
 #define DOTS(i, rows, n, minus, scale)                                                             \
-    FN(col_dots_group)(FN(from)(x, i, 0), FN(from)(dy, i, 0), (nx_block){rows, n}, x_pivot, minus, \
-                       scale, shift, s, q)
-#define DOTS_GROUP(i, rows, n) DOTS(i, rows, n, NULL, NULL)
-#define MASKED_GROUP(i, rows, n) DOTS(i, rows, n, NULL, scale)
-#define PIVOTED_GROUP(i, rows, n) DOTS(i, rows, n, minus, NULL)
-#define PIVOTED_MASKED_GROUP(i, rows, n) DOTS(i, rows, n, minus, scale)
-        if (pivot && relu) ROW_GROUPS(folded, PIVOTED_MASKED_GROUP);
-        else if (pivot) ROW_GROUPS(folded, PIVOTED_GROUP);
-        else if (relu) ROW_GROUPS(folded, MASKED_GROUP);
-        else ROW_GROUPS(folded, DOTS_GROUP);
+    col_dots_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, x_pivot, minus, scale, \
+                  shift, s, q)
+#define DOTS_ROWS(i, rows, n) DOTS(i, rows, n, NULL, NULL)
+#define MASKED_ROWS(i, rows, n) DOTS(i, rows, n, NULL, scale)
+#define PIVOTED_ROWS(i, rows, n) DOTS(i, rows, n, minus, NULL)
+#define PIVOTED_MASKED_ROWS(i, rows, n) DOTS(i, rows, n, minus, scale)
+        if (pivot && relu) EACH_ROWS(folded, PIVOTED_MASKED_ROWS);
+        else if (pivot) EACH_ROWS(folded, PIVOTED_ROWS);
+        else if (relu) EACH_ROWS(folded, MASKED_ROWS);
+        else EACH_ROWS(folded, DOTS_ROWS);
 #undef DOTS
-#undef DOTS_GROUP
-#undef MASKED_GROUP
-#undef PIVOTED_GROUP
-#undef PIVOTED_MASKED_GROUP
-        FN(lane_sums)(s, folded, block_sum);
-        FN(lane_sums)(q, folded, block_dot);
+#undef DOTS_ROWS
+#undef MASKED_ROWS
+#undef PIVOTED_ROWS
+#undef PIVOTED_MASKED_ROWS
+        lane_sums(s, folded, block_sum);
+        lane_sums(q, folded, block_dot);
         for (ptrdiff_t j = 0; j < width; j++) {
             sums.sum[j0 + j] += block_sum[j] - (double)b.rows * (double)minus[j];
             sums.dot[j0 + j] += block_dot[j] - (mean[j0 + j] - x_pivot[j]) * block_sum[j];
@@ -622,15 +727,16 @@ static void FN(col_dots)(nx_rows x_, nx_rows dy_, nx_block b, const double *mean
     }
 }
 
-static int FN(cols_are_far)(nx_rows dy_, nx_block b, const double *sum, double count, double *pivot)
+static int cols_are_far(nx_rows dy_, nx_block b, const double *sum, double count, double *pivot)
 {
     C sample[PADDED];
     int any = 0;
-    STRIPS (j0, width) {
+    EACH_COLUMNS(j0, width)
+    {
         const T *dy = (const T *)dy_.data + j0, *middle = dy + b.rows / 2 * dy_.stride;
         double near = 0, each = 1 / count;
         for (ptrdiff_t j = 0; j < width; j += W)
-            OP(store)(sample + j, FN(some)(middle + j, width - j, width - j >= W, ZERO));
+            store(sample + j, some(middle + j, width - j, width - j >= W, ZERO));
         for (ptrdiff_t j = 0; j < width; j++) {
             double mean = sum[j0 + j] * each, is_near = nx_near(sample[j], mean) ? 1.0 : 0.0;
             pivot[j0 + j] = is_near != 0 ? mean : 0;
@@ -639,7 +745,7 @@ static int FN(cols_are_far)(nx_rows dy_, nx_block b, const double *sum, double c
         for (ptrdiff_t j = 0; j < width && near > 0; j++) {
             int far = pivot[j0 + j] != 0 && b.rows > 1;
             for (int i = 1; i < 8 && far; i += 2) {
-                double g = FN(element)(dy + i * b.rows / 8 * dy_.stride + j);
+                double g = element(dy + i * b.rows / 8 * dy_.stride + j);
                 far = nx_near(g, pivot[j0 + j]);
             }
             if (!far) pivot[j0 + j] = 0;
@@ -649,44 +755,45 @@ static int FN(cols_are_far)(nx_rows dy_, nx_block b, const double *sum, double c
     return any;
 }
 
-NX_INLINE void FN(layer_parameters_group)(nx_rows x, nx_rows dy, nx_block b, const double *mean,
-                                          const double *rstd, C *s, C *q)
+NX_INLINE void layer_parameters_rows(nx_rows x, nx_rows dy, nx_block b, const double *mean,
+                                     const double *rstd, C *s, C *q)
 {
-    V p[GROUP], scale[GROUP], shift[GROUP];
+    V p[ROWS_AT_ONCE], scale[ROWS_AT_ONCE], shift[ROWS_AT_ONCE];
     for (ptrdiff_t r = 0; r < b.rows; r++) {
         C pivot = (C)mean[r];
-        p[r] = OP(set)(pivot);
-        scale[r] = OP(set)((C)rstd[r]);
-        shift[r] = OP(set)((C)((pivot - mean[r]) * rstd[r]));
+        p[r] = splat(pivot);
+        scale[r] = splat((C)rstd[r]);
+        shift[r] = splat((C)((pivot - mean[r]) * rstd[r]));
     }
     for (ptrdiff_t j = 0; j < b.n; j += W) {
         V sum = ZERO, dot = ZERO;
         for (ptrdiff_t r = 0; r < b.rows; r++) {
             const T *xr = (const T *)x.data + r * x.stride + j;
             const T *gr = (const T *)dy.data + r * dy.stride + j;
-            V v = b.n - j >= W ? FN(load)(xr) : FN(load_n)(xr, b.n - j, p[r]);
-            V g = b.n - j >= W ? FN(load)(gr) : FN(load_n)(gr, b.n - j, ZERO);
-            sum = OP(add)(sum, g);
-            dot = OP(fma)(g, OP(fma)(OP(sub)(v, p[r]), scale[r], shift[r]), dot);
+            V v = b.n - j >= W ? load(xr) : load_n(xr, b.n - j, p[r]);
+            V g = b.n - j >= W ? load(gr) : load_n(gr, b.n - j, ZERO);
+            sum = add(sum, g);
+            dot = mul_add(g, mul_add(sub(v, p[r]), scale[r], shift[r]), dot);
         }
-        OP(store)(s + j, OP(add)(OP(load)(s + j), sum));
-        OP(store)(q + j, OP(add)(OP(load)(q + j), dot));
+        store(s + j, add(load(s + j), sum));
+        store(q + j, add(load(q + j), dot));
     }
 }
 
-static void FN(layer_parameters)(nx_rows x_, nx_rows dy_, nx_block b, const double *mean,
-                                 const double *rstd, double *dbeta, double *dgamma)
+static void layer_parameters(nx_rows x_, nx_rows dy_, nx_block b, const double *mean,
+                             const double *rstd, double *dbeta, double *dgamma)
 {
-    C s[STRIP], q[STRIP];
-    STRIPS (j0, width) {
+    C s[COLS_AT_ONCE], q[COLS_AT_ONCE];
+    EACH_COLUMNS(j0, width)
+    {
         nx_fold folded = {1, width, b.rows, 0};
-        const nx_rows x = FN(strip)(x_, j0, folded), dy = FN(strip)(dy_, j0, folded);
+        const nx_rows x = columns_at(x_, j0, folded), dy = columns_at(dy_, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
-#define PARAMETERS_GROUP(i, rows, n)                                                       \
-    FN(layer_parameters_group)(FN(from)(x, i, 0), FN(from)(dy, i, 0), (nx_block){rows, n}, \
-                               mean + i, rstd + i, s, q)
-        ROW_GROUPS(folded, PARAMETERS_GROUP);
-#undef PARAMETERS_GROUP
+#define PARAMETERS_ROWS(i, rows, n)                                                           \
+    layer_parameters_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, mean + i, \
+                          rstd + i, s, q)
+        EACH_ROWS(folded, PARAMETERS_ROWS);
+#undef PARAMETERS_ROWS
         for (ptrdiff_t j = 0; j < width; j++) {
             dbeta[j0 + j] += s[j];
             dgamma[j0 + j] += q[j];
@@ -697,24 +804,25 @@ static void FN(layer_parameters)(nx_rows x_, nx_rows dy_, nx_block b, const doub
 #ifdef T_INT
 /* Windows over images ---------------------------------------------------------------------- */
 
-static void FN(transpose)(nx_rows x_, nx_block b, nx_rows y_)
+static void transpose(nx_rows x_, nx_block b, nx_rows y_)
 {
     const T *x = x_.data;
     T *y = y_.data;
-    const ptrdiff_t side = OP(SIDE), whole_rows = b.rows / side * side, whole_n = b.n / side * side;
+    const ptrdiff_t side = BY_TYPE(f32_SIDE, f64_SIDE), whole_rows = b.rows / side * side,
+                    whole_n = b.n / side * side;
     for (ptrdiff_t j = 0; j < whole_n; j += side)
         for (ptrdiff_t i = 0; i < whole_rows; i += side)
-            OP(transpose_square)(x + i * x_.stride + j, x_.stride, y + j * y_.stride + i,
-                                 y_.stride);
+            transpose_square(x + i * x_.stride + j, x_.stride, y + j * y_.stride + i, y_.stride);
     for (ptrdiff_t i = 0; i < b.rows; i++)
         for (ptrdiff_t j = i < whole_rows ? whole_n : 0; j < b.n; j++)
             y[j * y_.stride + i] = x[i * x_.stride + j];
 }
 
+/* Windows whose largest numbers so far are on the stack; long enough to be many vectors. */
 #define POOL_BLOCK 128
 
-NX_INLINE void FN(pool_position)(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT position,
-                                 T *NX_RESTRICT best, T_INT *NX_RESTRICT winner)
+NX_INLINE void pool_position(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT position,
+                             T *NX_RESTRICT best, T_INT *NX_RESTRICT winner)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
         T v = x[i * step];
@@ -724,8 +832,8 @@ NX_INLINE void FN(pool_position)(const T *x, ptrdiff_t step, ptrdiff_t n, T_INT 
     }
 }
 
-static void FN(pool_row)(nx_rows x_, const nx_window *window, ptrdiff_t n, void *y, void *winner,
-                         int winner_size)
+static void pool_row(nx_rows x_, const nx_window *window, ptrdiff_t n, void *y, void *winner,
+                     int winner_size)
 {
     const ptrdiff_t step = window->step, kw = window->kw, positions = window->kh * kw;
     T best[POOL_BLOCK];
@@ -740,9 +848,9 @@ static void FN(pool_row)(nx_rows x_, const nx_window *window, ptrdiff_t n, void 
         for (ptrdiff_t k = 1; k < positions; k++) {
             const T *from = x + k / kw * x_.stride + k % kw;
             /* With the common steps as constants the compiler uses vectors. */
-            if (step == 1) FN(pool_position)(from, 1, count, (T_INT)k, best, position);
-            else if (step == 2) FN(pool_position)(from, 2, count, (T_INT)k, best, position);
-            else FN(pool_position)(from, step, count, (T_INT)k, best, position);
+            if (step == 1) pool_position(from, 1, count, (T_INT)k, best, position);
+            else if (step == 2) pool_position(from, 2, count, (T_INT)k, best, position);
+            else pool_position(from, step, count, (T_INT)k, best, position);
         }
         for (ptrdiff_t i = 0; i < count; i++) ((T *)y)[start + i] = best[i];
         if (winner_size == 1)
@@ -756,8 +864,8 @@ static void FN(pool_row)(nx_rows x_, const nx_window *window, ptrdiff_t n, void 
 
 /* gcc makes use of restrict on parameters, and not on the local pointers of a block: without this
  * function there would be no vectors. */
-NX_INLINE void FN(adam_loop)(const nx_adam *step_, ptrdiff_t n, const T *NX_RESTRICT dw,
-                             T *NX_RESTRICT next_w, T *NX_RESTRICT next_m, T *NX_RESTRICT next_v)
+NX_INLINE void adam_loop(const nx_adam *step_, ptrdiff_t n, const T *NX_RESTRICT dw,
+                         T *NX_RESTRICT next_w, T *NX_RESTRICT next_m, T *NX_RESTRICT next_v)
 {
     const T *w = step_->w, *m = step_->m, *v = step_->v;
     const T keep_m = (T)step_->beta1, add_m = (T)(1 - step_->beta1), keep_v = (T)step_->beta2,
@@ -765,47 +873,17 @@ NX_INLINE void FN(adam_loop)(const nx_adam *step_, ptrdiff_t n, const T *NX_REST
     for (ptrdiff_t i = 0; i < n; i++) {
         next_m[i] = m[i] * keep_m + dw[i] * add_m;
         next_v[i] = v[i] * keep_v + dw[i] * dw[i] * add_v;
-        next_w[i] = w[i] - next_m[i] / (T_SQRT(next_v[i]) + small) * step;
+        next_w[i] = w[i] - next_m[i] / (root(next_v[i]) + small) * step;
     }
 }
 
-static void FN(adam)(const nx_adam *step, ptrdiff_t n)
-{ FN(adam_loop)(step, n, step->dw, step->next_w, step->next_m, step->next_v); }
+static void adam(const nx_adam *step, ptrdiff_t n)
+{ adam_loop(step, n, step->dw, step->next_w, step->next_m, step->next_v); }
 #endif
 
 #define STREAM 0
-#define TABLE NX_JOIN(nx, NX_ISA, E)
-#define WR(name) NX_OP(E, name)
 #include "kernels_write.h"
+#undef STREAM
 
 #define STREAM 1
-#define TABLE NX_JOIN(nx_stream, NX_ISA, E)
-#define WR(name) NX_OP(NX_OP(E, stream), name)
 #include "kernels_write.h"
-
-#undef FN
-#undef OP
-#undef V
-#undef W
-#undef LANES
-#undef NV
-#undef ROW_BLOCK
-#undef PIECE
-#undef COL_ROWS
-#undef STRIP
-#undef PADDED
-#undef GROUP
-#undef ZERO
-#undef INTERLEAVED
-#undef UNIT
-#undef COL_BLOCK
-#undef T
-#undef E
-#undef C
-#undef EC
-#undef T_INT
-#undef T_SQRT
-#undef POOL_BLOCK
-#undef T_RANGE
-#undef T_LARGE
-#undef T_UNDERFLOW

@@ -49,7 +49,8 @@ static int nx_could_be(int threads, int there)
     int started = 0;
     if (others == NULL) return 0;
     pthread_mutex_lock(&gate);
-    while (there + started < threads && pthread_create(&others[started], NULL, nx_pass, &gate) == 0) started++;
+    while (there + started < threads && pthread_create(&others[started], NULL, nx_pass, &gate) == 0)
+        started++;
     pthread_mutex_unlock(&gate);
     for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
     free(others);
@@ -100,7 +101,8 @@ static int nx_team(int threads) { return threads; }
 
 /* Runs f(job, 0) to f(job, tasks - 1): the one place where loops go on threads. One thread needs no parallel region, which
    takes a microsecond and may find no memory. */
-static void nx_run_on(int threads, void (*f)(const void *job, ptrdiff_t task), const void *job, ptrdiff_t tasks)
+static void nx_run_on(int threads, void (*f)(const void *job, ptrdiff_t task), const void *job,
+                      ptrdiff_t tasks)
 {
 #ifdef _OPENMP
     if (threads > 1) {
