@@ -345,12 +345,11 @@ def _norm(
             raise ValueError(misfit)
     elif running_mean is not None or running_var is not None:
         raise ValueError(f"{norm} must have no running statistics, got some")
-    running, var = None, x.new_empty(0, dtype=torch.float64)
-    if norm == "batch_norm":
-        if training:
-            running_mean, var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-            running_var = var
-        running = running_mean, running_var, 1.0
+    var = x.new_empty(0, dtype=torch.float64)
+    if norm == "batch_norm" and training:
+        running_mean, var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+        running_var = var
+    running = (running_mean, running_var, 1.0) if norm == "batch_norm" else None
     y, cache = _forward(x, weight, bias, running, plan)
     return y, torch.from_numpy(cache.mean), torch.from_numpy(cache.rstd), var
 
@@ -489,8 +488,8 @@ def _described(value: Any) -> str:
 def _misfit(kind: str, size: Any, x: Any, weight: Any, bias: Any, eps: Any) -> str | None:
     """For what the loops do not take a call, in words; None if they do.
 
-    Of layer and RMS norm, size is the shape of a row; of group norm, the number of groups. That these fit x is checked by
-    `Norm` too, but PyTorch's error is wanted for them, and `torch.compile` reads this, where there is no Norm.
+    Of layer and RMS norm, size is the shape of a row; of group norm, the number of groups. `Norm` checks these too, but
+    where they are wrong PyTorch is to raise its own error, and `torch.compile`, which reads this, knows no `Norm`.
     """
     if not (type(x) in _TENSORS and x.dtype in _DTYPES and x.is_cpu and x.layout is torch.strided and not x.is_nested):
         return f"input must be a dense tensor of {', '.join(map(str, _DTYPES))} on the CPU, got {_described(x)}"
