@@ -1,14 +1,18 @@
 """How large the compiled core is: parameters of every function, as its compilers see them, and lines of every file.
 
     python tests/count_code.py [FOLDER]
-    python tests/count_code.py [FOLDER] --chain functional.pyx:layer_norm ...
+    python tests/count_code.py [FOLDER] --chain functional.py:layer_norm ...
 
 Needs GCC, which writes down the functions of C files (``-aux-info``), and Cython, whose parser reads its own and
 Python's. A function of a template is one, whatever the types that it is compiled for; those of simd.h, names for single
-instructions, are left out. The adapters to JAX and PyTorch count among the lines; of normext/torch.py only what comes
-before its public functions, which stand in for PyTorch's.
+instructions, are left out, and so are signatures that stand for typing alone (``@overload``). Functions in Python are
+not of the compiled core. The adapters to JAX and PyTorch count among the lines; of normext/torch.py only what comes
+before its public functions, which stand in for PyTorch's, and of normext/functional only the code: its docstrings are
+the manual.
 
-A chain is the functions that a call goes through on its way to a kernel's innermost loop; it is counted alone.
+A chain is the functions that a call goes through on its way to the kernels' innermost loops: of both passes over the
+data, which are statistics or sums, and then the result. Those of two calls are printed, of float32 numbers along rows
+that are each one block, and of N,C,H,W with a task for each channel; or that of the functions given.
 """
 
 import argparse
@@ -42,6 +46,16 @@ FILES = (
     "normext/torch.py",
     "setup.py",
 )
+CHAINS = {
+    "layer_norm": """
+        functional.py:layer_norm arrays.pyx:forward arrays.pyx:run norms.pyx:forward norms.pyx:run_forward walk_forward
+        rows.pyx:normalize_rows run_on nx_run_on layer_task layer_forward layer_forward_loop
+        statistics_interleaved affine_loop affine_vector""",
+    "batch_norm_backward": """
+        functional.py:batch_norm_backward arrays.pyx:backward arrays.pyx:run norms.pyx:backward walk_backward
+        rows.pyx:rows_backward run_on nx_run_on backward_group_task backward_group
+        group_dots row_dots dots_loop dots_piece group_dx row_dx dx_loop dx_vector""",
+}
 
 
 class Function(NamedTuple):
@@ -61,6 +75,7 @@ class Function(NamedTuple):
 
 # As GCC writes it: `/* file:line:NF */ result name (parameters); /* (names) ... */`, with an F for a definition.
 DEFINITION = re.compile(r"/\* (src_c/\S+):(\d+):NF \*/ .*?(\w+) \((.*)\); /\* \(")
+DOCSTRING = re.compile(r'^ *"""(?s:.*?)"""\n', re.MULTILINE)
 ELEMENT = re.compile(r"^b?f(16|32|64)_(stream_)?")  # what a template's functions are called by, in front of their names
 
 
@@ -100,6 +115,8 @@ class Definitions(TreeVisitor):
         self.found.append((node.pos[1], declarator.base.name, len(declarator.args)))
 
     def visit_DefNode(self, node: Any) -> None:
+        if any(getattr(d.decorator, "name", "") == "overload" for d in node.decorators or ()):
+            return
         more = [arg for arg in (node.star_arg, node.starstar_arg) if arg is not None]
         self.found.append((node.pos[1], node.name, len(node.args) + len(more)))
 
@@ -140,6 +157,8 @@ def lines(path: Path) -> tuple[int, int]:
     text = path.read_text()
     if path.name == "torch.py":
         text = text.partition("\ndef batch_norm(")[0]
+    if path.stem == "functional":
+        text = DOCSTRING.sub("", text)
     all_lines = text.splitlines()
     return len(all_lines), sum(bool(line.strip()) for line in all_lines)
 
@@ -147,8 +166,17 @@ def lines(path: Path) -> tuple[int, int]:
 def in_chain(found: list[Function], hop: str) -> Function:
     """The function that is named so, as `name` or `file:name`."""
     file, _, name = hop.rpartition(":")
-    (function,) = (f for f in found if f.name == name and f.file.endswith(file))
-    return function
+    named = [f for f in found if f.name == name and f.file.endswith(file)]
+    if len(named) != 1:
+        raise ValueError(f"{hop} must name one function, but names {len(named)}")
+    return named[0]
+
+
+def chain_text(found: list[Function], hops: list[str]) -> str:
+    """The functions, a line each, and their parameters in all."""
+    chain = [in_chain(found, hop) for hop in hops]
+    total = f"{sum(f.parameters for f in chain):10}  in {len(chain)} functions"
+    return "\n".join(map(str, [*chain, total]))
 
 
 def main() -> None:
@@ -161,8 +189,7 @@ def main() -> None:
     found = functions(root)
     print("parameters  function")
     if options.chain:
-        chain = [in_chain(found, hop) for hop in options.chain]
-        print(*chain, f"{sum(f.parameters for f in chain):10}  in {len(chain)} functions", sep="\n")
+        print(chain_text(found, options.chain))
         return
     compiled = [f for f in found if not f.file.endswith(".py")]
     for f in compiled:
@@ -176,6 +203,12 @@ def main() -> None:
     for name, (all_lines, not_empty) in counted.items():
         print(f"{all_lines:5}  {not_empty:9}  {name}")
     print("{:5}  {:9}  in all".format(*map(sum, zip(*counted.values()))))
+    for call, hops in CHAINS.items():
+        print(f"\nthe chain of {call}")
+        try:
+            print(chain_text(found, hops.split()))
+        except ValueError as error:  # of another state of the code
+            print(error)
 
 
 if __name__ == "__main__":

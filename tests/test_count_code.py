@@ -32,6 +32,8 @@ cdef class A:
     cdef int *method(self, int (*f)(int, int), int c=1) noexcept nogil:
         return NULL
 
+@overload
+def words(a: int): ...
 def words(a, *, b=1, **more):
     pass
 """
@@ -39,7 +41,7 @@ def words(a, *, b=1, **more):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_functions_are_counted_once(tmp_path, monkeypatch):
-    """Whatever the types that they are compiled for; and a function that is a parameter is one parameter."""
+    """Whatever the types that they are compiled or declared for; a function that is a parameter is one parameter."""
     monkeypatch.delenv("CC", raising=False)
     sources = {
         "kernels.c": KERNELS,
