@@ -145,9 +145,10 @@ HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h
 
 
 def extension(name, *sources, macros=()):
+    path = f"normext/{name.replace('.', '/')}"
     return Extension(
         f"normext.{name}",
-        [f"normext/{name.replace('.', '/')}.pyx", *sources],
+        [path + (".pyx" if os.path.exists(path + ".pyx") else ".py"), *sources],
         depends=[*HEADERS, *map(str, Path("normext").glob("**/*.pxd"))],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
@@ -166,6 +167,7 @@ setup(
     **{"license_expression" if int(__version__.partition(".")[0]) >= 77 else "license": "BSD-3-Clause"},
     ext_modules=[
         *(extension(f"_core.{name}") for name in MODULES),
+        extension("functional"),  # plain Python: see there
         extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
     ],
     cmdclass={"build_ext": BuildExt},

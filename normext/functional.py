@@ -1,8 +1,12 @@
+# cython: annotation_typing=False
 """The public functions: words and defaults.
 
 What a call fuses with the norm is named by an argument of the forward pass, and saves a pass of its own through memory
 both ways: ``activation='relu'`` of batch norm, whose backward pass finds the mask again from x, and ``residual=r`` of
 layer and RMS norm, which return the sum ``x + r`` too and take its own gradient as `dsum`.
+
+This is plain Python, and compiled all the same: the interpreter looks up each keyword-only default in a dict, which
+took a fifth of a microsecond for a call of `batch_norm`.
 """
 
 from typing import Any, Literal, SupportsIndex, TypeAlias, overload
