@@ -455,10 +455,10 @@ def test_an_older_normext_is_refused(tmp_path):
     header = (Path(normext.get_include()) / "normext.h").read_text()
     newer = header.replace("#define NORMEXT_API_VERSION 1\n", "#define NORMEXT_API_VERSION 2\n")
     assert newer != header
-    (tmp_path / "normext.h").write_text(newer)  # found first, being beside what includes it
+    (tmp_path / "normext.h").write_text(newer)  # found first
     code = (
         "from setuptools import Extension, setup; import normext;"
-        "setup(ext_modules=[Extension('in_c', ['in_c.c'], include_dirs=[normext.get_include()])])"
+        "setup(ext_modules=[Extension('in_c', ['in_c.c'], include_dirs=['.', normext.get_include()])])"
     )
     (tmp_path / "setup.py").write_text(code)
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
