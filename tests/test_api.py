@@ -197,14 +197,15 @@ def room(case, place):
 
 
 def described(call, case):
-    options = {"groups": case.number_of_groups, "training": case.training, "relu": case.relu, "eps": case.eps}
-    return call.Norm(case.norm, case.dtype, case.shape, case.axis, **options)
+    plan = case.plan
+    options = {"groups": plan.groups, "training": plan.training, "relu": plan.activation == "relu", "eps": plan.eps}
+    return call.Norm(plan.kind, plan.dtype.name, plan.shape, plan.axis, **options)
 
 
 def results_of(call, case, arrays, out, dx_out):
     """What `forward_and_backward` gives, but of the table's functions."""
     norm, given, x = described(call, case), case.arguments(arrays), arrays["x"]
-    mean, rstd = np.empty((2, len(case.statistics(x))))
+    mean, rstd = np.empty((2, case.plan.statistics))
     forward = {name: given.get(name) for name in ("gamma", "beta", "residual", *RUNNING)}
     total = np.empty_like(x, x.dtype.newbyteorder("=")) if case.fused else None
     running = {"momentum": 0.9, "unbiased": given.get("unbiased", False)}
@@ -276,7 +277,7 @@ def test_in_place(example, name, place):
     arrays = numbers(case, PLACES[place])
     found = results_of(example["in_cython"], case, arrays, room(case, PLACES[place]), arrays["dy"])
     same_bits(found, wanted)
-    norm, statistics = described(example["in_cython"], case), np.empty((2, len(case.statistics(arrays["x"]))))
+    norm, statistics = described(example["in_cython"], case), np.empty((2, case.plan.statistics))
     given = case.arguments(numbers(case, PLACES[place]))
     call = {name: given.get(name) for name in ("gamma", "beta", "residual", *RUNNING)}
     call |= {"x": arrays["x"], "y": arrays["x"], "mean": statistics[0], "rstd": statistics[1]}
@@ -455,10 +456,10 @@ def test_an_older_normext_is_refused(tmp_path):
     header = (Path(normext.get_include()) / "normext.h").read_text()
     newer = header.replace("#define NORMEXT_API_VERSION 1\n", "#define NORMEXT_API_VERSION 2\n")
     assert newer != header
-    (tmp_path / "normext.h").write_text(newer)  # found first, being beside what includes it
+    (tmp_path / "normext.h").write_text(newer)  # found first
     code = (
         "from setuptools import Extension, setup; import normext;"
-        "setup(ext_modules=[Extension('in_c', ['in_c.c'], include_dirs=[normext.get_include()])])"
+        "setup(ext_modules=[Extension('in_c', ['in_c.c'], include_dirs=['.', normext.get_include()])])"
     )
     (tmp_path / "setup.py").write_text(code)
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]

@@ -21,7 +21,7 @@ from normext cimport (
     NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
-from normext._core.sizes cimport numbers_of, statistics_of
+from normext._core.sizes cimport is_group_norm, numbers_of, statistics_of
 
 cdef enum:
     LITTLE = 1 << 15  # elements up to which letting go of the GIL would show
@@ -237,7 +237,7 @@ cdef int describe(Norm norm, tuple how, int ndim, const Py_ssize_t *dims, int ty
     norm.c.training = checked_bool(training, "training")
     norm.c.eps = checked_number(eps, "eps", 0, 1e300)
     norm.c.relu = checked_activation(activation)
-    if norm.c.kind == NORMEXT_GROUP_NORM:
+    if is_group_norm(&norm.c):
         try:
             norm.c.groups = dims[norm.c.axis] if kind == "instance_norm" else groups
         except (TypeError, OverflowError):
@@ -260,9 +260,9 @@ cdef int raise_wrong(Norm norm, int wrong) except -1:
     if wrong == NORMEXT_NO_NUMBERS and norm.c.kind == NORMEXT_BATCH_NORM:
         raise ValueError(f"x has no rows to take a mean of in training: shape {norm.shape}")
     if wrong == NORMEXT_NO_NUMBERS:
-        things = "groups" if norm.c.kind == NORMEXT_GROUP_NORM else "rows"
+        things = "groups" if is_group_norm(&norm.c) else "rows"
         raise ValueError(f"x has {things} without numbers: {where}")
-    if norm.c.kind == NORMEXT_GROUP_NORM:
+    if is_group_norm(&norm.c):
         channels = norm.c.shape[norm.c.axis]
         raise ValueError(f"num_groups must divide the {channels} channels, got {norm.c.groups}")
     raise ValueError(f"{norm.kind} has no activation and nothing but training: {where}")
@@ -830,7 +830,7 @@ cdef cnp.ndarray new_statistics(Norm norm):
     dims[0] = 2
     if norm.c.kind == NORMEXT_BATCH_NORM:
         dims[1] = norm.c.shape[norm.c.axis]
-    elif norm.c.kind == NORMEXT_GROUP_NORM:
+    elif is_group_norm(&norm.c):
         dims[1], dims[2], ndim = norm.c.shape[0], norm.c.groups, 2
     else:
         ndim = norm.c.axis

@@ -12,7 +12,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from normext cimport (
-    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_FLOAT32, NORMEXT_FLOAT64, NORMEXT_GROUP_NORM,
+    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_FLOAT32, NORMEXT_FLOAT64,
     NORMEXT_NO_MEMORY, NORMEXT_OK, NORMEXT_SUMS, NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
 )
 from normext._core.kernels cimport (
@@ -20,7 +20,7 @@ from normext._core.kernels cimport (
     nx_rescale_columns, nx_rows,
 )
 from normext._core.runtime cimport kernels_for
-from normext._core.sizes cimport numbers_of, parameters_of, statistics_of
+from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
     MAX_ARRAYS, MAX_NDIM, Way, distance, fill_strides, moved_axes, walk_backward, walk_forward,
 )
@@ -74,10 +74,10 @@ cdef int start_detour(const nx_norm *norm, Detour *d) noexcept nogil:
     cdef char *memory
     for i in range(norm.ndim):
         order[i] = i
-    if norm.kind == NORMEXT_GROUP_NORM:
+    if is_group_norm(norm):
         moved_axes(norm, 1, order)
     d.norm, d.itemsize = norm[0], kernels_for(norm.type, False).itemsize
-    d.norm.shape, d.norm.axis = &d.length[0], 1 if norm.kind == NORMEXT_GROUP_NORM else norm.axis
+    d.norm.shape, d.norm.axis = &d.length[0], 1 if is_group_norm(norm) else norm.axis
     for i in range(MAX_ARRAYS):
         if d.of[i].data != NULL:
             set_array(norm, d, i, d.of[i], order)
@@ -85,7 +85,7 @@ cdef int start_detour(const nx_norm *norm, Detour *d) noexcept nogil:
     if norm.kind == NORMEXT_BATCH_NORM:
         last = norm.ndim
     else:
-        last = 1 if norm.kind == NORMEXT_GROUP_NORM else norm.axis
+        last = 1 if is_group_norm(norm) else norm.axis
     d.cuts = last
     for i in range(norm.ndim):
         d.shape[i] = d.step[i] = norm.shape[order[i]]
@@ -211,7 +211,7 @@ cdef void copy_statistics(const Detour *d, double *all, double *part, bint back)
         at, channels = d.start[d.norm.axis], d.length[d.norm.axis]
         memcpy(all + at if back else part, part if back else all + at, channels * sizeof(double))
         return
-    if d.norm.kind == NORMEXT_GROUP_NORM:
+    if is_group_norm(&d.norm):
         at, channels = d.start[0] * d.norm.groups, d.length[0] * d.norm.groups
         memcpy(all + at if back else part, part if back else all + at, channels * sizeof(double))
         return

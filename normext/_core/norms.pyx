@@ -15,14 +15,14 @@ from libc.string cimport memcpy, memset
 from normext cimport (
     NORMEXT_APPLY, NORMEXT_BAD_ARGUMENT, NORMEXT_BAD_AXIS, NORMEXT_BAD_EPS, NORMEXT_BAD_GROUPS,
     NORMEXT_BAD_KIND, NORMEXT_BAD_SHAPE, NORMEXT_BAD_TYPE, NORMEXT_BATCH_NORM, NORMEXT_BFLOAT16,
-    NORMEXT_FLOAT32, NORMEXT_FLOAT64, NORMEXT_GROUP_NORM, NORMEXT_MAX_NDIM, NORMEXT_NO_CHANNELS,
+    NORMEXT_FLOAT32, NORMEXT_FLOAT64, NORMEXT_MAX_NDIM, NORMEXT_NO_CHANNELS,
     NORMEXT_NO_MEMORY, NORMEXT_NO_NUMBERS, NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_WHOLE, nx_io,
     nx_norm, nx_running,
 )
 from normext._core.blocks cimport add_by_blocks, backward_by_blocks, forward_by_blocks
 from normext._core.kernels cimport nx_any_outside, nx_inverse_stds
 from normext._core.runtime cimport isa_name, threads_used, tracing
-from normext._core.sizes cimport numbers_of, parameters_of, statistics_of
+from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
     BLOCKS, CHANNELS_FIRST, CHANNELS_LAST, COLUMNS, LAYERS, NOTHING, ONE_PIXEL, ROWS, Way,
     walk_backward, walk_forward,
@@ -50,7 +50,7 @@ cdef int check(const nx_norm *norm) noexcept nogil:
         return NORMEXT_BAD_TYPE
     if not 0 <= norm.ndim <= NORMEXT_MAX_NDIM or (norm.ndim > 0 and norm.shape == NULL):
         return NORMEXT_BAD_SHAPE
-    if not 0 <= norm.axis < norm.ndim or (norm.kind == NORMEXT_GROUP_NORM and norm.axis == 0):
+    if not 0 <= norm.axis < norm.ndim or (is_group_norm(norm) and norm.axis == 0):
         return NORMEXT_BAD_AXIS
     for i in range(norm.ndim):
         most *= max(<Py_ssize_t> 1, norm.shape[i])
@@ -66,7 +66,7 @@ cdef int check(const nx_norm *norm) noexcept nogil:
             return NORMEXT_NO_CHANNELS
         if norm.training and numbers == 0:
             return NORMEXT_NO_NUMBERS
-    elif norm.kind == NORMEXT_GROUP_NORM:
+    elif is_group_norm(norm):
         if norm.groups < 1 or channels % norm.groups:
             return NORMEXT_BAD_GROUPS
         if numbers == 0 and norm.shape[0] != 0:

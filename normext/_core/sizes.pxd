@@ -1,4 +1,4 @@
-# Sizes that follow from a norm.
+# Kinds and sizes that follow from a norm.
 
 from normext cimport NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, nx_norm
 
@@ -12,6 +12,11 @@ cdef inline Py_ssize_t numbers_of(const nx_norm *norm, int first, int last) noex
     return product
 
 
+cdef inline bint is_group_norm(const nx_norm *norm) noexcept nogil:
+    """Instance norm too."""
+    return norm.kind == NORMEXT_GROUP_NORM
+
+
 cdef inline bint is_row_norm(const nx_norm *norm) noexcept nogil:
     """Layer and RMS norm."""
     return norm.kind >= NORMEXT_LAYER_NORM
@@ -21,7 +26,7 @@ cdef inline Py_ssize_t statistics_of(const nx_norm *norm) noexcept nogil:
     """How many means and rstds there are."""
     if norm.kind == NORMEXT_BATCH_NORM:
         return norm.shape[norm.axis]
-    if norm.kind == NORMEXT_GROUP_NORM:
+    if is_group_norm(norm):
         return norm.shape[0] * norm.groups
     return numbers_of(norm, 0, norm.axis)
 

@@ -10,7 +10,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from normext cimport (
-    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM, NORMEXT_NO_MEMORY, NORMEXT_OK,
+    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_NO_MEMORY, NORMEXT_OK,
     NORMEXT_RMS_NORM, NORMEXT_SUMS, nx_array, nx_io, nx_norm,
 )
 from normext._core.call cimport ABOUT_ZERO, ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call
@@ -22,7 +22,7 @@ from normext._core.rows cimport (
     affine_rows, grouped_backward, layer_backward, normalize_rows, normalize_sums, rows_backward,
 )
 from normext._core.runtime cimport kernels_for, norm_kernels
-from normext._core.sizes cimport numbers_of
+from normext._core.sizes cimport is_group_norm, numbers_of
 
 # The arrays that a call walks together, and where their place in it is to be noted.
 cdef struct Arrays:
@@ -269,7 +269,7 @@ cdef Way layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
     """How the arrays are walked together; fills in their sizes and places in the call."""
     if norm.kind == NORMEXT_BATCH_NORM:
         return batch_layout(norm, a, c)
-    return group_layout(norm, a, c) if norm.kind == NORMEXT_GROUP_NORM else row_layout(norm, a, c)
+    return group_layout(norm, a, c) if is_group_norm(norm) else row_layout(norm, a, c)
 
 
 cdef void begin(const nx_norm *norm, const nx_io *io, Call *c) noexcept nogil:
@@ -281,7 +281,7 @@ cdef void begin(const nx_norm *norm, const nx_io *io, Call *c) noexcept nogil:
     c.statistics = CENTRED if norm.training else GIVEN
     if norm.kind == NORMEXT_BATCH_NORM:
         c.parameters = PER_GROUP
-    elif norm.kind == NORMEXT_GROUP_NORM:
+    elif is_group_norm(norm):
         c.parameters = PER_ROW
     else:
         c.parameters = ALONG_ROW
