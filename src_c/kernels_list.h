@@ -60,7 +60,8 @@ NX_WRITER(group_backward, ptrdiff_t,
 /* sum = a + b, which may be one of them */
 NX_KERNEL(add_rows, void, (nx_rows a, nx_rows b, nx_rows sum, nx_block block))
 
-/* Numbers as double, and back, rounded once. */
+/* Numbers as double, and back: rounded to nearest, and once (but bfloat16 as ml_dtypes rounds it, by
+ * way of float). */
 NX_KERNEL(widen, void, (const void *x, ptrdiff_t n, double *y))
 NX_KERNEL(narrow, void, (const double *x, ptrdiff_t n, void *y))
 

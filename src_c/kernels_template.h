@@ -5,6 +5,7 @@
  *     C, V             the type that they are computed in, and a vector of it: T is C but for 16-bit
  *                      floats, which loads and stores convert
  *     T_INT            an integer type as wide as T where T is C, otherwise undefined
+ *     T_NARROW         a double as a C that is to be stored, where T is not C
  *     T_UNDERFLOW      a positive result up to this becomes 0 when it is stored
  *
  * This file has what reads elements and makes sums; kernels_write.h, included at its end, what writes
@@ -102,10 +103,19 @@ NX_INLINE nx_rows rows_at(nx_rows x, ptrdiff_t r, ptrdiff_t i)
 
 /* Rows ------------------------------------------------------------------------------------- */
 
+/* The sum of all lanes of NV vectors, by halves; the loops are of constant lengths, so that the
+ * compiler unrolls them and keeps the vectors in registers. */
 NX_INLINE C sum_lanes(V *lanes)
 {
-    for (int half = NV / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half]);
+#define ADD_HALF(half) \
+    if (NV > half)     \
+        for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half])
+    ADD_HALF(16);
+    ADD_HALF(8);
+    ADD_HALF(4);
+    ADD_HALF(2);
+    ADD_HALF(1);
+#undef ADD_HALF
     return total(lanes[0]);
 }
 
@@ -480,22 +490,6 @@ static void widen(const void *x_, ptrdiff_t n, double *y)
 #endif
 }
 
-#ifndef T_INT
-/* To float, with the last bit set where that is inexact: what then rounds it to fewer bits, two at
- * least, rounds as if there had been no step between (S. Boldo and G. Melquiond, "Emulation of FMA
- * and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008). */
-static float round_to_odd(double x)
-{
-    float nearest = (float)x;
-    uint32_t bits;
-    memcpy(&bits, &nearest, sizeof bits);
-    if (x != x || nearest == x || bits & 1) return nearest;
-    bits += fabs(nearest) < fabs(x) ? 1 : -1;
-    memcpy(&nearest, &bits, sizeof bits);
-    return nearest;
-}
-#endif
-
 static void narrow(const double *x, ptrdiff_t n, void *y_)
 {
     T *y = y_;
@@ -504,7 +498,7 @@ static void narrow(const double *x, ptrdiff_t n, void *y_)
 #else
     C lanes[W];
     for (ptrdiff_t i = 0; i < n; i += W) {
-        for (ptrdiff_t k = 0; k < W; k++) lanes[k] = i + k < n ? round_to_odd(x[i + k]) : 0;
+        for (ptrdiff_t k = 0; k < W; k++) lanes[k] = i + k < n ? T_NARROW(x[i + k]) : 0;
         store_n(y + i, n - i, load(lanes));
     }
 #endif
@@ -522,20 +516,22 @@ static void narrow(const double *x, ptrdiff_t n, void *y_)
 
 /* f(first row, rows, numbers in a row), for ROWS_AT_ONCE rows at a time, as a constant with which the
  * compiler unrolls a loop over them, then for one at a time, then for the tail. */
-#define EACH_ROWS(folded, f)                                               \
-    do {                                                                   \
-        ptrdiff_t i_ = 0;                                                  \
-        for (; i_ + ROWS_AT_ONCE <= (folded).rows; i_ += ROWS_AT_ONCE)     \
-            f(i_, ROWS_AT_ONCE, (folded).lanes);                           \
-        for (; i_ < (folded).rows + ((folded).tail > 0); i_++)             \
-            f(i_, 1, i_ < (folded).rows ? (folded).lanes : (folded).tail); \
+#define EACH_ROWS(folded, f)                                           \
+    do {                                                               \
+        ptrdiff_t i_ = 0;                                              \
+        for (; i_ + ROWS_AT_ONCE <= (folded).rows; i_ += ROWS_AT_ONCE) \
+            f(i_, ROWS_AT_ONCE, (folded).lanes);                       \
+        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);     \
+        if ((folded).tail) f(i_, 1, (folded).tail);                    \
     } while (0)
 
 /* f(row, numbers in it). What is written goes row by row: half as many streams through memory as
  * ROWS_AT_ONCE rows of both would be. */
-#define EACH_ROW(folded, f)                                                \
-    for (ptrdiff_t i_ = 0; i_ < (folded).rows + ((folded).tail > 0); i_++) \
-    f(i_, i_ < (folded).rows ? (folded).lanes : (folded).tail)
+#define EACH_ROW(folded, f)                                                     \
+    do {                                                                        \
+        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes); \
+        if ((folded).tail) f((folded).rows, (folded).tail);                     \
+    } while (0)
 
 /* A column's coefficients for all its lanes. */
 NX_INLINE void spread(C *p, nx_fold folded)

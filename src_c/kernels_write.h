@@ -206,12 +206,12 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
                       dy_ = {(T *)dy.data + i * dy.group, dy.row},
                       dx_ = {(T *)dx.data + i * dx.group, dx.row};
         double dy_sum = 0, g_sum = 0, g_dot = 0;
-        for (ptrdiff_t r = 0; r < rows; r++) dbeta[r] = dgamma[r] = 0;
-        row_dots(x_, dy_, (nx_block){rows, n}, mean[i], NULL, NULL, NULL,
-                 (nx_sums){dbeta, dgamma, 1});
         for (ptrdiff_t r = 0; r < rows; r++) {
-            double factor = gamma ? (double)gamma[channel + r] : 1;
-            dgamma[r] *= rstd[i];
+            double factor = gamma ? (double)gamma[channel + r] : 1, sum = 0, dot = 0;
+            dots_loop(rows_at(x_, r, 0), rows_at(dy_, r, 0), row, mean[i], NULL, NULL, NULL,
+                      (nx_sums){&sum, &dot, 0});
+            dbeta[r] = sum;
+            dgamma[r] = dot * rstd[i];
             dy_sum += dbeta[r];
             g_sum += factor * dbeta[r];
             g_dot += factor * dgamma[r];

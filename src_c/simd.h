@@ -210,14 +210,14 @@ NX_INLINE __m128i nx_to_bf16(__m256 v)
     NX_INLINE __m256 E##_load_n(const nx_##E *p, ptrdiff_t n, __m256 fill)                \
     {                                                                                     \
         nx_##E lanes[8] = {{0}};                                                          \
-        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i] = p[i];                       \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i].bits = p[i].bits;             \
         return _mm256_blendv_ps(fill, E##_load(lanes), _mm256_castsi256_ps(f32_mask(n))); \
     }                                                                                     \
     NX_INLINE void E##_store_n(nx_##E *p, ptrdiff_t n, __m256 v)                          \
     {                                                                                     \
         nx_##E lanes[8];                                                                  \
         E##_store(lanes, v);                                                              \
-        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i] = lanes[i];                       \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i].bits = lanes[i].bits;             \
     }
 NX_HALF(f16)
 NX_HALF(bf16)
