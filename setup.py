@@ -4,9 +4,8 @@ Everything that is not code to run at build time is in pyproject.toml, but for t
 to setuptools 77 and later only. What was built before and is not older than what it was made of, nor made with other
 settings, stays as it is; all of it is in the folder build, or where build_ext is told to.
 
-In the environment NORMEXT_OPENMP=0 builds for one thread. NORMEXT_JAX=1 builds normext._jax too or fails; 0 leaves it
-out; by default it is built where jax can be imported, which with pip is the case with --no-build-isolation alone.
-CFLAGS=-g keeps debug symbols, which take more room than all else.
+In the environment NORMEXT_OPENMP=0 builds for one thread. CFLAGS=-g keeps debug symbols, which take more room than all
+else.
 """
 
 import os
@@ -142,33 +141,20 @@ def is_older(path, *sources):
     return not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources))
 
 
-def extension(name, *sources, depends=(), macros=()):
+HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h"]
+
+
+def extension(name, *sources, macros=()):
     return Extension(
         f"normext.{name}",
         [f"normext/{name.replace('.', '/')}.pyx", *sources],
-        depends=["src_c/kernels.h", *map(str, Path("normext").glob("**/*.pxd")), *depends],
+        depends=[*HEADERS, *map(str, Path("normext").glob("**/*.pxd"))],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
     )
 
 
-def jax_extension():
-    """The way from JAX to the loops without Python, compiled against the headers in jaxlib; a list of one or none."""
-    wanted = os.environ.get("NORMEXT_JAX", "")
-    if wanted == "0":
-        return []
-    try:
-        import jax.ffi
-    except ImportError:
-        if wanted:
-            raise
-        return []
-    headers = Path(jax.ffi.include_dir())
-    ext = extension("_jax", depends=["normext/include/normext.h", str(headers / "xla/ffi/api/c_api.h")])
-    ext.include_dirs.append(str(headers))
-    return [ext]
-
-
+MODULES = ["arrays", "norms", "walk", "blocks", "rows", "columns", "updates", "windows", "api", "xla"]
 RUNTIME = "normext._core.runtime"
 NEEDS = [
     (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features))
@@ -179,13 +165,7 @@ NEEDS = [
 setup(
     **{"license_expression" if int(__version__.partition(".")[0]) >= 77 else "license": "BSD-3-Clause"},
     ext_modules=[
-        extension("_core.runs"),
-        extension("_core.columns"),
-        extension("_core.updates"),
-        extension("_core.windows"),
-        extension("_core.api", depends=["normext/include/normext.h"]),
-        extension("functional"),
-        *jax_extension(),
+        *(extension(f"_core.{name}") for name in MODULES),
         extension("_core.runtime", "src_c/dispatch.c", macros=NEEDS),  # last: it waits for the kernels
     ],
     cmdclass={"build_ext": BuildExt},

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.timing import private_cache
+from normext._core.arrays import Norm
 from normext._version import how_to_install
 
 __all__ = ["BOTH", "Case", "Data", "Traffic", "cases", "data_of", "traffic"]
@@ -47,19 +48,18 @@ class Case:
         kind = " series" if self.series else ""
         return f"{self.norm} norm{layout} {self.step}{kind} {'x'.join(map(str, self.shape))} {self.dtype}"
 
-    @property
-    def axis(self) -> int:
-        """The channel axis; the normalized one of layer and RMS norm."""
-        return 1 if self.layout != "NHWC" and self.norm not in ("layer", "rms") else len(self.shape) - 1
+    @cached_property
+    def plan(self) -> Norm:
+        """What is normalized, and how."""
+        axis = 1 if self.layout == "NCHW" else len(self.shape) - 1
+        groups = min(32, self.shape[axis] // 2) if self.norm == "group" else 1
+        training = self.step != "evaluation"
+        return Norm(f"{self.norm}_norm", self.shape, _dtype(self.dtype), axis=axis, groups=groups, training=training)
 
     @property
     def channels(self) -> int:
-        return self.shape[self.axis]
-
-    @property
-    def groups(self) -> int:
-        """Of group and instance norm."""
-        return self.channels if self.norm == "instance" else min(32, self.channels // 2)
+        """Or the numbers of a row, of layer and RMS norm: as many as gamma has."""
+        return self.plan.parameter_shape[0]
 
     @property
     def size(self) -> int:
@@ -221,7 +221,7 @@ def traffic(case: Case, cache: int | None = None) -> Traffic:
         return Traffic(forward.moved + backward.moved, forward.working_set + 2 * case.size * case.itemsize)
     array, parameter = case.size * case.itemsize, case.channels * max(4, case.itemsize)
     affine = stats = 1 if case.norm == "rms" else 2
-    statistic = _statistics(case) * max(4, case.itemsize)
+    statistic = case.plan.statistics * max(4, case.itemsize)
     if case.step == "evaluation":
         small = affine * parameter + 2 * statistic
         return Traffic(2 * array + small, 2 * array + small)
@@ -236,15 +236,8 @@ def _rest(case: Case) -> tuple[Any, ...]:
     return case.layout, case.shape, case.dtype
 
 
-def _statistics(case: Case) -> int:
-    """How many means (or mean squares) there are."""
-    if case.norm == "batch":
-        return case.channels
-    return case.shape[0] * case.groups if case.norm in ("group", "instance") else case.size // case.channels
-
-
 def _piece(case: Case) -> int:
     """Bytes of the least part of x that can be normalized apart from the rest."""
-    one = case.size // _statistics(case) * case.itemsize
+    one = case.size // case.plan.statistics * case.itemsize
     down_columns = case.norm == "batch" and case.layout != "NCHW"
     return one * min(case.channels, CACHE_LINE // case.itemsize) if down_columns else one

@@ -68,13 +68,13 @@ def columns_backward(dy, x, gamma, mean, rstd, threads):
         for i in range(rows * k // chunks, rows * (k + 1) // chunks):
             for c in range(channels):
                 sums[k, c] += dy[i, c]
-                dots[k, c] += dy[i, c] * (x[i, c] - mean[c]) * rstd[c]
+                dots[k, c] += dy[i, c] * (x[i, c] - mean[c])
     for c in range(channels):
         total, dot = 0.0, 0.0
         for k in range(chunks):
             total += sums[k, c]
             dot += dots[k, c]
-        dbeta[c], dgamma[c] = total, dot
+        dbeta[c], dgamma[c] = total, dot * rstd[c]
         scale[c], centre[c], slope[c] = gamma[c] * rstd[c], dbeta[c] / rows, dgamma[c] * rstd[c] / rows
     for i in prange(rows):
         for c in range(channels):
@@ -179,9 +179,9 @@ def rows_backward(dy, x, gamma, mean, rstd, threads):
                 dgammas[k, j] += dy[i, j] * (centred * rstd[i])
                 dbetas[k, j] += dy[i, j]
     for j in range(features):
-        total, dot = 0.0, 0.0
+        of_beta, of_gamma = 0.0, 0.0
         for k in range(chunks):
-            total += dbetas[k, j]
-            dot += dgammas[k, j]
-        dbeta[j], dgamma[j] = total, dot
+            of_beta += dbetas[k, j]
+            of_gamma += dgammas[k, j]
+        dbeta[j], dgamma[j] = of_beta, of_gamma
     return dx, dgamma, dbeta

@@ -17,7 +17,7 @@ __all__ = ["BUDGETS", "PEERS", "TURN", "cases", "entrants"]
 PEERS = ("limit", "pytorch", "jax", "numba", "numpy")
 TURN = 2e-4  # seconds: thousands of times the clock's resolution
 BUDGETS = {False: 0.08, True: 0.02}  # seconds for each entrant of a case; quick or not
-EPS, RMS_EPS, MOMENTUM = 1e-5, 1e-6, 0.9
+MOMENTUM = 0.9
 
 
 def entrants(case: Case, peers: Sequence[str], threads: int) -> dict[str, Entrant]:
@@ -57,9 +57,9 @@ def forward_then_backward(forward: Callable[[], Any], backward: Callable[[Any], 
 def library_entrants(name: str, library: Any, case: Case, data: Data) -> dict[str, Entrant]:
     """The norms of normext or of its reference, which have the same signatures; normext also with ``out=``."""
     norm, backward = getattr(library, f"{case.norm}_norm"), getattr(library, f"{case.norm}_norm_backward")
-    groups = (case.groups,) if case.norm == "group" else ()
+    groups = (case.plan.groups,) if case.norm == "group" else ()
     arguments = [data.x, *groups, data.gamma, *([] if case.norm == "rms" else [data.beta])]
-    keywords: dict[str, Any] = {"axis": case.axis} if case.layout == "NHWC" else {}
+    keywords: dict[str, Any] = {"axis": case.plan.axis} if case.layout == "NHWC" else {}
     if case.norm == "batch":
         # Its own, for a forward pass changes them.
         keywords |= {"running_mean": data.running_mean.copy(), "running_var": data.running_var.copy()}
@@ -159,24 +159,26 @@ class PyTorch:
     # Each gives the forward call, and the backward call that takes what the forward one returned.
 
     def batch_norm(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Any:
-        mean, var, training = mean.clone(), var.clone(), case.step != "evaluation"
+        mean, var, training = mean.clone(), var.clone(), case.plan.training
         native = self.torch.ops.aten.native_batch_norm_backward.default
-        forward = partial(self.torch.native_batch_norm, x, gamma, beta, mean, var, training, 1 - MOMENTUM, EPS)
-        return forward, lambda r: native(dy, x, gamma, mean, var, r[1], r[2], True, EPS, [True, True, True])
+        forward = partial(
+            self.torch.native_batch_norm, x, gamma, beta, mean, var, training, 1 - MOMENTUM, case.plan.eps
+        )
+        return forward, lambda r: native(dy, x, gamma, mean, var, r[1], r[2], True, case.plan.eps, [True, True, True])
 
     def batch_norm_out(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Any:
-        training = case.step != "evaluation"
+        training = case.plan.training
         saved = {"save_mean": self.torch.empty_like(mean), "save_invstd": self.torch.empty_like(mean)}
         return partial(
             self.torch.ops.aten.native_batch_norm.out,
-            *(x, gamma, beta, mean.clone(), var.clone(), training, 1 - MOMENTUM, EPS),
+            *(x, gamma, beta, mean.clone(), var.clone(), training, 1 - MOMENTUM, case.plan.eps),
             **(saved if training else {name: empty[:0] for name, empty in saved.items()}),
             out=self.torch.empty_like(x),
         )
 
     def layer_norm(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, *_: Any) -> Any:
         native, shape = self.torch.ops.aten.native_layer_norm_backward.default, [case.channels]
-        forward = partial(self.torch.native_layer_norm, x, shape, gamma, beta, EPS)
+        forward = partial(self.torch.native_layer_norm, x, shape, gamma, beta, case.plan.eps)
         return forward, lambda r: native(dy, x, shape, r[1], r[2], gamma, beta, [True, True, True])
 
     def rms_norm(self, case: Case, x: Any, dy: Any, gamma: Any, *_: Any) -> Any:
@@ -185,14 +187,14 @@ class PyTorch:
         grad = partial(self.torch.autograd.grad, retain_graph=case.step == "backward")
 
         def forward() -> Any:
-            return (self.torch.rms_norm(x, (case.channels,), gamma, RMS_EPS),)
+            return (self.torch.rms_norm(x, (case.channels,), gamma, case.plan.eps),)
 
         return forward, lambda r: grad(r[0], [x, gamma], dy)
 
     def group_norm(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, *_: Any) -> Any:
-        N, C, inner, G = *case.shape[:2], math.prod(case.shape[2:]), case.groups
+        N, C, inner, G = *case.shape[:2], math.prod(case.shape[2:]), case.plan.groups
         native = self.torch.ops.aten.native_group_norm_backward.default
-        forward = partial(self.torch.native_group_norm, x, gamma, beta, N, C, inner, G, EPS)
+        forward = partial(self.torch.native_group_norm, x, gamma, beta, N, C, inner, G, case.plan.eps)
         return forward, lambda r: native(dy, x, r[1], r[2], gamma, N, C, inner, G, [True, True, True])
 
     def instance_norm(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, *_: Any) -> Any:
@@ -203,14 +205,14 @@ class PyTorch:
         def forward() -> Any:
             view = x.view(as_channels)
             y, mean, rstd = torch.native_batch_norm(
-                view, gamma.repeat(N), beta.repeat(N), None, None, True, 1 - MOMENTUM, EPS
+                view, gamma.repeat(N), beta.repeat(N), None, None, True, 1 - MOMENTUM, case.plan.eps
             )
             return y.view(x.shape), mean, rstd
 
         def backward(r: Any) -> Any:
             upstream, view = dy.view(as_channels), x.view(as_channels)
             dx, dgamma, dbeta = native(
-                upstream, view, gamma.repeat(N), None, None, r[1], r[2], True, EPS, [True, True, True]
+                upstream, view, gamma.repeat(N), None, None, r[1], r[2], True, case.plan.eps, [True, True, True]
             )
             return dx.view(x.shape), dgamma.view(N, C).sum(0), dbeta.view(N, C).sum(0)
 
@@ -221,11 +223,13 @@ class PyTorch:
         _, _, gamma, beta, _, _ = arrays
         C = case.channels
         module = {
-            "batch": lambda: (nn.BatchNorm1d if case.layout == "ND" else nn.BatchNorm2d)(C, EPS, 1 - MOMENTUM),
-            "layer": lambda: nn.LayerNorm(C, EPS),
-            "rms": lambda: nn.RMSNorm(C, RMS_EPS),
-            "group": lambda: nn.GroupNorm(case.groups, C, EPS),
-            "instance": lambda: nn.InstanceNorm2d(C, EPS, affine=True),
+            "batch": lambda: (nn.BatchNorm1d if case.layout == "ND" else nn.BatchNorm2d)(
+                C, case.plan.eps, 1 - MOMENTUM
+            ),
+            "layer": lambda: nn.LayerNorm(C, case.plan.eps),
+            "rms": lambda: nn.RMSNorm(C, case.plan.eps),
+            "group": lambda: nn.GroupNorm(case.plan.groups, C, case.plan.eps),
+            "instance": lambda: nn.InstanceNorm2d(C, case.plan.eps, affine=True),
         }[case.norm]()
         module = module.to(gamma.dtype)
         for parameter, values in zip(module.parameters(), (gamma, beta)):
@@ -288,18 +292,17 @@ class JAX:
     def functions(self, case: Case) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """forward(x, gamma, beta, running_mean, running_var) and backward(dy, x, gamma, mean, rstd)."""
         jnp, ndim = self.jax.numpy, len(case.shape)
-        view, parameter = case.shape, tuple(case.channels if i == case.axis else 1 for i in range(ndim))
-        others = tuple(i for i in range(ndim) if i != case.axis)
+        view, parameter = case.shape, tuple(case.channels if i == case.plan.axis else 1 for i in range(ndim))
+        others = tuple(i for i in range(ndim) if i != case.plan.axis)
         stat_axes, param_axes = others, others
         if case.norm in ("layer", "rms"):
-            stat_axes = (case.axis,)
+            stat_axes = (case.plan.axis,)
         elif case.norm in ("group", "instance"):
-            members = case.channels // case.groups
-            view = (case.shape[0], case.groups, members, *case.shape[2:])
-            parameter = (1, case.groups, members, *[1] * (ndim - 2))
+            members = case.channels // case.plan.groups
+            view = (case.shape[0], case.plan.groups, members, *case.shape[2:])
+            parameter = (1, case.plan.groups, members, *[1] * (ndim - 2))
             stat_axes, param_axes = tuple(range(2, ndim + 1)), (0, *range(3, ndim + 1))
         computing = jnp.float64 if case.dtype == "float64" else jnp.float32
-        eps = RMS_EPS if case.norm == "rms" else EPS
 
         def wide(a: Any) -> Any:
             return a.reshape(view).astype(computing)
@@ -315,7 +318,7 @@ class JAX:
                 if case.norm == "batch":
                     pairs = (running_mean, mean), (running_var, var)
                     running = tuple(MOMENTUM * old + (1 - MOMENTUM) * new.reshape(-1) for old, new in pairs)
-            rstd = self.jax.lax.rsqrt(var + eps)
+            rstd = self.jax.lax.rsqrt(var + case.plan.eps)
             y = (v - mean) * rstd * gamma.reshape(parameter)
             if case.norm != "rms":
                 y = y + beta.reshape(parameter)
@@ -356,9 +359,9 @@ class Numba:
         forward_loop, backward_loop = getattr(self.loops, f"{kind}_forward"), getattr(self.loops, f"{kind}_backward")
         running = data.running_mean.copy(), data.running_var.copy()
         forward_more = {
-            "columns": (*running, MOMENTUM, EPS, self.threads),
-            "runs": (*running, MOMENTUM, EPS),
-            "rows": (EPS,),
+            "columns": (*running, MOMENTUM, case.plan.eps, self.threads),
+            "runs": (*running, MOMENTUM, case.plan.eps),
+            "rows": (case.plan.eps,),
         }[kind]
         backward_more = () if kind == "runs" else (self.threads,)
         forward = partial(forward_loop, x, data.gamma, data.beta, *forward_more)
@@ -369,7 +372,9 @@ class Numba:
         if case.step == "forward":
             return {"numba": Entrant(forward, lambda r: arrays(r[:1]))}
         if case.step == "evaluation":
-            apply = partial(getattr(self.loops, f"{kind}_evaluation"), x, data.gamma, data.beta, *running, EPS)
+            apply = partial(
+                getattr(self.loops, f"{kind}_evaluation"), x, data.gamma, data.beta, *running, case.plan.eps
+            )
             return {"numba": Entrant(apply, lambda y: arrays([y]))}
         _, mean, rstd = forward()
         if case.step == "backward":

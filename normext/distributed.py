@@ -24,17 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from normext._core.arrays import batch_backward_apply, batch_backward_sums, batch_moments
 from normext._version import how_to_install
-from normext.cs231n._keys import check_keys
-from normext.cs231n.layers import _running
+from normext.cs231n.layers import batchnorm_with
 from normext.cs231n.solver import Solver
-from normext.functional import (
-    batch_backward_apply,
-    batch_backward_sums,
-    batch_moments,
-    batch_norm,
-    batch_norm_backward,
-)
+from normext.functional import batch_norm, batch_norm_backward
 from normext.layers import BatchNorm, _integer, _number
 
 try:
@@ -619,13 +613,15 @@ class SyncBatchNorm(BatchNorm):
             _intracomm(comm)
         self.comm = comm
 
-    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        return sync_batch_norm(x, gamma, beta, comm=self.comm, eps=self.eps, axis=self.axis, **options)
+    def _normalize(self, x: np.ndarray, running: Any, training: bool | None = None) -> tuple[np.ndarray, Any]:
+        mean, var, momentum, _ = running
+        options = {"running_mean": mean, "running_var": var, "momentum": momentum, "eps": self.eps, "axis": self.axis}
+        options["training"] = self.training if training is None else training
+        return sync_batch_norm(x, self.params.get("gamma"), self.params.get("beta"), comm=self.comm, **options)
 
     def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
         mean, var = np.zeros((2, self.num_features))  # with momentum 0 they become the batch's
-        y, cache = self._normalize(x, running_mean=mean, running_var=var, momentum=0.0)
+        y, cache = self._normalize(x, (mean, var, 0.0, False), training=True)
         return y, cache, cache.count, mean, var
 
 
@@ -759,7 +755,7 @@ class DataParallelSolver(Solver):
         """The model's batch norms take the statistics of all ranks in here; after that it is a process's own again."""
         norm = self.model.norm
         if getattr(self.model, "normalization", None) == "batchnorm":
-            forward = partial(_batchnorm_forward, comm=self.comm)
+            forward = partial(batchnorm_with, partial(sync_batch_norm, comm=self.comm))
             self.model.norm = norm._replace(forward=forward, backward=sync_batch_norm_backward)
         try:
             yield
@@ -829,13 +825,3 @@ class DataParallelSolver(Solver):
         differing = [f"{name}, got {_listed(values)}" for name, values in of_ranks.items() if len(set(values)) > 1]
         if differing:
             raise ValueError(f"all ranks must have the same {', '.join(differing)}")
-
-
-def _batchnorm_forward(x, gamma, beta, bn_param, *, comm):
-    """`normext.cs231n.layers.batchnorm_forward` over all ranks."""
-    check_keys(bn_param, "bn_param")
-    running = {key: _running(bn_param, key, x) for key in ("running_mean", "running_var")}
-    options = {"momentum": bn_param.get("momentum", 0.9), "eps": bn_param.get("eps", 1e-5)}
-    out, cache = sync_batch_norm(x, gamma, beta, comm=comm, training=bn_param["mode"] == "train", **running, **options)
-    bn_param.update(running)
-    return out, cache

@@ -4,17 +4,12 @@ Names and arguments are those of `normext`, but nothing is updated in place: `ba
 statistics.
 `docs/jax.md` says what it gains and what it does not do.
 
-XLA calls through its foreign function interface: the loops themselves where ``normext._jax`` was built, and otherwise
-normext's functions for NumPy arrays, which costs more for each call and gives the same bits.
+XLA calls the loops through its foreign function interface, without Python: see _core/xla.pyx.
 """
 
-import atexit
-import math
-import operator
-from collections.abc import Callable, Sequence
-from enum import IntEnum
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,144 +22,17 @@ except ImportError as error:
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-import normext
-from normext import _jax_ctypes
-from normext.functional import new_cache
-
-try:
-    from normext import _jax
-except ImportError:
-    _jax = None
+from normext._core import xla
+from normext._core.arrays import KINDS, Norm
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
-
-class _Norm(IntEnum):  # as _jax.pyx numbers them
-    LAYER = 0
-    RMS = 1
-    GROUP = 2
-    BATCH = 3
-    BATCH_GIVEN = 4  # with given statistics
-
-
-class _How(NamedTuple):
-    """What a call does, apart from its arrays."""
-
-    norm: _Norm
-    groups: int  # of channels that share their statistics, in an example
-    eps: float
-    way: str  # whose handlers, a key of _HANDLERS
-
-
-# The functions for NumPy arrays ---------------------------------------------------------------------------------------
-
-# In these and in the handlers of _jax.pyx x is (outer, channels, inner), as in normext.h: what layer and RMS norm call
-# a row is `channels` numbers. Statistics are float64 in two halves of uint32, (n, 2), as JAX has no float64 unless
-# jax_enable_x64 is set. A parameter that is not there, or a result that is not wanted, is an array without numbers.
-
-
-def _normalize_arrays(arguments: Sequence[np.ndarray], results: Sequence[np.ndarray], how: _How) -> None:
-    """Fill in y, the statistics for the backward pass, and the batch's mean and variance where those are of it."""
-    x, gamma, beta, running_mean, running_var = arguments
-    y, mean, rstd, batch_mean, batch_var = results
-    gamma, beta = (p if p.size else None for p in (gamma, beta))
-    if how.norm == _Norm.LAYER:
-        _, cache = normext.layer_norm(x[..., 0], gamma, beta, eps=how.eps, out=y[..., 0])
-    elif how.norm == _Norm.RMS:
-        _, cache = normext.rms_norm(x[..., 0], gamma, eps=how.eps, out=y[..., 0])
-    elif how.norm == _Norm.GROUP:
-        _, cache = normext.group_norm(x, how.groups, gamma, beta, eps=how.eps, out=y)
-    else:
-        training = how.norm == _Norm.BATCH
-        if training:
-            batch_mean[:] = batch_var[:] = 0
-            running_mean, running_var = batch_mean, batch_var  # with a momentum of 0 they become the batch's
-        running = {"running_mean": running_mean, "running_var": running_var, "momentum": 0.0}
-        _, cache = normext.batch_norm(x, gamma, beta, training=training, eps=how.eps, out=y, **running)
-    for to, statistic in ((mean, cache.mean), (rstd, cache.rstd)):
-        to[...] = statistic.reshape(-1, 1).view(np.uint32)
-
-
-def _gradients_of_arrays(
-    x: np.ndarray,
-    dy: np.ndarray,
-    gamma: np.ndarray | None,
-    mean: np.ndarray,
-    rstd: np.ndarray,
-    norm: int,
-    groups: int,
-    out: np.ndarray | None = None,
-) -> tuple[np.ndarray | None, ...]:
-    """dx, dgamma (None without a gamma) and dbeta (None for RMS norm), of the float64 statistics of a forward pass."""
-    name = {_Norm.LAYER: "layer_norm", _Norm.RMS: "rms_norm", _Norm.GROUP: "group_norm"}.get(_Norm(norm), "batch_norm")
-    shape = x.shape
-    if norm in (_Norm.LAYER, _Norm.RMS):
-        x, dy, out = (None if a is None else a[..., 0] for a in (x, dy, out))
-    elif norm == _Norm.GROUP:
-        mean, rstd = mean.reshape(-1, groups), rstd.reshape(-1, groups)
-    # Of beta a backward pass wants to know only whether there is one.
-    cache = new_cache(name, x, gamma, mean, mean, rstd, 1, 0.0, norm != _Norm.BATCH_GIVEN, False)
-    dx, dgamma, *dbeta = getattr(normext, name + "_backward")(dy, cache, out=out)
-    return dx.reshape(shape), dgamma, *(dbeta or [None])
-
-
-def _differentiate_arrays(arguments: Sequence[np.ndarray], results: Sequence[np.ndarray], how: _How) -> None:
-    """Fill in dx, dgamma and dbeta."""
-    x, dy, gamma, mean, rstd = arguments
-    mean, rstd = (s.view(np.float64).reshape(-1) for s in (mean, rstd))
-    gradients = _gradients_of_arrays(
-        x, dy, gamma if gamma.size else None, mean, rstd, how.norm, how.groups, out=results[0]
-    )
-    for to, gradient in zip(results[1:], gradients[1:]):
-        if to.size:
-            to[...] = gradient
-
-
-def _over_batch(function: Callable[..., None]) -> Callable[..., None]:
-    """The function, called for each item along the axes that `jax.vmap` put before those of the arrays."""
-
-    def each(arguments: list[np.ndarray], results: list[np.ndarray], eps: float, groups: int, norm: int) -> None:
-        how = _How(_Norm(norm), int(groups), float(eps), "python")
-        if function is _normalize_arrays and norm <= _Norm.GROUP and all(p.size == p.shape[-1] for p in arguments[1:]):
-            # Each example is normalized by itself, and nothing tells the items apart: they are one, with more examples.
-            x, *parameters = arguments
-            y, mean, rstd, *none = results
-            arguments = [x.reshape(-1, *x.shape[-2:]), *(p.reshape(-1) for p in parameters)]
-            results = [y.reshape(arguments[0].shape), mean.reshape(-1, 2), rstd.reshape(-1, 2), *none]
-        batch = results[0].shape[:-3]
-        arguments = [np.broadcast_to(a, batch + a.shape[len(batch) :]) for a in arguments]
-        for item in np.ndindex(batch):
-            function([a[item] for a in arguments], [r[item] for r in results], how)
-
-    return each
-
-
 # The calls ------------------------------------------------------------------------------------------------------------
 
-
-_HANDLERS = {
-    "python": {
-        "forward": _jax_ctypes.handler(_over_batch(_normalize_arrays)),
-        "backward": _jax_ctypes.handler(_over_batch(_differentiate_arrays)),
-    }
-}
-if _jax is not None:
-    _HANDLERS["compiled"] = _jax.handlers
-_way = "python" if _jax is None else "compiled"
-
-for _name, _handlers in _HANDLERS.items():
-    for _pass, _handler in _handlers.items():
-        jax.ffi.register_ffi_target(f"normext_{_pass}_{_name}", _handler, platform="cpu")
-
-
-@atexit.register
-def _close() -> None:
-    jax.effects_barrier()  # what has effects comes to its end; other results nobody will see
-    for module in (_jax, _jax_ctypes):
-        if module is not None:
-            module.close()
+for _pass, _handler in xla.handlers.items():
+    jax.ffi.register_ffi_target(f"normext_{_pass}", _handler, platform="cpu")
 
 
 def _varying(a: jax.Array) -> frozenset[Any]:
@@ -187,76 +55,63 @@ def _vary_alike(arrays: Sequence[jax.Array | None], *others: jax.Array) -> list[
     return [None if a is None else cast(a, tuple(axes - _varying(a))) for a in arrays]
 
 
-def _call(name: str, how: _How, results: list[Any], *arrays: jax.Array) -> Any:
-    call = jax.ffi.ffi_call(f"normext_{name}_{how.way}", results, vmap_method="expand_dims")
-    arrays = _vary_alike(arrays)
-    computed = call(*arrays, norm=np.int64(how.norm), groups=np.int64(how.groups), eps=np.float64(how.eps))
-    return _vary_alike(computed, *arrays)
+def _call(name: str, norm: Norm, momentum: float, results: list[Any], *arrays: jax.Array | None) -> Any:
+    """What is None among arrays and results goes as one without numbers."""
+    none = jax.ShapeDtypeStruct((0,), _computing_dtype(norm.dtype))
+    results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in (none if r is None else r for r in results)]
+    arrays = _vary_alike([jnp.empty(0, none.dtype) if a is None else a for a in arrays])
+    attributes = {
+        "kind": np.int64(KINDS[norm.kind]),
+        "ndim": np.int64(len(norm.shape)),
+        "axis": np.int64(norm.axis),
+        "groups": np.int64(norm.groups),
+        "training": np.int64(norm.training),
+        "eps": np.float64(norm.eps),
+        "momentum": np.float64(momentum),
+    }
+    call = jax.ffi.ffi_call(f"normext_{name}", results, vmap_method="expand_dims")
+    return _vary_alike(call(*arrays, **attributes), *arrays)
 
 
 def _forward(
+    norm: Norm,
+    momentum: float,
     x: jax.Array,
     gamma: jax.Array | None,
     beta: jax.Array | None,
-    mean: jax.Array | None,
-    var: jax.Array | None,
-    how: _How,
+    *running: jax.Array | None,
 ) -> tuple[tuple[jax.Array, ...], Any]:
-    """y and the batch's mean and variance, and what the backward pass wants."""
-    computing = _computing_dtype(x)
-    outer, channels, _ = x.shape
-    statistics = channels if how.norm >= _Norm.BATCH else outer * how.groups
-    own = channels if how.norm == _Norm.BATCH else 0
-    results = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-        *[jax.ShapeDtypeStruct((statistics, 2), np.uint32)] * 2,
-        *[jax.ShapeDtypeStruct((own,), computing)] * 2,
-    ]
-    parameters = (jnp.empty(0, computing) if p is None else p for p in (gamma, beta, mean, var))
-    y, mean, rstd, *of_batch = _call("forward", how, results, x, *parameters)
-    return (y, *of_batch), (x, gamma, beta, mean, rstd)
+    """y and, in training, new running mean and variance; and what the backward pass wants."""
+    statistic = jax.ShapeDtypeStruct((norm.statistics, 2), np.uint32)  # float64, which JAX may not have
+    results = [x, statistic, statistic, *(r if norm.training else None for r in running)]
+    y, mean, rstd, *new = _call("forward", norm, momentum, results, x, gamma, beta, *running)
+    return (y, *new), (x, gamma, beta, mean, rstd)
 
 
-def _backward(how: _How, residuals: Any, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
+def _backward(norm: Norm, momentum: float, residuals: Any, cotangents: Any) -> tuple[jax.Array | None, ...]:
     x, gamma, beta, mean, rstd = residuals
-    computing = _computing_dtype(x)
-    wanted = gamma is not None, beta is not None
-    results = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-        *(jax.ShapeDtypeStruct((x.shape[1] if want else 0,), computing) for want in wanted),
-    ]
-    g = jnp.empty(0, computing) if gamma is None else gamma
-    dx, dgamma, dbeta = _call("backward", how, results, x, cotangents[0], g, mean, rstd)
-    return dx, dgamma if wanted[0] else None, dbeta if wanted[1] else None, None, None
+    results = [x, gamma, beta]
+    gradients = _call("backward", norm, momentum, results, x, cotangents[0], gamma, mean, rstd)
+    # Running statistics count as constants.
+    return *(None if a is None else g for a, g in zip(results, gradients)), None, None
 
 
-@partial(jax.jit, static_argnums=5)
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _normalize(
-    x: jax.Array,
-    gamma: jax.Array | None,
-    beta: jax.Array | None,
-    mean: jax.Array | None,
-    var: jax.Array | None,
-    how: _How,
-) -> tuple[jax.Array, ...]:
-    """y, and mean and variance of the batch; only y has a gradient."""
-    return _forward(x, gamma, beta, mean, var, how)[0]
+@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(norm: Norm, momentum: float, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    """y and, in training, new running statistics, of x, gamma, beta and both running statistics."""
+    return _forward(norm, momentum, *arrays)[0]
 
 
 _normalize.__wrapped__.defvjp(_forward, _backward)
 
 
-def _normalized(how: _How, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-    return _normalize(*_vary_alike(arrays), how)
-
-
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
-def _computing_dtype(x: jax.Array) -> Any:
-    """The dtype that x is computed in, and that parameters come in: its own, or float32 if that has 16 bits."""
-    return np.float64 if x.dtype == np.float64 else np.float32
+def _computing_dtype(dtype: Any) -> Any:
+    """The dtype that numbers are computed in, and that parameters come in: float32 in place of 16 bits."""
+    return np.float64 if dtype == np.float64 else np.float32
 
 
 def _array(a: ArrayLike, name: str) -> jax.Array:
@@ -272,16 +127,6 @@ def _floats(a: ArrayLike) -> jax.Array:
     return x
 
 
-def _axis(axis: int, ndim: int) -> int:
-    try:
-        i = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
-    if not -ndim <= i < ndim:
-        raise np.exceptions.AxisError(i, ndim, "axis")
-    return i % ndim
-
-
 def _number(value: float, name: str, high: float) -> float:
     if not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number that is known when JAX traces, got {type(value).__name__}")
@@ -290,8 +135,12 @@ def _number(value: float, name: str, high: float) -> float:
     return float(value)
 
 
+def _norm(kind: str, x: jax.Array, eps: float, **options: Any) -> Norm:
+    return Norm(kind, x.shape, x.dtype, eps=_number(eps, "eps", 1e300), **options)
+
+
 def _parameter(p: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
-    """gamma, beta or a running statistic, as one axis, in that dtype; None stays None."""
+    """gamma, beta or a running statistic, in that dtype; None stays None."""
     if p is None:
         return None
     array = _array(p, name)
@@ -299,7 +148,23 @@ def _parameter(p: ArrayLike | None, name: str, shape: tuple[int, ...], dtype: An
         raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    return array.reshape(-1).astype(dtype)
+    return array.astype(dtype)
+
+
+def _normalized(
+    norm: Norm,
+    x: jax.Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    momentum: float = 0.0,
+    running: Sequence[jax.Array | None] = (None, None),
+) -> tuple[jax.Array, ...]:
+    """y and, in training, new running statistics."""
+    parameters = [
+        _parameter(p, name, norm.parameter_shape, _computing_dtype(norm.dtype))
+        for name, p in (("gamma", gamma), ("beta", beta))
+    ]
+    return _normalize(norm, momentum, *_vary_alike([x, *parameters, *running]))
 
 
 # The norms ------------------------------------------------------------------------------------------------------------
@@ -375,62 +240,28 @@ def batch_norm(
     [1. 2.]
     """
     x = _floats(x)
-    axis = _axis(axis, x.ndim)
-    channels = x.shape[axis]
-    computing = _computing_dtype(x)
-    gamma = _parameter(gamma, "gamma", (channels,), computing)
-    beta = _parameter(beta, "beta", (channels,), computing)
     if not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training must be True or False, known when JAX traces, got {type(training).__name__}")
-    momentum, eps = _number(momentum, "momentum", 1), _number(eps, "eps", 1e300)
-    if channels == 0:
-        raise ValueError(f"x has no channels: shape {x.shape}, axis {axis}")
-    if training and x.size == 0:
-        raise ValueError(f"x has no rows to take a mean of in training: shape {x.shape}")
+    momentum = _number(momentum, "momentum", 1)
+    norm = _norm("batch_norm", x, eps, axis=axis, training=bool(training))
     given = {"running_mean": running_mean, "running_var": running_var}
     for (name, statistic), other in zip(given.items(), reversed(given.values())):
         if statistic is None and not training:
             raise ValueError(f"{name} is needed with training=False, got None")
         if statistic is None and other is not None:
             raise ValueError(f"{name} is needed too, as both running statistics are or neither, got None")
-    running = []
-    for name, statistic in given.items():
-        if statistic is not None:
-            array = jax.lax.stop_gradient(_array(statistic, name))
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise TypeError(f"{name} must be an array of floats, got dtype {array.dtype}")
-            _parameter(array, name, (channels,), computing)
-            running.append(array)
-    if x.size == 0:
-        return x, *running
-    how = _How(_Norm.BATCH if training else _Norm.BATCH_GIVEN, 1, eps, _way)
-    constants = (None, None) if training else tuple(r.astype(computing) for r in running)
-    rows = x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
-    y, *of_batch = _normalized(how, rows, gamma, beta, *constants)
-    y = y.reshape(x.shape)
-    if not running:
-        return y
+    if running_mean is None:
+        return _normalized(norm, x, gamma, beta)[0]
+    running = [_array(statistic, name) for name, statistic in given.items()]
+    computed = []
+    for name, statistic in zip(given, running):
+        if not jnp.issubdtype(statistic.dtype, jnp.floating):
+            raise TypeError(f"{name} must be an array of floats, got dtype {statistic.dtype}")
+        computed.append(_parameter(statistic, name, norm.parameter_shape, _computing_dtype(statistic.dtype)))
+    y, *new = _normalized(norm, x, gamma, beta, momentum, computed)
     if training:
-        of_batch = jax.lax.stop_gradient(of_batch)
-        running = [(momentum * r + (1 - momentum) * b).astype(r.dtype) for r, b in zip(running, of_batch)]
+        running = [n.astype(r.dtype) for n, r in zip(new, running)]
     return y, *running
-
-
-def _normalize_rows(
-    norm: _Norm, x: ArrayLike, gamma: ArrayLike | None, beta: ArrayLike | None, axis: int, eps: float
-) -> jax.Array:
-    x = _floats(x)
-    axis = _axis(axis, x.ndim)
-    row = x.shape[axis:]
-    gamma = _parameter(gamma, "gamma", row, _computing_dtype(x))
-    beta = _parameter(beta, "beta", row, _computing_dtype(x))
-    how = _How(norm, 1, _number(eps, "eps", 1e300), _way)
-    if 0 in row:
-        raise ValueError(f"x has rows without numbers: shape {x.shape}, axis {axis}")
-    if x.size == 0:
-        return x
-    rows = x.reshape(-1, math.prod(row), 1)
-    return _normalized(how, rows, gamma, beta, None, None)[0].reshape(x.shape)
 
 
 def layer_norm(
@@ -479,7 +310,8 @@ def layer_norm(
     >>> print(jax.grad(lambda beta: normext.jax.layer_norm(x, beta=beta).sum())(jnp.zeros(2)))
     [2. 2.]
     """
-    return _normalize_rows(_Norm.LAYER, x, gamma, beta, axis, eps)
+    x = _floats(x)
+    return _normalized(_norm("layer_norm", x, eps, axis=axis), x, gamma, beta)[0]
 
 
 def rms_norm(x: ArrayLike, gamma: ArrayLike | None = None, *, axis: int = -1, eps: float = 1e-6) -> jax.Array:
@@ -516,7 +348,8 @@ def rms_norm(x: ArrayLike, gamma: ArrayLike | None = None, *, axis: int = -1, ep
     >>> print(normext.jax.rms_norm([[3.0, 4.0, 0.0, 0.0]], eps=0.0))
     [[1.2 1.6 0.  0. ]]
     """
-    return _normalize_rows(_Norm.RMS, x, gamma, None, axis, eps)
+    x = _floats(x)
+    return _normalized(_norm("rms_norm", x, eps, axis=axis), x, gamma, None)[0]
 
 
 def group_norm(
@@ -533,7 +366,7 @@ def group_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16
-        Examples along the first axis, channels along `axis`. Where that is not 1, x is transposed before and y after.
+        Examples along the first axis, channels along `axis`.
     num_groups : int
         Divides the number of channels C.
     gamma, beta : array_like, shape (C,), optional
@@ -568,26 +401,7 @@ def group_norm(
     [[-1.  1. -1.  1.]]
     """
     x = _floats(x)
-    axis = _axis(axis, x.ndim)
-    channels = x.shape[axis]
-    gamma = _parameter(gamma, "gamma", (channels,), _computing_dtype(x))
-    beta = _parameter(beta, "beta", (channels,), _computing_dtype(x))
-    try:
-        groups = operator.index(num_groups)
-    except TypeError:
-        raise TypeError(f"num_groups must be an integer, got {num_groups!r}") from None
-    how = _How(_Norm.GROUP, groups, _number(eps, "eps", 1e300), _way)
-    if axis == 0:
-        raise ValueError("axis must not be 0, where the examples are")
-    if groups < 1 or channels % groups:
-        raise ValueError(f"num_groups must divide the {channels} channels, got {groups}")
-    if x.size == 0 and x.shape[0] != 0:
-        raise ValueError(f"x has groups without numbers: shape {x.shape}, axis {axis}")
-    if x.size == 0:
-        return x
-    first = jnp.moveaxis(x, axis, 1)
-    y = _normalized(how, first.reshape(x.shape[0], channels, -1), gamma, beta, None, None)[0]
-    return jnp.moveaxis(y.reshape(first.shape), 1, axis)
+    return _normalized(_norm("group_norm", x, eps, axis=axis, groups=num_groups), x, gamma, beta)[0]
 
 
 def instance_norm(
@@ -598,7 +412,7 @@ def instance_norm(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16
-        Examples along the first axis, channels along `axis`. Where that is not 1, x is transposed before and y after.
+        Examples along the first axis, channels along `axis`.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift of each channel, converted to the dtype of x, or to float32 if that has 16 bits.
         Default: 1 and 0.
@@ -629,4 +443,4 @@ def instance_norm(
       [-1.  1.]]]
     """
     x = _floats(x)
-    return group_norm(x, x.shape[_axis(axis, x.ndim)], gamma, beta, axis=axis, eps=eps)
+    return _normalized(_norm("instance_norm", x, eps, axis=axis), x, gamma, beta)[0]

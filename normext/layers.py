@@ -17,17 +17,13 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from normext._core.arrays import Norm, batch_moments, forward
 from normext.functional import (
-    batch_moments,
     batch_norm,
     batch_norm_backward,
-    group_norm,
     group_norm_backward,
-    instance_norm,
     instance_norm_backward,
-    layer_norm,
     layer_norm_backward,
-    rms_norm,
     rms_norm_backward,
 )
 
@@ -57,14 +53,27 @@ def _array(holder: str, name: str) -> property:
     return property(get, copy_into, doc=f"The array {name}, or None. What is assigned is copied into it.")
 
 
+def _option(name: str) -> property:
+    """What a layer does, as an attribute; with another value the layer describes its norm anew."""
+    slot = f"_{name}"
+
+    def change(layer: "_Norm", value: Any) -> None:
+        setattr(layer, slot, value)
+        layer._norm = None
+
+    return property(operator.attrgetter(slot), change)
+
+
 class _Norm(ABC):
     """What all norms share: parameters and gradients, the mode, the cache between two passes, the state.
 
-    A subclass gives `_forward`, the `_backward` that belongs to it, and an attribute for each argument.
+    A subclass gives `_check`, `_how`, the `_backward` that belongs to it, and an attribute for each argument.
     """
 
     # So that a misspelt attribute is an AttributeError. A class that is derived elsewhere may have more of its own.
-    __slots__ = ("__weakref__", "_cache", "affine", "dtype", "eps", "grads", "params", "training")
+    __slots__ = ("__weakref__", "_cache", "_eps", "_norm", "_training", "affine", "dtype", "grads", "params")
+
+    eps, training = _option("eps"), _option("training")
 
     gamma, beta = _array("params", "gamma"), _array("params", "beta")
     weight, bias = gamma, beta  # as PyTorch calls them
@@ -85,8 +94,26 @@ class _Norm(ABC):
         self._cache: Any = None
 
     @abstractmethod
-    def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
-        """The result and the cache of the function."""
+    def _check(self, x: np.ndarray) -> None:
+        """Refuse an x of another shape than the layer is for."""
+
+    @abstractmethod
+    def _how(self) -> tuple[Any, ...]:
+        """What a norm is beside the shape and dtype of x, as `forward` takes it."""
+
+    def _normalize(self, x: np.ndarray, running: tuple[Any, ...] | None = None) -> tuple[np.ndarray, Any]:
+        """The result and the cache of the function; running statistics are given as to `forward`."""
+        # The norm of the last call: to look one up among many by shape and dtype takes longer than to make a new one.
+        norm: Norm | tuple[Any, ...] | None = self._norm
+        if norm is None or not norm.fits(x):
+            self._check(x)
+            norm = self._how()
+        params = self.params
+        y, cache = forward(x, norm, params.get("gamma"), params.get("beta"), running, None, None)
+        self._norm = cache.norm
+        return y, cache
+
+    _forward = _normalize
 
     def __call__(self, x: ArrayLike) -> np.ndarray:
         """Normalize x.
@@ -260,7 +287,7 @@ class _Norm(ABC):
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """For pickle and copy: without the cache, which refers to the last x."""
         names = {name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ())} - {"__weakref__"}
-        slots = {name: getattr(self, name) for name in names} | {"_cache": None}
+        slots = {name: getattr(self, name) for name in names} | {"_cache": None, "_norm": None}
         return getattr(self, "__dict__", None), slots
 
     def __repr__(self) -> str:
@@ -357,8 +384,9 @@ class BatchNorm(_Norm):
     >>> y = layer.eval()([[1.0, 2.0]])  # with the running statistics
     """
 
-    __slots__ = ("_statistics", "axis", "momentum", "num_features")
+    __slots__ = ("_axis", "_num_features", "_statistics", "momentum")
 
+    axis, num_features = _option("axis"), _option("num_features")
     running_mean, running_var = _array("_statistics", "running_mean"), _array("_statistics", "running_var")
     num_batches_tracked = _array("_statistics", "num_batches_tracked")
 
@@ -391,30 +419,33 @@ class BatchNorm(_Norm):
             populations.setdefault(self, _Population()).add(count, mean, var)
             return y, cache
         statistics = self._statistics
-        running = {"running_mean": statistics["running_mean"], "running_var": statistics["running_var"]}
-        if not self.training:
-            return self._normalize(x, **running, training=False)
+        mean, var = statistics["running_mean"], statistics["running_var"]
+        if not self._training:
+            return self._normalize(x, (mean, var, 1.0, False))
         tracked = statistics["num_batches_tracked"]
         momentum = 1 - 1 / (int(tracked) + 1) if self.momentum is None else self.momentum
         # Counted first: once running statistics are updated, nothing may fail any more.
         tracked += 1
         try:
-            return self._normalize(x, **running, momentum=momentum)
+            return self._normalize(x, (mean, var, momentum, False))
         except BaseException:
             tracked -= 1
             raise
 
-    def _normalize(self, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
-        _check_channels(x, self.axis, self.num_features)
-        gamma, beta = self.params.get("gamma"), self.params.get("beta")
-        return batch_norm(x, gamma, beta, eps=self.eps, axis=self.axis, **options)
-
     def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:
         """y and cache as in training; then how many numbers of a channel the batch has, their mean and variance."""
-        _check_channels(x, self.axis, self.num_features)
+        self._check(x)
         mean, var = batch_moments(x, self.axis)
-        y, cache = self._normalize(x, running_mean=mean, running_var=var, training=False)
+        y, cache = batch_norm(
+            x, **self.params, running_mean=mean, running_var=var, training=False, eps=self.eps, axis=self.axis
+        )
         return y, cache, x.size // self.num_features, mean, var
+
+    def _check(self, x: np.ndarray) -> None:
+        _check_channels(x, self.axis, self.num_features)
+
+    def _how(self) -> tuple[Any, ...]:
+        return "batch_norm", self.axis, 1, self.eps, bool(self.training), None
 
     def _state(self) -> dict[str, np.ndarray]:
         return super()._state() | self._statistics
@@ -455,7 +486,9 @@ class LayerNorm(_Norm):
             [ 1., -1.]]])
     """
 
-    __slots__ = ("normalized_shape",)
+    __slots__ = ("_normalized_shape",)
+
+    normalized_shape = _option("normalized_shape")
 
     _backward = staticmethod(layer_norm_backward)
 
@@ -470,9 +503,11 @@ class LayerNorm(_Norm):
         self.normalized_shape = _row_shape(normalized_shape)
         super().__init__(self.normalized_shape, eps, affine, dtype, ("gamma", "beta"))
 
-    def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    def _check(self, x: np.ndarray) -> None:
         _check_rows(x, self.normalized_shape)
-        return layer_norm(x, **self.params, axis=-len(self.normalized_shape), eps=self.eps)
+
+    def _how(self) -> tuple[Any, ...]:
+        return "layer_norm", -len(self.normalized_shape), 1, self.eps, True, None
 
 
 class RMSNorm(_Norm):
@@ -509,7 +544,9 @@ class RMSNorm(_Norm):
     array([[1.2, 1.6, 0. , 0. ]])
     """
 
-    __slots__ = ("normalized_shape",)
+    __slots__ = ("_normalized_shape",)
+
+    normalized_shape = _option("normalized_shape")
 
     _backward = staticmethod(rms_norm_backward)
 
@@ -524,9 +561,11 @@ class RMSNorm(_Norm):
         self.normalized_shape = _row_shape(normalized_shape)
         super().__init__(self.normalized_shape, eps, affine, dtype, ("gamma",))
 
-    def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    def _check(self, x: np.ndarray) -> None:
         _check_rows(x, self.normalized_shape)
-        return rms_norm(x, **self.params, axis=-len(self.normalized_shape), eps=self.eps)
+
+    def _how(self) -> tuple[Any, ...]:
+        return "rms_norm", -len(self.normalized_shape), 1, self.eps, True, None
 
 
 class GroupNorm(_Norm):
@@ -567,7 +606,9 @@ class GroupNorm(_Norm):
     array([[-1.,  1., -1.,  1.]])
     """
 
-    __slots__ = ("axis", "num_channels", "num_groups")
+    __slots__ = ("_axis", "_num_channels", "_num_groups")
+
+    axis, num_channels, num_groups = _option("axis"), _option("num_channels"), _option("num_groups")
 
     _backward = staticmethod(group_norm_backward)
 
@@ -588,9 +629,11 @@ class GroupNorm(_Norm):
         self.axis = _example_axis(axis)
         super().__init__((self.num_channels,), eps, affine, dtype, ("gamma", "beta"))
 
-    def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    def _check(self, x: np.ndarray) -> None:
         _check_channels(x, self.axis, self.num_channels)
-        return group_norm(x, self.num_groups, **self.params, axis=self.axis, eps=self.eps)
+
+    def _how(self) -> tuple[Any, ...]:
+        return "group_norm", self.axis, self.num_groups, self.eps, True, None
 
 
 class InstanceNorm(_Norm):
@@ -630,7 +673,9 @@ class InstanceNorm(_Norm):
             [-1.,  1.]]])
     """
 
-    __slots__ = ("axis", "num_features")
+    __slots__ = ("_axis", "_num_features")
+
+    axis, num_features = _option("axis"), _option("num_features")
 
     _backward = staticmethod(instance_norm_backward)
 
@@ -647,9 +692,11 @@ class InstanceNorm(_Norm):
         self.axis = _example_axis(axis)
         super().__init__((self.num_features,), eps, affine, dtype, ("gamma", "beta"))
 
-    def _forward(self, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    def _check(self, x: np.ndarray) -> None:
         _check_channels(x, self.axis, self.num_features)
-        return instance_norm(x, **self.params, axis=self.axis, eps=self.eps)
+
+    def _how(self) -> tuple[Any, ...]:
+        return "instance_norm", self.axis, 1, self.eps, True, None
 
 
 # Population statistics -----------------------------------------------------------------------------------------------

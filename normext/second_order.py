@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from normext.functional import Cache, checked_cache
+from normext._core.arrays import Cache, checked_cache
 
 __all__ = ["batch_norm_backward_backward", "layer_norm_backward_backward"]
 

@@ -15,6 +15,7 @@ wanted: a custom operator of `torch.library` costs some 20 microseconds more. `t
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 import normext
-from normext.functional import Cache, new_cache
+from normext._core.arrays import Cache, Norm, backward, forward, new_cache
 
 __all__ = [
     "BatchNorm1d",
@@ -54,13 +55,16 @@ __all__ = [
     "rms_norm",
 ]
 
-_DTYPES = [torch.float32, torch.float64, torch.float16]
+_DTYPES = {getattr(torch, name): np.dtype(name) for name in ("float32", "float64", "float16")}
 try:
-    from ml_dtypes import bfloat16 as _bfloat16
+    from ml_dtypes import bfloat16
 except ImportError:
     pass
 else:
-    _DTYPES.append(torch.bfloat16)
+    _DTYPES[torch.bfloat16] = np.dtype(bfloat16)
+
+_KINDS = ("batch_norm", "group_norm", "layer_norm", "rms_norm")  # instance norm is group norm with a channel a group
+_Running: TypeAlias = tuple[Tensor, Tensor, float]  # batch norm's mean, variance and momentum, as PyTorch has them
 
 _TENSORS = (Tensor, nn.Parameter)  # no other subclass: it would be told of PyTorch's functions, not of these
 _NARROW = (torch.float16, torch.bfloat16)  # computed in float32
@@ -75,85 +79,74 @@ _TO_FIRST = {4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
 # Tensors and arrays ---------------------------------------------------------------------------------------------------
 
 
-def _array(t: Tensor) -> np.ndarray:
-    """The memory of a tensor as an array; NumPy knows bfloat16 through ml_dtypes alone."""
+def _array(t: Tensor, last: bool = False) -> np.ndarray:
+    """The memory of a tensor as an array, whose channels are the last axis if they lie last.
+
+    NumPy knows bfloat16 through ml_dtypes alone.
+    """
     if t.dtype == torch.bfloat16:
-        return t.detach().resolve_neg().view(torch.int16).numpy().view(_bfloat16)
-    return t.numpy(force=True)  # which detaches it, and negates a copy of a view that is to be negated when it is read
+        a = t.detach().resolve_neg().view(torch.int16).numpy().view(_DTYPES[t.dtype])
+    else:
+        a = t.numpy(force=True)  # which detaches it, and negates a copy of a view that is to be negated when it is read
+    return a.transpose(_TO_LAST[a.ndim]) if last else a
 
 
-def _tensor(a: np.ndarray) -> Tensor:
+def _tensor(a: np.ndarray, last: bool) -> Tensor:
+    """The way back."""
     # Memory from NumPy, not from torch.empty: a large array of its is in huge pages where the system has them, and
     # takes half the time to fill.
+    if last:
+        a = a.transpose(_TO_FIRST[a.ndim])
     return torch.from_numpy(a) if a.dtype.kind == "f" else torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
 
 
-def _walkable(x: Tensor, norm: str) -> Tensor:
+def _walkable(x: Tensor, kind: str) -> Tensor:
     """x, or a copy of it, in the memory format of PyTorch's result."""
     if x.is_contiguous():
         return x
-    if norm not in ("batch_norm", "group_norm"):
+    if kind not in ("batch_norm", "group_norm"):
         return x.contiguous()
     # One image may lie in channels_last with a stride for the batch that PyTorch does not suggest that format for.
     last = _CHANNELS_LAST.get(x.dim())
-    if norm == "batch_norm" and last is not None and x.is_contiguous(memory_format=last):
+    if kind == "batch_norm" and last is not None and x.is_contiguous(memory_format=last):
         return x
     return x.contiguous(memory_format=suggest_memory_format(x))
 
 
 # The passes, compiled -------------------------------------------------------------------------------------------------
 
-# What a call does, apart from its tensors, is said in four words: the norm, by the name of its function in normext; its
-# size, the number of axes of a row (layer and RMS norm) or of groups (group norm); eps; and whether the statistics are
-# those of x, which only batch norm has otherwise.
-_How: TypeAlias = tuple[str, int, float, bool]
+
+@lru_cache  # it takes a microsecond, and a model asks for the same few again and again
+def _norm_of(
+    shape: tuple[int, ...], dtype: torch.dtype, last: bool, kind: str, size: int, eps: float, training: bool
+) -> Norm:
+    """The norm that the loops compute, from what PyTorch's operators can be given: shapes, numbers and strings.
+
+    `kind` is one of `_KINDS`, and `size` is the number of axes that a row has (layer and RMS norm) or of groups (group
+    norm). The shape is that of x; where its channels lie last in memory, they are the last axis of the loops' arrays.
+    """
+    axis = -size if kind in _ROWS else 1
+    if last:
+        shape, axis = (shape[0], *shape[2:], shape[1]), -1
+    groups = size if kind == "group_norm" else 1
+    return Norm(kind, shape, _DTYPES[dtype], axis=axis, groups=groups, eps=eps, training=training)
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    momentum: float,
-    how: _How,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: _Running | None, norm: Norm
 ) -> tuple[Tensor, Cache]:
-    """The tensors mean and var are batch norm's running statistics."""
     if torch.get_num_threads() != normext.get_num_threads():
         with normext.threads(torch.get_num_threads()):
-            return _forward(x, weight, bias, mean, var, momentum, how)
-    norm, size, eps, training = how
-    a = _array(x)
+            return _forward(x, weight, bias, running, norm)
+    last, arrays = not x.is_contiguous(), None
     gamma, beta = None if weight is None else _array(weight), None if bias is None else _array(bias)
-    if norm == "layer_norm":
-        y, cache = normext.layer_norm(a, gamma, beta, axis=-size, eps=eps)
-        return _tensor(y), cache
-    if norm == "rms_norm":
-        y, cache = normext.rms_norm(a, gamma, axis=-size, eps=eps)
-        return _tensor(y), cache
-    last = not x.is_contiguous()
-    if last:
-        a = a.transpose(_TO_LAST[a.ndim])
-    axis = -1 if last else 1
-    if norm == "group_norm":
-        y, cache = normext.group_norm(a, size, gamma, beta, axis=axis, eps=eps)
-    else:
-        running_mean, running_var = (None if r is None else r.detach().numpy() for r in (mean, var))
-        y, cache = normext.batch_norm(
-            a,
-            gamma,
-            beta,
-            running_mean=running_mean,
-            running_var=running_var,
-            training=training,
-            momentum=1 - momentum if training else 1.0,
-            unbiased=True,
-            eps=eps,
-            axis=axis,
-        )
-        if training and var is not None:
-            increment_version((mean, var))
-    return _tensor(y.transpose(_TO_FIRST[y.ndim]) if last else y), cache
+    if running is not None:
+        mean, var, momentum = running
+        arrays = mean.numpy(), var.numpy(), 1 - momentum if norm.training else 1.0, True
+    y, cache = forward(_array(x, last), norm, gamma, beta, arrays, None, None)
+    if running is not None and norm.training:
+        increment_version((mean, var))
+    return _tensor(y, last), cache
 
 
 def _backward(
@@ -162,41 +155,26 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     gamma: np.ndarray | None,
-    mean: np.ndarray,
-    rstd: np.ndarray,
-    how: _How,
+    statistics: tuple[np.ndarray, np.ndarray],
+    norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias, each in its dtype; gamma is the weight as the forward pass had it."""
     if torch.get_num_threads() != normext.get_num_threads():
         with normext.threads(torch.get_num_threads()):
-            return _backward(dy, x, weight, bias, gamma, mean, rstd, how)
-    norm, size, eps, training = how
-    axis, last = x.dim() - size if norm in _ROWS else 1, not x.is_contiguous()
-    if last:
-        axis, order = x.dim() - 1, _TO_LAST[x.dim()]
-        a, d = _array(x).transpose(order), _array(dy.contiguous(memory_format=_CHANNELS_LAST[x.dim()])).transpose(order)
-    else:
-        a, d = _array(x), _array(dy.contiguous())
-    # It is autograd that keeps x, so that what saves memory for it, such as checkpoints, works; a cache that is kept
-    # would keep x too. Of beta a backward pass wants to know only whether there is one.
-    cache = new_cache(norm, a, gamma, None if bias is None else mean, mean, rstd, axis, eps, training, False)
-    dx, *parameters = _BACKWARD[norm](d, cache)
-    dgamma = None if weight is None else torch.from_numpy(parameters[0])
-    dbeta = None if bias is None else torch.from_numpy(parameters[1])
+            return _backward(dy, x, weight, bias, gamma, statistics, norm)
+    last = not x.is_contiguous()
+    d = _array(dy.contiguous(memory_format=_CHANNELS_LAST[x.dim()]) if last else dy.contiguous(), last)
+    # A cache that is kept would keep x, and it is autograd that must, so that what saves memory for it, such as
+    # checkpoints, works. Of beta a backward pass wants to know only whether there is one.
+    cache = new_cache(norm, _array(x, last), gamma, None if bias is None else statistics[0], *statistics)
+    dx, *parameters = backward(d, cache, norm.kind, None, None)
+    dgamma, dbeta = (None if p is None else torch.from_numpy(p) for p in parameters)
     if x.dtype in _NARROW and (weight if bias is None else bias) is not None:
-        dgamma, dbeta = (None if p is None else d.to(p.dtype) for p, d in ((weight, dgamma), (bias, dbeta)))
-    dx = _tensor(dx.transpose(_TO_FIRST[dx.ndim]) if last else dx)
-    if norm == "rms_norm" and not dy.is_contiguous():
+        dgamma, dbeta = (None if p is None else g.to(p.dtype) for p, g in ((weight, dgamma), (bias, dbeta)))
+    dx = _tensor(dx, last)
+    if norm.kind == "rms_norm" and not dy.is_contiguous():
         dx = torch.empty_like(dy).copy_(dx)  # as dy lies, because PyTorch's is made by operations element by element
     return dx, dgamma, dbeta
-
-
-_BACKWARD = {
-    "batch_norm": normext.batch_norm_backward,
-    "group_norm": normext.group_norm_backward,
-    "layer_norm": normext.layer_norm_backward,
-    "rms_norm": normext.rms_norm_backward,
-}
 
 
 # The second order -----------------------------------------------------------------------------------------------------
@@ -207,37 +185,36 @@ def _gradients(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    how: _How,
+    statistics: Sequence[Tensor],
+    norm: Norm,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `_backward` computes, in operations that PyTorch differentiates, and maps over a batch of gradients.
 
     The formulas are in the docstrings of `normext.batch_norm_backward` and its like. Statistics are taken again, for
     they depend on x; the mean that is known is taken off before, so that data far from zero lose nothing.
     """
-    norm, size, eps, training = how
     # As arrays in which the statistics are those of `stats`, and the parameters are shared along `shared`.
-    if norm == "group_norm":
-        groups, channels = (x.shape[0], size, 1, 1), (1, size, x.shape[1] // size, 1)
-        shape, stats, shared = (x.shape[0], size, x.shape[1] // size, -1), (2, 3), (0, 3)
-    elif norm == "batch_norm":
+    if norm.kind == "group_norm":
+        shape = x.shape[0], norm.groups, x.shape[1] // norm.groups, -1
+        groups, channels, stats, shared = (*shape[:2], 1, 1), (1, *shape[1:3], 1), (2, 3), (0, 3)
+    elif norm.kind == "batch_norm":
         groups = channels = (1, x.shape[1], 1)
-        shape, stats, shared = (x.shape[0], x.shape[1], -1), (0, 2), (0, 2)
+        shape, stats, shared = (*x.shape[:2], -1), (0, 2), (0, 2)
     else:
         groups, channels = (-1, 1), (1, -1)
-        shape, stats, shared = (x.shape[: x.dim() - size].numel(), -1), (1,), (0,)
+        shape, stats, shared = (x.shape[: norm.axis].numel(), -1), (1,), (0,)
+    mean, rstd = statistics
     wide = torch.float32 if x.dtype in _NARROW else x.dtype
     x_, dy = x.to(wide).reshape(shape), dy.to(wide).reshape(shape)
     g = dy if weight is None else dy * weight.to(wide).reshape(channels)
-    if training:
+    if norm.training:
         xhat = x_ - mean.to(wide).reshape(groups)
-        if norm != "rms_norm":
+        if norm.kind != "rms_norm":
             xhat = xhat - xhat.mean(stats, keepdim=True)
-        r = (xhat.square().mean(stats, keepdim=True) + eps).rsqrt()
+        r = (xhat.square().mean(stats, keepdim=True) + norm.eps).rsqrt()
         xhat = xhat * r
         dx = g - xhat * (g * xhat).mean(stats, keepdim=True)
-        if norm != "rms_norm":
+        if norm.kind != "rms_norm":
             dx = dx - g.mean(stats, keepdim=True)
         dx = dx * r
     else:
@@ -254,14 +231,13 @@ def _second_order(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    how: _How,
+    statistics: Sequence[Tensor],
+    norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of dy, x and weight, of those of dx, dweight and dbias."""
 
     def first_order(dy, x, weight=None):
-        return tuple(g for g in _gradients(dy, x, weight, bias, mean, rstd, how) if g is not None)
+        return tuple(g for g in _gradients(dy, x, weight, bias, statistics, norm) if g is not None)
 
     _, vjp = torch.func.vjp(first_order, dy, x, *(() if weight is None else (weight,)))
     given = vjp(tuple(grad for grad, of in zip(grads, (x, weight, bias)) if of is not None))
@@ -284,33 +260,33 @@ def _transformed(t: Tensor) -> bool:
 
 class _Norm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, how):
-        y, cache = _forward(x, weight, bias, running_mean, running_var, momentum, how)
+    def forward(ctx, x, weight, bias, running, norm):
+        y, cache = _forward(x, weight, bias, running, norm)
         # Of bias nothing is needed but that it is there: it may change before the backward pass.
-        ctx.rest = bias, cache.gamma, cache.mean, cache.rstd, how
+        ctx.rest = bias, cache.gamma, (cache.mean, cache.rstd), norm
         ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         if _transformed(dy):
-            bias, _, mean, rstd, how = ctx.rest
-            mean, rstd = torch.from_numpy(mean), torch.from_numpy(rstd)
-            return *_gradients(dy, *ctx.saved_tensors, bias, mean, rstd, how), None, None, None, None
-        backward = _NormBackward.apply if torch.is_grad_enabled() else _backward
-        return *backward(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+            bias, _, statistics, norm = ctx.rest
+            statistics = [torch.from_numpy(s) for s in statistics]
+            return *_gradients(dy, *ctx.saved_tensors, bias, statistics, norm), None, None
+        gradients = _NormBackward.apply if torch.is_grad_enabled() else _backward
+        return *gradients(dy, *ctx.saved_tensors, *ctx.rest), None, None
 
 
 class _NormBackward(Function):
     @staticmethod
-    def forward(ctx, dy, x, weight, bias, gamma, mean, rstd, how):
-        ctx.rest = bias, torch.from_numpy(mean), torch.from_numpy(rstd), how
+    def forward(ctx, dy, x, weight, bias, gamma, statistics, norm):
+        ctx.rest = bias, [torch.from_numpy(s) for s in statistics], norm
         ctx.save_for_backward(dy, x, weight)
-        return _backward(dy, x, weight, bias, gamma, mean, rstd, how)
+        return _backward(dy, x, weight, bias, gamma, statistics, norm)
 
     @staticmethod
     def backward(ctx, *grads):
-        return *_second_order(grads, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+        return *_second_order(grads, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
 # For torch.compile ----------------------------------------------------------------------------------------------------
@@ -318,10 +294,10 @@ class _NormBackward(Function):
 # Operators return tensors alone: an empty one stands for none.
 
 
-def _statistics_shape(x: Tensor, norm: str, size: int) -> Sequence[int]:
-    if norm in _ROWS:
+def _statistics_shape(x: Tensor, kind: str, size: int) -> Sequence[int]:
+    if kind in _ROWS:
         return x.shape[: x.dim() - size]
-    return x.shape[1:2] if norm == "batch_norm" else (x.shape[0], size)
+    return x.shape[1:2] if kind == "batch_norm" else (x.shape[0], size)
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
@@ -330,14 +306,15 @@ def _check_devices(*tensors: Tensor | None) -> None:
         raise ValueError(f"all tensors must be on one device, got {', '.join(map(_described, tensors))}")
 
 
-def _check(
+def _checked(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, size: int, eps: float, training: bool
-) -> None:
-    """That the operators, which anybody may call, are called with what the functions below let through."""
+) -> tuple[Tensor, Norm]:
+    """For the operators, which anybody may call: a walkable x and its norm, if the functions below let them through."""
     if forward_ad._current_level >= 0:  # PyTorch would take the tangents for zeros
         raise RuntimeError("normext::norm has no forward-mode derivatives: call normext.torch's functions")
-    if norm not in _BACKWARD:
-        raise ValueError(f"norm must be one of {', '.join(_BACKWARD)}, got {norm!r}")
+    # Words that go with no x, before x is looked at. Norm, which knows more kinds, is made of an x that fits.
+    if norm not in _KINDS:
+        raise ValueError(f"norm must be one of {', '.join(_KINDS)}, got {norm!r}")
     if norm == "rms_norm" and bias is not None:
         raise ValueError(f"rms_norm must have no bias, got {_described(bias)}")
     if norm != "batch_norm" and not training:
@@ -345,6 +322,8 @@ def _check(
     row = x.shape[-size:] if 0 < size <= x.dim() else ()
     if misfit := _misfit(norm, row if norm in _ROWS else size, x, weight, bias, eps):
         raise ValueError(misfit)
+    x = _walkable(x, norm)
+    return x, _norm_of(x.shape, x.dtype, not x.is_contiguous(), norm, size, eps, training)
 
 
 @torch.library.custom_op("normext::norm", mutates_args=(), device_types="cpu")
@@ -360,18 +339,19 @@ def _norm(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean, rstd and, for batch norm in training, the unbiased variance."""
-    _check(x, weight, bias, norm, size, eps, training)
+    x, plan = _checked(x, weight, bias, norm, size, eps, training)
     if norm == "batch_norm":
         if misfit := _running_misfit(x, weight, bias, running_mean, running_var, training, 1.0):
             raise ValueError(misfit)
     elif running_mean is not None or running_var is not None:
         raise ValueError(f"{norm} must have no running statistics, got some")
-    x, var = _walkable(x, norm), x.new_empty(0, dtype=torch.float64)
+    var = x.new_empty(0, dtype=torch.float64)
     if norm == "batch_norm" and training:
         running_mean, var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
         running_var = var
-    y, cache = _forward(x, weight, bias, running_mean, running_var, 1.0, (norm, size, eps, training))
-    return y, *(torch.from_numpy(np.ascontiguousarray(a)) for a in (cache.mean, cache.rstd)), var
+    running = (running_mean, running_var, 1.0) if norm == "batch_norm" else None
+    y, cache = _forward(x, weight, bias, running, plan)
+    return y, torch.from_numpy(cache.mean), torch.from_numpy(cache.rstd), var
 
 
 @_norm.register_fake
@@ -396,19 +376,19 @@ def _norm_backward(
     eps: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weight, bias, norm, size, eps, training)
-    statistics = _statistics_shape(x, norm, size), torch.float64
+    x, plan = _checked(x, weight, bias, norm, size, eps, training)
+    of_statistics = _statistics_shape(x, norm, size), torch.float64
     for name, t, (shape, dtype) in (
         ("dy", dy, (x.shape, x.dtype)),
-        ("mean", mean, statistics),
-        ("rstd", rstd, statistics),
+        ("mean", mean, of_statistics),
+        ("rstd", rstd, of_statistics),
     ):
         if not (t.shape == shape and t.dtype == dtype and t.is_cpu and t.layout is torch.strided):
             raise ValueError(f"{name} must be on the CPU, of shape {tuple(shape)} and {dtype}, got {_described(t)}")
-    x, mean, rstd = _walkable(x, norm), mean.contiguous(), rstd.contiguous()
     wide = np.float64 if x.dtype == torch.float64 else np.float32
     gamma = None if weight is None else np.ascontiguousarray(_array(weight), wide)
-    gradients = _backward(dy, x, weight, bias, gamma, _array(mean), _array(rstd), (norm, size, eps, training))
+    statistics = _array(mean.contiguous()), _array(rstd.contiguous())
+    gradients = _backward(dy, x, weight, bias, gamma, statistics, plan)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -433,13 +413,14 @@ def _norm_autograd(ctx, dy, *_):
 
 
 def _save_norm_backward(ctx, inputs, output):
-    *tensors, norm, size, eps, training = inputs
-    ctx.how = norm, size, eps, training
-    ctx.save_for_backward(*tensors)
+    dy, x, weight, bias, mean, rstd, *ctx.how = inputs
+    ctx.save_for_backward(dy, x, weight, bias, mean, rstd)
 
 
 def _norm_backward_autograd(ctx, *grads):
-    return *_second_order(grads, *ctx.saved_tensors, ctx.how), *[None] * 7
+    dy, x, weight, bias, *statistics = ctx.saved_tensors
+    norm = _norm_of(tuple(map(int, x.shape)), x.dtype, False, *ctx.how)  # how x lies is not asked there
+    return *_second_order(grads, dy, x, weight, bias, statistics, norm), *[None] * 7
 
 
 _norm.register_autograd(_norm_autograd, setup_context=_save_norm)
@@ -478,24 +459,24 @@ _SMALLEST = {
 _SMALLEST_IMAGE = 64
 
 
-def _pays(norm: str, x: Any, training: Any = True) -> bool:
+def _pays(kind: str, x: Any, training: Any = True) -> bool:
     """Whether the loops are done sooner than PyTorch's own function."""
-    if not isinstance(x, Tensor) or x.is_nested or (x.dim() < 2 and norm not in _ROWS):
+    if not isinstance(x, Tensor) or x.is_nested or (x.dim() < 2 and kind not in _ROWS):
         return False
-    kind, n = norm, x.numel()
-    if norm not in _ROWS:
+    case, n = kind, x.numel()
+    if kind not in _ROWS:
         examples, channels, *_ = x.shape
         long_runs = n >= _SMALLEST_IMAGE * examples * channels
-        if norm != "batch_norm":
+        if kind != "batch_norm":
             if not long_runs:
                 return False
         elif not training:
-            kind = "batch_norm in evaluation"
+            case = "batch_norm in evaluation"
         elif x.dim() == 2 or not x.is_contiguous():
-            kind = "batch_norm by columns"
+            case = "batch_norm by columns"
         elif not long_runs:
-            kind = "batch_norm of small images"
-    return n >= _SMALLEST[kind][torch.is_grad_enabled() and x.requires_grad]
+            case = "batch_norm of small images"
+    return n >= _SMALLEST[case][torch.is_grad_enabled() and x.requires_grad]
 
 
 def _described(value: Any) -> str:
@@ -504,15 +485,16 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__} of {value.dtype} on {value.device}, {value.layout}, of shape {tuple(value.shape)}"
 
 
-def _misfit(norm: str, size: Any, x: Any, weight: Any, bias: Any, eps: Any) -> str | None:
+def _misfit(kind: str, size: Any, x: Any, weight: Any, bias: Any, eps: Any) -> str | None:
     """For what the loops do not take a call, in words; None if they do.
 
-    Of layer and RMS norm, size is the shape of a row; of group norm, the number of groups.
+    Of layer and RMS norm, size is the shape of a row; of group norm, the number of groups. `Norm` checks these too, but
+    where they are wrong PyTorch is to raise its own error, and `torch.compile`, which reads this, knows no `Norm`.
     """
     if not (type(x) in _TENSORS and x.dtype in _DTYPES and x.is_cpu and x.layout is torch.strided and not x.is_nested):
         return f"input must be a dense tensor of {', '.join(map(str, _DTYPES))} on the CPU, got {_described(x)}"
     n, statistics = x.numel(), 0
-    if norm in _ROWS:
+    if kind in _ROWS:
         shape = tuple(size) if isinstance(size, (tuple, list)) else ()
         if not shape or x.shape[-len(shape) :] != shape:
             return f"normalized_shape must be that of input's last axes, got {size!r} and {_described(x)}"
@@ -521,34 +503,31 @@ def _misfit(norm: str, size: Any, x: Any, weight: Any, bias: Any, eps: Any) -> s
     else:
         examples, channels, *_ = x.shape
         shape = (channels,)
-        if norm == "group_norm":
+        if kind == "group_norm":
             if not (isinstance(size, int) and 0 < size and channels % size == 0):
                 return f"the number of groups must divide the {channels} channels, got {size!r}"
             statistics = size
-        elif norm == "instance_norm":
+        elif kind == "instance_norm":
             statistics = examples * channels
     if n in (0, statistics):  # PyTorch makes an error of channels of one number, and of one example with such groups
         return f"input must have numbers to normalize, more than one, got {_described(x)}"
     # PyTorch takes a smaller eps for 0 where it computes in float32, and gives NaN where all numbers are equal.
     if not (type(eps) in (float, int) and 2.0**-126 <= eps < math.inf):
         return f"eps must be a number from {2.0**-126:.1e} on, got {eps!r}"
-    parameter = dtype = x.dtype
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None:
-            parameter = getattr(p, "dtype", None)
-            if not (
-                (parameter is dtype or (parameter is torch.float32 and dtype in _NARROW))
-                and type(p) in _TENSORS
-                and p.shape == shape
-                and p.is_contiguous()
-                and p.is_cpu
-            ):
-                wanted = (
-                    f"contiguous on the CPU, of shape {tuple(shape)} and input's dtype (or float32 if that has 16 bits)"
-                )
-                return f"{name} must be {wanted}, got {_described(p)}"
-    if weight is not None and weight.dtype is not parameter and bias is not None:
-        return f"weight and bias must have one dtype, got {weight.dtype} and {parameter}"
+        if p is not None and not (
+            type(p) in _TENSORS
+            and (p.dtype is x.dtype or (p.dtype is torch.float32 and x.dtype in _NARROW))
+            and p.shape == shape
+            and p.is_contiguous()
+            and p.is_cpu
+        ):
+            wanted = (
+                f"contiguous on the CPU, of shape {tuple(shape)} and input's dtype (or float32 if that has 16 bits)"
+            )
+            return f"{name} must be {wanted}, got {_described(p)}"
+    if weight is not None and bias is not None and weight.dtype is not bias.dtype:
+        return f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}"
     return None
 
 
@@ -602,22 +581,22 @@ def _normalized(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    how: _How,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    momentum: float = 0.0,
+    how: tuple[str, int, float, bool],
+    running: _Running | None = None,
 ) -> Tensor:
-    """A call that the loops take."""
+    """A call that the loops take; `how` are the last arguments of `_norm_of`."""
     if torch.compiler.is_compiling():
-        y, mean, _, var = _norm(x, weight, bias, running_mean, running_var, *how)
-        if how[3] and running_mean is not None:
+        mean, var, momentum = running or (None, None, 0.0)
+        y, batch_mean, _, batch_var = _norm(x, weight, bias, mean, var, *how)
+        if how[3] and mean is not None:
             with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(var.to(running_var.dtype), momentum)
+                mean.lerp_(batch_mean.to(mean.dtype), momentum)
+                var.lerp_(batch_var.to(var.dtype), momentum)
         return y
+    norm = _norm_of(x.shape, x.dtype, not x.is_contiguous(), *how)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Norm.apply(x, weight, bias, running_mean, running_var, momentum, how)
-    return _forward(x, weight, bias, running_mean, running_var, momentum, how)[0]
+        return _Norm.apply(x, weight, bias, running, norm)
+    return _forward(x, weight, bias, running, norm)[0]
 
 
 def batch_norm(
@@ -683,11 +662,13 @@ def batch_norm(
         )
     ):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    how, x, mean, var = ("batch_norm", 0, eps, training), _walkable(input, "batch_norm"), running_mean, running_var
-    narrow = mean is not None and mean.dtype in _NARROW
+    x, how = _walkable(input, "batch_norm"), ("batch_norm", 0, eps, training)
+    if running_mean is None:
+        return _normalized(x, weight, bias, how)
+    mean, var, narrow = running_mean, running_var, running_mean.dtype in _NARROW
     if narrow:
         mean, var = mean.float(), var.float()
-    y = _normalized(x, weight, bias, how, mean, var, momentum)
+    y = _normalized(x, weight, bias, how, (mean, var, momentum))
     if narrow and training:
         torch._foreach_copy_([running_mean, running_var], [mean, var])  # one call, that no interrupt parts
     return y

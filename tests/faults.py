@@ -2,7 +2,8 @@
 
 Every call is made again and again, with the k-th allocation failing, for every k until no allocation is left to fail;
 then with less and less memory to be had. It must raise MemoryError, or give the results that it gives otherwise; what
-it reads must be as it was, and so must what it updates where it raises; and the next call must be right.
+it reads must be as it was, and so must what it updates where it raises; the next call must be right; and a norm must
+have given back the memory that it had got.
 
 ``python faults.py CALL STEP PROGRESS`` goes on after a step of a call, by their numbers, and keeps those of the step
 that it is at in the file PROGRESS, for whoever finds the process gone.
@@ -14,6 +15,7 @@ import mmap
 import resource
 import struct
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +24,8 @@ import numpy as np
 from norm_cases import NORMS, Case
 
 import normext
+from normext._core.arrays import Cache
 from normext.cs231n import fast_layers, optim
-from normext.functional import Cache
 
 LIBRARY = ctypes.CDLL(None)
 
@@ -35,6 +37,7 @@ class Call(NamedTuple):
     read: list[np.ndarray]
     updated: list[np.ndarray] = []  # noqa: RUF012 - never changed
     restore: Callable[[], Any] = lambda: None  # what is not an array
+    is_norm: bool = False  # the others have functions of CPython and NumPy in them that lose memory when they fail
 
 
 LAYOUTS = {
@@ -90,7 +93,7 @@ def forward(case: Case, layout: str) -> Call:
     given = case.arguments(arrays | dict(zip(("running_mean", "running_var"), running)))
     updated = running if case.running and case.training and case.norm == "batch_norm" else []
     call = partial(getattr(normext, case.norm), arrays["x"], **given)
-    return Call(call, [*arrays.values(), *([] if updated else running)], updated)
+    return Call(call, [*arrays.values(), *([] if updated else running)], updated, is_norm=True)
 
 
 def backward(case: Case, layout: str) -> Call:
@@ -100,7 +103,7 @@ def backward(case: Case, layout: str) -> Call:
     given = {"dsum": arrays["dsum"]} if case.fused else {}
     call = partial(getattr(normext, case.norm + "_backward"), arrays["dy"], cache, **given)
     kept = [a for a in (cache.x, cache.gamma, cache.beta, cache.mean, cache.rstd) if a is not None]
-    return Call(call, [*arrays.values(), *kept])
+    return Call(call, [*arrays.values(), *kept], is_norm=True)
 
 
 X = np.random.default_rng(0).normal(3, 2, (5, 4, 6)).astype(np.float32)
@@ -225,8 +228,8 @@ class Trials:
         self.reset()
 
 
-def fail_the_kth(trials: Trials, k: int) -> list[str] | None:
-    """What is wrong where the k-th allocation fails; None if there are not so many."""
+def attempt_without(trials: Trials, k: int) -> bool:
+    """Whether there was a k-th allocation, which then failed."""
     fired = None
     try:
         LIBRARY.faults_arm(k)
@@ -238,10 +241,24 @@ def fail_the_kth(trials: Trials, k: int) -> list[str] | None:
             fired = LIBRARY.faults_disarm()
         except MemoryError:
             pass
-    if not fired:
+    return bool(fired)
+
+
+def fail_the_kth(trials: Trials, k: int) -> list[str] | None:
+    """What is wrong where the k-th allocation fails; None if there are not so many."""
+    if not attempt_without(trials, k):
         trials.reset()
         return None
-    return list(trials.wrong())
+    wrong = list(trials.wrong())
+    blocks = array("l", bytes(48))  # of its own: its numbers are no objects, which would count
+    for i in range(len(blocks)):
+        attempt_without(trials, k)
+        trials.error = trials.returned = None
+        trials.reset()
+        blocks[i] = LIBRARY.faults_live()
+    if trials.call.is_norm and all(after > before for before, after in zip(blocks[2:], blocks[3:])):
+        wrong.append("kept memory, each time")
+    return wrong
 
 
 def limit_memory(trials: Trials, room: int) -> list[str]:
@@ -261,6 +278,7 @@ ROOMS = [*range(0, 1 << 20, 1 << 17), *range(1 << 20, 12 << 20, 1 << 20)]
 def main() -> None:
     first, step, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     LIBRARY.faults_arm.argtypes, LIBRARY.faults_arm.restype = [ctypes.c_long], None
+    LIBRARY.faults_live.restype = ctypes.c_long
     normext.set_num_threads(4)
     with open(path, "r+b") as file:
         progress = mmap.mmap(file.fileno(), 16)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import normext
+from normext._core.arrays import Norm
 
 NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 DTYPES = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
@@ -40,37 +41,47 @@ class Case(NamedTuple):
     training: bool = True
     relu: bool = False
     residual: bool = False
-    kind: str = "normal"  # or "lattice": eighths, many of them equal; "padded": equal ones at the end; "constant"
+    # Or "lattice": eighths, many of them equal; "padded": equal ones at the end; "constant"; "uneven": each position on
+    # the axis has a scale of its own; "broken": a NaN or an infinity or two.
+    kind: str = "normal"
     offset: float = 0.0
     scale: float = 1.0
+    dy_offset: float = 0.0
     seed: int = 0
 
     @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """That of gamma and beta."""
-        by_row = self.norm in ("layer_norm", "rms_norm")
-        return self.shape[self.axis :] if by_row else self.shape[self.axis : self.axis + 1]
+    def plan(self) -> Norm:
+        """What is to be done; an error where no norm is like that."""
+        options: dict[str, Any] = {"axis": self.axis, "eps": self.eps}
+        if self.norm == "group_norm":
+            options["groups"] = self.groups
+        if self.norm == "batch_norm":
+            options |= {"training": self.training, "activation": "relu" if self.relu else None}
+        return Norm(self.norm, self.shape, DTYPES[self.dtype], **options)
 
     @property
-    def number_of_groups(self) -> int:
-        """Of group and instance norm."""
-        return self.shape[self.axis] if self.norm == "instance_norm" else self.groups
+    def by_row(self) -> bool:
+        """Whether what is normalized together is the axis and all after it."""
+        return self.norm in ("layer_norm", "rms_norm")
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """That of gamma and beta, for a shape that no norm takes too."""
+        return self.shape[self.axis :] if self.by_row else self.shape[self.axis : self.axis + 1]
+
+    @property
+    def channels_to(self) -> int:
+        """The axis that the channels must come to for the numbers of a statistic to lie together."""
+        return self.axis if self.by_row else int(self.norm != "batch_norm")
 
     def statistics(self, a: np.ndarray) -> np.ndarray:
         """The numbers of an array in the shape of x as (statistic, numbers that it is of)."""
-        if self.norm == "batch_norm":
-            return np.moveaxis(a, self.axis, 0).reshape(self.shape[self.axis], -1)
-        if self.norm in ("layer_norm", "rms_norm"):
-            return a.reshape(math.prod(self.shape[: self.axis]), -1)
-        return np.moveaxis(a, self.axis, 1).reshape(self.shape[0] * self.number_of_groups, -1)
+        return np.moveaxis(a, self.axis, self.channels_to).reshape(self.plan.statistics, -1)
 
     def put_back(self, numbers: np.ndarray) -> np.ndarray:
         """The inverse of `statistics`."""
-        if self.norm in ("layer_norm", "rms_norm"):
-            return numbers.reshape(self.shape)
-        at = 0 if self.norm == "batch_norm" else 1
-        moved = np.moveaxis(np.empty(self.shape, np.bool_), self.axis, at).shape
-        return np.moveaxis(numbers.reshape(moved), at, self.axis)
+        moved = np.moveaxis(np.empty(self.shape, np.bool_), self.axis, self.channels_to).shape
+        return np.moveaxis(numbers.reshape(moved), self.channels_to, self.axis)
 
     def draw(self) -> dict[str, np.ndarray]:
         """x, residual, dy and dsum in the case's dtype; gamma, beta and running statistics in a dtype of their own."""
@@ -82,9 +93,15 @@ class Case(NamedTuple):
             unit.reshape(-1)[rng.integers(unit.size) :] = 0
         elif self.kind == "constant":
             unit = np.ones(self.shape)
+        elif self.kind == "uneven":
+            scales = 10.0 ** rng.uniform(-30, 30, self.shape[self.axis])
+            unit = np.moveaxis(np.moveaxis(unit, self.axis, -1) * scales, -1, self.axis)
+        elif self.kind == "broken":
+            unit.reshape(-1)[rng.integers(unit.size, size=2)] = rng.choice([np.nan, np.inf, -np.inf], 2)
         wide = np.float64 if self.dtype == "float64" else np.float32
         arrays = {"x": self.offset + self.scale * unit}
         arrays |= {name: rng.standard_normal(self.shape) for name in ("residual", "dy", "dsum")}
+        arrays["dy"] += self.dy_offset
         arrays = {name: a.astype(DTYPES[self.dtype]) for name, a in arrays.items()}
         arrays |= {name: rng.normal(1, 0.5, self.parameter_shape).astype(wide) for name in ("gamma", "beta")}
         channels = self.shape[self.axis]
@@ -114,7 +131,7 @@ class Case(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether a residual is added."""
-        return self.residual and self.norm in ("layer_norm", "rms_norm")
+        return self.residual and self.by_row
 
 
 def forward_and_backward(
@@ -123,6 +140,7 @@ def forward_and_backward(
     """All results by name; running statistics are changed where they lie."""
     outs = [{} if a is None else {"out": a} for a in (out, dx_out)]
     y, *sums, cache = getattr(module, case.norm)(arrays["x"], **case.arguments(arrays), **outs[0])
+    assert module is not normext or cache.norm == case.plan
     fused = {"dsum": arrays["dsum"]} if case.fused else {}
     gradients = getattr(module, case.norm + "_backward")(arrays["dy"], cache, **fused, **outs[1])
     results = {"y": y, "mean": cache.mean, "rstd": cache.rstd}

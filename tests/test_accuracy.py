@@ -14,11 +14,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def exact(x, axis, eps=1e-5):
     deviation = x.astype(np.float64)
     deviation -= deviation.mean(axis, keepdims=True)

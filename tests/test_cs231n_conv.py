@@ -15,11 +15,6 @@ LIMIT = 1e-7  # for centred differences in float64
 NORMALIZATIONS = [None, "batchnorm", "layernorm", "groupnorm", "instancenorm"]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(231)
-
-
 def check_gradients(forward, inputs, backward, rng):
     """`forward(*inputs) -> out, cache` and `backward(dout, cache)`, which gives a gradient for every input."""
     out, cache = forward(*inputs)

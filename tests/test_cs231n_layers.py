@@ -12,11 +12,6 @@ from normext.gradcheck import numerical_gradient, relative_error
 LIMIT = 1e-7  # for centred differences in float64
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(231)
-
-
 def check_gradients(forward, inputs, backward, rng, limit=LIMIT):
     """`forward(*inputs) -> out, cache` and `backward(dout, cache)`, which gives a gradient for every input."""
     out, cache = forward(*inputs)

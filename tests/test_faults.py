@@ -7,48 +7,15 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_study import TinyStudy
 
 import normext
 from normext.cs231n.classifiers.fc_net import FullyConnectedNet
 from normext.cs231n.solver import Solver
-from normext.studies.data import Data
-from normext.studies.study import Study, run_studies
-from normext.studies.training import Training
-
-TINY = Training(
-    "tiny", "points", (6,), "batchnorm", weight_scale=0.1, batch_size=5, learning_rate=1e-2, epochs=2, seed=3
-)
-
-
-class TinyStudy(Study):
-    """Three trainings of a few milliseconds."""
-
-    name = "tiny"
-    title = "Tiny"
-    description = "Tiny."
-
-    def trainings(self, data, seed, quick):
-        return [
-            replace(TINY, name=norm or "none", normalization=norm, seed=seed)
-            for norm in (None, "batchnorm", "layernorm")
-        ]
-
-    def figures(self, results):
-        return {}
-
-    def report(self, results):
-        return "\n".join(training.name for training, _ in results)
-
-
-@pytest.fixture(scope="module")
-def points():
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((30, 4)), rng.integers(0, 10, 30)
-    return Data("points", "points", {"X_train": X[:20], "y_train": y[:20], "X_val": X[20:], "y_val": y[20:]})
+from normext.studies.study import run_studies
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +131,8 @@ def test_a_full_disk_is_told_and_the_study_goes_on_when_there_is_room(points, wh
     program = f"""
 import numpy as np
 from pathlib import Path
-from test_faults import Data, TinyStudy, results, run_studies
+from normext.studies.data import Data
+from test_faults import TinyStudy, results, run_studies
 points = Data("points", "points", dict(np.load({str(data)!r})))
 disk = Path({str(disk)!r})
 try:

@@ -1,9 +1,11 @@
-"""normext.jax against the plain formulas differentiated by JAX in float64, both ways that it goes: with compiled
-handlers, where these are built, and with those in Python."""
+"""normext.jax against the plain formulas differentiated by JAX in float64."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,17 +21,10 @@ import jax.numpy as jnp  # noqa: E402 - see above
 from jax.test_util import check_grads  # noqa: E402
 
 import normext.jax  # noqa: E402
+from normext._core.arrays import KINDS, Norm  # noqa: E402
 
 RTOL = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 EPS = 1e-3
-
-
-@pytest.fixture(params=["compiled", "python"], autouse=True)
-def way(request, monkeypatch):
-    if request.param not in normext.jax._HANDLERS:
-        pytest.skip("built without the headers of jaxlib")
-    monkeypatch.setattr(normext.jax, "_way", request.param)
-    return request.param
 
 
 @pytest.fixture
@@ -322,36 +317,61 @@ def test_bad_arguments(call, error, message):
         call(normext.jax, jnp.ones((6, 4)))
 
 
-def test_the_handlers_refuse_what_does_not_fit(way):
+def test_the_handlers_refuse_what_does_not_fit():
     """Sizes are checked against the arrays that XLA hands over, before anything is read or written."""
-    if way != "compiled":
-        pytest.skip("of the handlers")
-    attributes = {"norm": np.int64(0), "groups": np.int64(1), "eps": np.float64(0)}
-    x, p, u, none = (jax.ShapeDtypeStruct(*s) for s in (((6, 4, 1), "f4"), ((4,), "f4"), ((6, 2), "u4"), ((0,), "f4")))
+    norm = Norm("group_norm", (6, 4), np.float32, axis=1, groups=1, eps=0.0)
+    attributes = {name: np.int64(getattr(norm, name)) for name in ("axis", "groups", "training")}
+    attributes |= {"kind": np.int64(KINDS[norm.kind]), "ndim": np.int64(2)}
+    attributes |= {"eps": np.float64(norm.eps), "momentum": np.float64(0)}
+    x, p, u, none = (jax.ShapeDtypeStruct(*s) for s in (((6, 4), "f4"), ((4,), "f4"), ((6, 2), "u4"), ((0,), "f4")))
 
     def call(args, results, **changes):
         zeros = [jnp.zeros(a.shape, a.dtype) for a in args]
-        return jax.ffi.ffi_call("normext_forward_compiled", results)(*zeros, **(attributes | changes))[
-            0
-        ].block_until_ready()
+        return jax.ffi.ffi_call("normext_forward", results)(*zeros, **(attributes | changes))[0].block_until_ready()
 
     good = [x, p, p, none, none], [x, u, u, none, none]
     call(*good)
-    short, long = jax.ShapeDtypeStruct((3,), "f4"), jax.ShapeDtypeStruct((7, 4, 1), "f4")
+    short, long = jax.ShapeDtypeStruct((3,), "f4"), jax.ShapeDtypeStruct((7, 4), "f4")
     for i, j, wrong in [(0, 1, short), (0, 1, u), (1, 1, p), (1, 0, long), (0, 3, p)]:
         bad = [list(good[0]), list(good[1])]
         bad[i][j] = wrong
         with pytest.raises(Exception, match="arrays do not fit together"):
             call(*bad)
-    for changes in ({"norm": np.int64(7)}, {"groups": np.int64(3)}, {"eps": np.float32(1)}, {"more": np.int64(0)}):
+    for changes in ({"kind": np.int64(7)}, {"groups": np.int64(3)}, {"eps": np.float32(1)}, {"more": np.int64(0)}):
         with pytest.raises(Exception, match="not a call of its forward passes"):
             call(*good, **changes)
 
 
-def test_a_program_may_end_while_xla_computes(way):
-    program = f"""
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_structs_lie_as_in_the_header_of_jaxlib():
+    """Each member that _core/xla.pyx declares has its place and size there, and each constant its value."""
+    source = (Path(__file__).parents[1] / "normext/_core/xla.pyx").read_text()
+    constants = re.findall(r"^    (XLA_FFI_\w+) = (\d+)$", source, re.M)
+    structs = re.findall(r"^cdef struct (XLA_FFI_\w+):\n((?:    .+\n)+)", source, re.M)
+    assert constants
+    assert structs
+
+    def same(ours, theirs):
+        return f'_Static_assert({ours} == {theirs}, "{ours}");'
+
+    program = ['#include "xla/ffi/api/c_api.h"', *(f"typedef struct Our_{name} Our_{name};" for name, _ in structs)]
+    program += [same(name, value) for name, value in constants if name != "XLA_FFI_API_MINOR"]
+    for name, body in structs:
+        lines = [line.replace(" noexcept nogil", "") for line in body.splitlines()]
+        members = [re.search(r"(\w+)(\)\(.+)?$", line)[1] for line in lines]
+        fields = "; ".join(re.sub(r"\b(XLA_FFI_\w+)(?!\w|\)\()", r"Our_\1", line) for line in lines)
+        program.append(f"struct Our_{name} {{ {fields}; }};")
+        for member in members:
+            program.append(same(f"offsetof(Our_{name}, {member})", f"offsetof({name}, {member})"))
+            program.append(same(f"sizeof(((Our_{name} *)0)->{member})", f"sizeof((({name} *)0)->{member})"))
+    compile = ["cc", "-std=c11", "-fsyntax-only", "-I", jax.ffi.include_dir(), "-x", "c", "-"]
+    done = subprocess.run(compile, input="\n".join(program), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_program_may_end_while_xla_computes():
+    program = """
 import jax, jax.numpy as jnp, normext.jax
-normext.jax._way = {way!r}
 @jax.jit
 def f(x):
     for _ in range(20):
@@ -365,15 +385,14 @@ for _ in range(3):
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map")
-def test_shard_map_over_several_devices(way):
+def test_shard_map_over_several_devices():
     """Rows on four devices, parameters on all: values and gradients of the whole, with JAX's check of what varies.
 
     And the other way round: x on all devices, of each of which the parameters are its own.
     """
-    program = f"""
+    program = """
 import jax, jax.numpy as jnp, numpy as np, normext.jax
 from jax.sharding import AxisType, PartitionSpec as P
-normext.jax._way = {way!r}
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 x, weights = np.random.default_rng(0).normal(1, 2, (2, 8, 6, 5)).astype(np.float32)
 norms = [

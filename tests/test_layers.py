@@ -55,11 +55,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture(params=LAYERS)
 def case(request):
     return LAYERS[request.param]
@@ -166,6 +161,40 @@ def test_a_layer_lets_go_of_x_after_backward_and_at_the_next_call(case, rng):
     layer.backward(np.ones(shape))
     del x
     assert gone() is None
+
+
+CHANGES = [
+    (lambda: BatchNorm(4), (6, 4, 4), {"eps": 0.5, "axis": 2}),
+    (lambda: BatchNorm(4), (6, 4), {"training": False, "momentum": 0.5}),
+    (lambda: LayerNorm(4), (6, 4, 4), {"eps": 0.5, "normalized_shape": (4, 4), "params": {}}),
+    (lambda: RMSNorm(4), (6, 4), {"eps": 0.5}),
+    (lambda: GroupNorm(2, 4), (6, 4, 4), {"eps": 0.5, "axis": -1, "num_groups": 1}),
+    (lambda: InstanceNorm(4), (6, 4, 4), {"eps": 0.5, "axis": 2}),
+]
+
+
+@pytest.mark.parametrize(("make", "shape", "changes"), CHANGES)
+def test_an_option_that_is_changed_counts_from_the_next_call(make, shape, changes, rng):
+    x = rng.normal(3, 2, shape).astype(np.float32)
+    layer, changed_at_once = make(), make()
+    layer(x)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+        setattr(changed_at_once, name, value)
+    if isinstance(layer, BatchNorm):
+        layer.load_state_dict(changed_at_once.state_dict())
+    np.testing.assert_array_equal(layer(x), changed_at_once(x))
+    layer.eps = -1.0
+    with pytest.raises(ValueError, match="eps must be from 0"):
+        layer(x)
+
+
+def test_batches_of_any_shape_and_dtype_may_follow_each_other(case, rng):
+    make, shape, function, _ = case
+    layer = make(affine=False)
+    x = rng.normal(3, 2, (2, *shape))
+    for batch in (x[0], x[0].astype(np.float32), x[0][:1], x[0][:1].astype(np.int8), x[0].astype(">f8"), x[1]):
+        np.testing.assert_array_equal(layer(batch), function(batch, ())[0])
 
 
 # Running statistics --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from odd_inputs import LAYOUTS
 
 import normext
+import normext._core.arrays
 import normext._core.runtime
 import normext.functional
 from normext import reference
@@ -77,11 +78,6 @@ GROUP_SHAPES = [
     ((2, 150, 7, 1030), -1, 1030),
     ((3, 300, 300, 5), -1, 1),
 ]
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def float64(a):
@@ -554,6 +550,22 @@ def test_one_row_gives_beta_and_no_gradient(rng):
         np.testing.assert_array_equal(dbeta, dy[0])
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype, power", [(np.float32, -60), (np.float32, 60), (np.float64, 600)])
+def test_an_array_that_is_one_row_goes_backward_at_any_scale(norm, dtype, power, rng):
+    """A scale that is a power of two changes exponents alone: y is the same, and dx has the inverse scale."""
+    forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
+    x, dy, gamma = rng.normal(1, 2, (3, 3, 4)).astype(dtype)
+    y, cache = forward(x, gamma, axis=0, eps=0.0)
+    dx, dgamma, *_ = backward(dy, cache)
+    scale = dtype(2.0**power)
+    scaled_y, cache = forward(scale * x, gamma, axis=0, eps=0.0)
+    scaled_dx, scaled_dgamma, *_ = backward(dy, cache)
+    np.testing.assert_array_equal(scaled_y, y)
+    assert relative_error(scale * scaled_dx, dx) < LIMIT[np.dtype(dtype)]
+    assert relative_error(scaled_dgamma, dgamma) < LIMIT[np.dtype(dtype)]
+
+
 def test_empty_batch_in_evaluation():
     running = dict(running_mean=np.zeros(3), running_var=np.ones(3))
     y, cache = normext.batch_norm(np.empty((0, 3), np.float32), training=False, **running)
@@ -750,7 +762,7 @@ def test_bad_backward_arguments():
             backward(X.astype(complex), cache)
 
 
-@pytest.mark.parametrize("module", [normext.functional, normext._core.runtime])
+@pytest.mark.parametrize("module", [normext._core.arrays, normext._core.runtime])
 def test_examples_of_compiled_modules(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -168,6 +168,43 @@ def test_instruction_set_from_the_environment():
     assert any(line.split() == ["in", "use", "baseline"] for line in result.stdout.decode().splitlines())
 
 
+TRACED = """
+import numpy as np
+import normext
+
+x = np.random.default_rng(0).normal(size=(8, 32, 28, 28)).astype(np.float32)
+_, cache = normext.batch_norm(x)
+normext.batch_norm_backward(x, cache)
+normext.batch_norm(x.reshape(-1, 28), axis=-1)
+normext.layer_norm(x.astype(np.float64)[0])
+normext.rms_norm(x[..., ::2])
+normext.group_norm(np.moveaxis(x[:1], 1, -1).copy(), 4, axis=-1)
+_, cache = normext.layer_norm(1e-20 * x[:1, 0], eps=0)
+normext.layer_norm_backward(x[:1, 0], cache)
+normext.instance_norm(np.zeros((0, 3), np.float16))
+"""
+WAYS = """
+batch norm forward, float32 (8, 32, 28, 28) axis 1: along rows, baseline, MANY
+batch norm backward, float32 (8, 32, 28, 28) axis 1: along rows, baseline, MANY
+batch norm forward, float32 (7168, 28) axis 1: down columns, baseline, MANY
+layer norm forward, float64 (32, 28, 28) axis 2: row by row, baseline, ONE
+RMS norm forward, float32 (8, 32, 28, 14) axis 3: by copied blocks, baseline, ONE
+group norm forward, float32 (1, 28, 28, 32) axis 3: down columns, baseline, ONE
+layer norm forward, float32 (1, 28, 28) axis 2: row by row, baseline, ONE
+layer norm backward, float32 (1, 28, 28) axis 2: by blocks copied to float64, baseline, ONE
+group norm forward, float16 (0, 3) axis 1: nothing to do, baseline, ONE
+"""
+
+
+def test_a_trace_says_which_way_each_call_went():
+    found = run(TRACED, NORMEXT_TRACE="1", NORMEXT_ISA="baseline", NORMEXT_NUM_THREADS="2")
+    lines = found.stderr.decode().split("normext: ")[1:]
+    ways = WAYS.replace("MANY", "2 threads" if OPENMP else "1 thread").replace("ONE", "1 thread").strip()
+    assert [line.rpartition(", ")[0] for line in lines] == ways.splitlines()
+    assert all(float(line.rpartition(", ")[2].removesuffix(" ms\n")) >= 0 for line in lines)
+    assert run(TRACED, NORMEXT_TRACE="0").stderr == b""
+
+
 @pytest.mark.parametrize(
     ("environment", "threads"),
     [

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_study import TINY, TinyStudy
 
 import normext
 from normext._files import new_file
 from normext.cli import main
-from normext.studies import STUDIES, Study
+from normext.studies import STUDIES
 from normext.studies.batch_size import BatchSize
 from normext.studies.convnet import ConvNet, ConvTraining
 from normext.studies.data import Data, load_data
@@ -28,7 +29,7 @@ from normext.studies.deep import Deep
 from normext.studies.layer_width import LayerWidth
 from normext.studies.plots import NORM_STYLES
 from normext.studies.study import Result, run_studies
-from normext.studies.training import History, Training, load_history, save_history
+from normext.studies.training import History, load_history, save_history
 from normext.studies.weight_scale import WeightScale
 
 to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
@@ -37,37 +38,6 @@ load_digits = pytest.importorskip("sklearn.datasets").load_digits
 pytest.importorskip("tqdm")
 
 ALL = [study for studies in STUDIES.values() for study in studies]
-TINY = Training(
-    "tiny", "points", (6,), "batchnorm", weight_scale=0.1, batch_size=5, learning_rate=1e-2, epochs=2, seed=3
-)
-
-
-class TinyStudy(Study):
-    """Three trainings of a few milliseconds."""
-
-    name = "tiny"
-    title = "Tiny"
-    description = "Tiny."
-
-    def trainings(self, data, seed, quick):
-        return [
-            replace(TINY, name=norm or "none", data=data, normalization=norm, seed=seed)
-            for norm in (None, "batchnorm", "layernorm")
-        ]
-
-    def figures(self, results):
-        return {}
-
-    def report(self, results):
-        return "\n".join(training.name for training, _ in results)
-
-
-@pytest.fixture(scope="module")
-def points():
-    """Twenty random points of ten classes."""
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((30, 4)), rng.integers(0, 10, 30)
-    return Data("points", "points", {"X_train": X[:20], "y_train": y[:20], "X_val": X[20:], "y_val": y[20:]})
 
 
 @pytest.fixture(scope="module")

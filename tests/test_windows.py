@@ -19,11 +19,6 @@ from normext.cs231n.fast_layers import (
 from normext.cs231n.im2col_cython import col2im_6d_cython, col2im_cython, im2col_cython
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def plain_im2col(x, kernel, stride, padding, dilation):
     """(N, C, kh, kw, out_h, out_w), from a padded copy."""
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, padding, dilation

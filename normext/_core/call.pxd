@@ -1,6 +1,6 @@
 # One call of the loops, as norms.pyx has worked it out of an nx_norm and an nx_io.
 
-from normext._core.kernels cimport nx_groups, nx_kernels, nx_rows
+from normext._core.kernels cimport element, nx_groups, nx_kernels, nx_rows
 
 
 # Where mean and rstd come from: they are given, and constants to the backward pass; or they are the
@@ -59,3 +59,7 @@ cdef inline nx_rows rows_at(nx_groups a, Py_ssize_t itemsize, Py_ssize_t group) 
     if a.data == NULL:
         return nx_rows(NULL, 0)
     return nx_rows(<char *> a.data + group * a.group * itemsize, a.group)
+
+
+cdef inline double gamma_of(const Call *c, Py_ssize_t channel) noexcept nogil:
+    return 1 if c.gamma == NULL else element(c.k, c.gamma, channel)

@@ -1,39 +1,22 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Statistics down columns: batch norm of (N, D) and N,H,W,C, and group norm of the latter.
 
-The sizes of work are those of rows.pyx: here a row is the columns' numbers at one place, a block some
-rows of some columns, and a chunk the blocks of a task. Rows are walked in memory order. Work is split
-along the columns and, where there are many rows, along these: by the shape alone, and the chunks' sums
-are put together in their order, so that the number of threads changes no bit. Second passes go
-backwards, to meet first what is still in cache.
+The sizes of work are those of rows.pyx: here a row is the columns' numbers at one place, a block
+some rows of some columns, and a chunk the blocks of a task. Rows are walked in memory order. Work
+is split along the columns and, where there are many rows, along these: by the shape alone, and the
+chunks' sums are put together in their order, so that the number of threads changes no bit. Second
+passes go backwards, to meet first what is still in cache.
 """
 
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
-from normext._core.call cimport CENTRED, GIVEN, Call, Job
+from normext._core.call cimport GIVEN, Call, Job, gamma_of
 from normext._core.kernels cimport (
-    affines_of,
-    ceil_div,
-    element,
-    nx_affine,
-    nx_block,
-    nx_constant,
-    nx_finish_moments,
-    nx_groups,
-    nx_inverse_stds,
-    nx_line,
-    nx_merge,
-    nx_merge_equal,
-    nx_moments,
-    nx_relu_mask,
-    nx_rescale,
-    nx_rescale_columns,
-    nx_rows,
-    nx_slope,
-    nx_sums,
-    restore_pivot,
+    affines_of, ceil_div, nx_affine, nx_block, nx_constant, nx_finish_moments,
+    nx_groups, nx_inverse_stds, nx_line, nx_merge, nx_merge_equal, nx_moments, nx_relu_mask,
+    nx_rescale, nx_rescale_columns, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
 from normext._core.runtime cimport run_on, run_tasks, team_for
 
@@ -67,7 +50,7 @@ cdef inline nx_rows at(const Call *c, nx_groups a, Chunk t, Py_ssize_t block) no
 
 
 cdef inline Job job_of(const Call *c) noexcept nogil:
-    """How many times the columns are split, into how many chunks the rows, and how many those are in all."""
+    """`blocks`: into how many the columns are split; then the rows' chunks, and all tasks."""
     cdef Py_ssize_t across = ceil_div(c.n, COLUMNS), chunks = 1
     if c.rows * c.n >= SPLIT:
         chunks = min(block_count(c, Chunk(0, c.rows, 0, c.n)), ceil_div(CHUNKS, across))
@@ -78,7 +61,8 @@ cdef inline Chunk chunk_at(const Job *j, Py_ssize_t task) noexcept nogil:
     cdef const Call *c = j.call
     cdef Py_ssize_t chunk = task // j.blocks, col = task % j.blocks * COLUMNS
     cdef Py_ssize_t row = chunk * c.rows // j.chunks
-    return Chunk(row, (chunk + 1) * c.rows // j.chunks - row, col, min(<Py_ssize_t> COLUMNS, c.n - col))
+    return Chunk(row, (chunk + 1) * c.rows // j.chunks - row, col,
+                 min(<Py_ssize_t> COLUMNS, c.n - col))
 
 
 # Forward -----------------------------------------------------------------------------------------
@@ -95,7 +79,8 @@ cdef void chunk_moments(const Call *c, Chunk t, const double *scale, double *mea
                         <double> (block * block_rows(c, t)), mean, m2)
 
 
-cdef void finish_columns(const Call *c, Py_ssize_t col, Py_ssize_t cols, double *scale) noexcept nogil:
+cdef void finish_columns(const Call *c, Py_ssize_t col, Py_ssize_t cols,
+                         double *scale) noexcept nogil:
     """mean, rstd and var of columns from their moments, the m2 of which lie in rstd.
 
     `scale`, NULL for 1, is of the columns from `col` on, and written over.
@@ -116,15 +101,17 @@ cdef void finish_columns(const Call *c, Py_ssize_t col, Py_ssize_t cols, double 
         memcpy(m2_to_rstd + col, scale, cols * sizeof(double))
 
 
-cdef void chunk_affine(const Call *c, Chunk t, const double *mean, const double *rstd) noexcept nogil:
+cdef void chunk_affine(const Call *c, Chunk t, const double *mean,
+                       const double *rstd) noexcept nogil:
     """y of a chunk; mean and rstd are those of the array's columns."""
     cdef double scale[COLUMNS]
     cdef double shift[COLUMNS]
-    cdef nx_affine map = nx_affine(mean + t.col, scale, shift, 1)
+    cdef nx_affine map = nx_affine(mean + t.col, &scale[0], &shift[0], 1)
     cdef Py_ssize_t block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd + t.col, scale, shift)
     for block in range(block_count(c, t) - 1, -1, -1):
-        c.k.col_affine(at(c, c.x, t, block), at(c, c.y, t, block), block_at(c, t, block), &map, c.relu)
+        c.k.col_affine(at(c, c.x, t, block), at(c, c.y, t, block), block_at(c, t, block), &map,
+                       c.relu)
 
 
 cdef void normalize_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -145,7 +132,7 @@ cdef void normalize_task(const void *job, Py_ssize_t task) noexcept nogil:
 
 
 cdef inline double *partial_of(const Job *j, Py_ssize_t task, int which) noexcept nogil:
-    """Where a chunk's means (0) or m2 (1), or sums and dots, go: for each chunk, those of all columns."""
+    """Where a chunk's means (0) or m2 (1), or its sums and dots, go: row by row of chunks."""
     return j.partial + (2 * (task // j.blocks) + which) * j.call.n + task % j.blocks * COLUMNS
 
 
@@ -183,8 +170,8 @@ cdef int moments_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
                 nx_merge(&m, nx_moments(rows, j.partial[2 * chunk * c.n + col],
                                         j.partial[(2 * chunk + 1) * c.n + col]))
             c.mean[col], c.rstd[col] = m.mean, m.m2
-        if j.adjust != NULL or not nx_rescale_columns(&c.k.range, c.n, <double> c.rows, c.mean, c.rstd,
-                                                      scale):
+        if j.adjust != NULL or not nx_rescale_columns(&c.k.range, c.n, <double> c.rows, c.mean,
+                                                      c.rstd, scale):
             break
         j.adjust = scale  # once more, with scales that the first attempt has found
     finish_columns(c, 0, c.n, j.adjust)
@@ -193,7 +180,7 @@ cdef int moments_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
 
 
 cdef int normalize_columns(const Call *c) noexcept nogil:
-    """y = gamma * (x - mean) * rstd + beta, with one of each for a column; see rows.normalize_rows."""
+    """y = gamma * (x - mean) * rstd + beta, one of each for a column; see rows.normalize_rows."""
     cdef Job j = job_of(c)
     cdef int status, threads = team_for(j.tasks, c.rows * c.n)
     if threads == 0:
@@ -237,8 +224,8 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
     cdef double each = 1 / c.count
     cdef bint own = c.statistics != GIVEN
     cdef nx_relu_mask mask = nx_relu_mask(&factor[0], &shift[0])
-    cdef nx_line line = nx_line(c.mean + t.col, dy_mean, factor, slope, constant, 1)
-    cdef nx_affine map = nx_affine(dy_mean, factor, slope, 1)
+    cdef nx_line line = nx_line(c.mean + t.col, &dy_mean[0], &factor[0], &slope[0], &constant[0], 1)
+    cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1)
     cdef Py_ssize_t j, col, block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, c.rstd + t.col, factor, shift)
     for j in range(t.cols):
@@ -251,8 +238,8 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
             c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
                        block_at(c, t, block), &line, &mask if c.relu else NULL)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
-            c.k.col_affine(at(c, c.dy, t, block), at(c, c.dx, t, block), block_at(c, t, block), &map,
-                           False)
+            c.k.col_affine(at(c, c.dy, t, block), at(c, c.dx, t, block), block_at(c, t, block),
+                           &map, False)
 
 
 cdef inline const double *pivots_of(const Call *c, Chunk t) noexcept nogil:
@@ -396,7 +383,8 @@ cdef void normalize_example(const Call *c, Example e) noexcept nogil:
     for attempt in range(2):  # the second with scales that the first has found
         for index in range(chunks_of(c, e)):
             t = chunk_of(c, e, index)
-            chunk_moments(c, t, NULL if scales == NULL else scales + t.col, mean + t.col, rstd + t.col)
+            chunk_moments(c, t, NULL if scales == NULL else scales + t.col, mean + t.col,
+                          rstd + t.col)
         again = False
         for group in range(e.first, e.last):
             j = group * c.per_group
@@ -489,16 +477,16 @@ cdef void example_backward(const Call *c, Example e) noexcept nogil:
         if far:
             dot = restore_pivot(c.k, c.gamma, j, c.per_group, pivots[j], deviations + j, dots + j)
         for col in range(j, j + c.per_group):
-            sum += sums[col] if c.gamma == NULL else sums[col] * element(c.k, c.gamma, col)
+            sum += sums[col] * gamma_of(c, col)
             if not far:
-                dot += dots[col] if c.gamma == NULL else dots[col] * element(c.k, c.gamma, col)
+                dot += dots[col] * gamma_of(c, col)
             dots[col] *= r
         for col in range(j, j + c.per_group):
             slope[col], constant[col] = nx_slope(r, r, dot / n), nx_constant(r, sum / n)
     for index in range(chunks_of(c, e)):
         t = chunk_of(c, e, index)
         affines_of(c.k, c.gamma, NULL, t.col, t.cols, rstd + t.col, factor, zero)
-        line = nx_line(mean + t.col, pivots + t.col, factor, slope + t.col, constant + t.col, 1)
+        line = nx_line(mean + t.col, pivots + t.col, &factor[0], slope + t.col, constant + t.col, 1)
         for block in range(block_count(c, t) - 1, -1, -1):
             c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
                        block_at(c, t, block), &line, NULL)
@@ -512,7 +500,7 @@ cdef void example_backward_task(const void *job, Py_ssize_t task) noexcept nogil
 
 
 cdef int column_groups_backward(const Call *c) noexcept nogil:
-    """dx and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) of each column over the examples."""
+    """dx; each column's sum(dy) and sum(dy * xhat) are added to dbeta and dgamma."""
     cdef Job j = Job(c, 0, 1, 0, NULL, NULL)
     cdef int status = run_examples(c, &j, True)
     cdef Py_ssize_t n, col

@@ -6,8 +6,8 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct nx_moments:
         double count, mean, m2
 
-    void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2, double count,
-                        double share)
+    void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2,
+                        double count, double share)
     void nx_merge(nx_moments *m, nx_moments other)
     nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean, const double *m2)
     bint nx_near(double g, double mean)
@@ -15,10 +15,12 @@ cdef extern from "kernels.h" nogil:
         double tiny, enlarge, shrink, near_zero
 
     double nx_rescale(const nx_range *range, nx_moments m)
-    bint nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count, const double *mean, const double *m2, double *scale)
+    bint nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count, const double *mean,
+                            const double *m2, double *scale)
     void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
     bint nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
-    void nx_finish_moments(nx_moments m, double scale, double eps, double *mean, double *rstd, double *var)
+    void nx_finish_moments(nx_moments m, double scale, double eps, double *mean, double *rstd,
+                           double *var)
 
     ctypedef struct nx_rows:
         void *data
@@ -88,11 +90,12 @@ cdef extern from "kernels.h" nogil:
                             nx_moments *m) noexcept nogil
         void (*col_moments)(nx_rows x, nx_block b, const double *scale, double count,
                             double *mean, double *m2) noexcept nogil
-        void (*row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map, const void *gamma,
-                           const void *beta, bint relu) noexcept nogil
+        void (*row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
+                           const void *gamma, const void *beta, bint relu) noexcept nogil
         void (*col_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
                            bint relu) noexcept nogil
-        bint (*row_is_far)(const void *dy, ptrdiff_t n, const void *gamma, double mean) noexcept nogil
+        bint (*row_is_far)(const void *dy, ptrdiff_t n, const void *gamma,
+                           double mean) noexcept nogil
         bint (*cols_are_far)(nx_rows dy, nx_block b, const double *sum, double count,
                              double *pivot) noexcept nogil
         void (*row_dots)(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
@@ -107,8 +110,9 @@ cdef extern from "kernels.h" nogil:
                                  double *rstd) noexcept nogil
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
-        void (*layer_backward)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_layer *norm,
-                               const double *mean, const double *rstd, nx_rows addend) noexcept nogil
+        void (*layer_backward)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b,
+                               const nx_layer *norm, const double *mean, const double *rstd,
+                               nx_rows addend) noexcept nogil
         void (*layer_parameters)(nx_rows x, nx_rows dy, nx_block b, const double *mean,
                                  const double *rstd, double *dbeta, double *dgamma) noexcept nogil
         ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
@@ -183,7 +187,7 @@ cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *
 cdef inline double restore_pivot(const nx_kernels *k, const char *gamma, Py_ssize_t channel,
                                  Py_ssize_t channels, double pivot, double *deviations,
                                  double *dots) noexcept nogil:
-    """Add what a pivot took from the dots of a group's channels, and return the sum of gamma * dots.
+    """Add what a pivot took from the dots of a group's channels; return the sum of gamma * dots.
 
     `deviations` are the channels' sums of x - mean. In theory those of a group add up to 0, and the
     mean of gamma does not matter to what they are multiplied by: both are taken out before rounding

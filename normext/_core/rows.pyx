@@ -4,9 +4,10 @@
 Four sizes of work:
 
     row    n numbers that lie one after the other
-    block  several short rows, or a part of a long one, that a kernel takes at once and the cache holds
-    chunk  the blocks of a part of a large group, or some rows of layer norm, whose sums are made by
-           one thread
+    block  several short rows, or a part of a long one: what a kernel takes at once, and the first
+           cache holds
+    chunk  the blocks of a part of a large group, or some rows of layer norm, whose sums are made
+           together
     task   what a thread is given: a chunk, or some groups that are small
 
 A group whose numbers fit the cache is one task: its statistics, then its result, while the group is
@@ -19,38 +20,12 @@ from libc.stdlib cimport calloc, free, malloc
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.call cimport (
-    ABOUT_ZERO,
-    ALONG_ROW,
-    CENTRED,
-    GIVEN,
-    PER_GROUP,
-    PER_ROW,
-    Call,
-    Job,
-    rows_at,
+    ABOUT_ZERO, ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
 )
 from normext._core.kernels cimport (
-    affine_of,
-    affines_of,
-    ceil_div,
-    element,
-    nx_affine,
-    nx_block,
-    nx_constant,
-    nx_finish_moments,
-    nx_grouping,
-    nx_groups,
-    nx_kernels,
-    nx_layer,
-    nx_line,
-    nx_merge,
-    nx_moments,
-    nx_relu_mask,
-    nx_rescale,
-    nx_rows,
-    nx_slope,
-    nx_sums,
-    restore_pivot,
+    affine_of, affines_of, ceil_div, nx_affine, nx_block, nx_constant,
+    nx_finish_moments, nx_grouping, nx_groups, nx_kernels, nx_layer, nx_line, nx_merge,
+    nx_moments, nx_relu_mask, nx_rescale, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
 from normext._core.runtime cimport run_on, run_tasks, team_for
 
@@ -136,10 +111,12 @@ cdef void group_moments(const Call *c, Py_ssize_t group, Py_ssize_t chunk, Py_ss
     m.count = m.mean = m.m2 = 0
     for index in range(chunk * blocks // chunks, (chunk + 1) * blocks // chunks):
         b = block_at(s, c.k.row_block, index)
-        c.k.row_moments(at(c, c.x, group, b), nx_block(b.rows, b.n), c.statistics == CENTRED, scale, m)
+        c.k.row_moments(at(c, c.x, group, b), nx_block(b.rows, b.n), c.statistics == CENTRED, scale,
+                        m)
 
 
-cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first,
+                       Py_ssize_t last) noexcept nogil:
     """y of the blocks first to last."""
     cdef Py_ssize_t index, end, r, channel
     cdef double zero = 0, mean = c.mean[group], rstd = c.rstd[group]
@@ -150,11 +127,11 @@ cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssi
     cdef Block b
     if c.parameters == PER_GROUP:
         affine_of(c.k, c.gamma, c.beta, group, rstd, scale, shift)
-        map = nx_affine(&mean, scale, shift, 0)
+        map = nx_affine(&mean, &scale[0], &shift[0], 0)
     elif c.parameters == PER_ROW:
         for r in range(min(<Py_ssize_t> ROWS_AT_ONCE, c.rows)):
             means[r] = mean
-        map = nx_affine(means, scale, shift, 1)
+        map = nx_affine(&means[0], &scale[0], &shift[0], 1)
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape_of(c), c.k.row_block, index)
         if c.parameters != PER_ROW:
@@ -378,12 +355,12 @@ cdef void group_dots(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize
     sums.sum[0] = sums.dot[0] = 0
     for index in range(first, last):
         b = block_at(shape_of(c), c.k.row_block, index)
-        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n), c.mean[group],
-                     pivot, along(c, c.gamma, b), &mask if c.relu else NULL, sums)
+        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n),
+                     c.mean[group], pivot, along(c, c.gamma, b), &mask if c.relu else NULL, sums)
 
 
 cdef bint is_far(const Call *c, Py_ssize_t group, double mean) noexcept nogil:
-    """Whether a group's gradients, with this mean, are far from zero (nx_near says why it matters)."""
+    """Whether a group's gradients, with this mean, are far from zero (nx_near: why it matters)."""
     return c.statistics == CENTRED and c.k.row_is_far(
         <char *> c.dy.data + group * c.dy.group * c.k.itemsize, c.n,
         c.gamma if c.parameters == ALONG_ROW else NULL, mean
@@ -414,8 +391,8 @@ cdef void group_dx(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t
                        nx_block(b.rows, b.n), &line, along(c, c.gamma, b),
                        &mask if c.relu else NULL, at(c, c.addend, group, b))
         else:  # the statistics are constants, and x does not matter
-            c.k.row_affine(at(c, c.dy, group, b), at(c, c.dx, group, b), nx_block(b.rows, b.n), &map,
-                           along(c, c.gamma, b), NULL, False)
+            c.k.row_affine(at(c, c.dy, group, b), at(c, c.dx, group, b), nx_block(b.rows, b.n),
+                           &map, along(c, c.gamma, b), NULL, False)
 
 
 cdef void backward_group(const Call *c, Py_ssize_t group, Py_ssize_t blocks,
@@ -436,7 +413,7 @@ cdef void backward_group_task(const void *job, Py_ssize_t task) noexcept nogil:
 
 
 cdef void dots_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """A chunk's sum and dot, into `partial`, about the group's pivot, in `adjust` where that is not NULL."""
+    """A chunk's sum and dot, into `partial`, about the group's pivot in `adjust` (NULL: none)."""
     cdef const Job *j = <const Job *> job
     cdef Py_ssize_t group = task // j.chunks, chunk = task % j.chunks
     group_dots(j.call, group, chunk * j.blocks // j.chunks, (chunk + 1) * j.blocks // j.chunks,
@@ -515,8 +492,8 @@ cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, doub
     while first < last:
         end = min(first + CHUNK_ROWS, last)
         b = nx_block(end - first, c.n)
-        c.k.layer_parameters(rows_at(c.x, size, first), rows_at(c.dy, size, first), b, c.mean + first,
-                             c.rstd + first, dbeta, dgamma)
+        c.k.layer_parameters(rows_at(c.x, size, first), rows_at(c.dy, size, first), b,
+                             c.mean + first, c.rstd + first, dbeta, dgamma)
         if blocks == 1:
             c.k.layer_backward(rows_at(c.x, size, first), rows_at(c.dy, size, first),
                                rows_at(c.dx, size, first), b, &norm, c.mean + first, c.rstd + first,
@@ -551,7 +528,7 @@ cdef void parameters_task(const void *job, Py_ssize_t task) noexcept nogil:
 
 
 cdef int layer_backward(const Call *c) noexcept nogil:
-    """dx of rows (one a group) and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) over them."""
+    """dx of rows (one a group); sums of dy and dy * xhat over them are added to dbeta, dgamma."""
     cdef Job j
     cdef Call rows
     cdef Py_ssize_t chunk, i, elements = c.groups * c.n
@@ -597,8 +574,9 @@ cdef void row_dots_of_group(const Call *c, Py_ssize_t group, const double *pivot
         sums.sum[r] = sums.dot[r] = 0
     for index in range(block_count(shape_of(c), c.k.row_block)):
         b = block_at(shape_of(c), c.k.row_block, index)
-        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n), c.mean[group],
-                     pivot, NULL, NULL, nx_sums(sums.sum + b.row, sums.dot + b.row, 1))
+        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n),
+                     c.mean[group], pivot, NULL, NULL,
+                     nx_sums(sums.sum + b.row, sums.dot + b.row, 1))
 
 
 cdef void row_deviations(const Call *c, Py_ssize_t group, double *deviations) noexcept nogil:
@@ -615,12 +593,12 @@ cdef void row_deviations(const Call *c, Py_ssize_t group, double *deviations) no
 
 cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
                                  double *deviations) noexcept nogil:
-    """group_dx where every row has a gamma; `group_backward` of the kernels does it to short groups."""
+    """group_dx where every row has a gamma; the kernel `group_backward` does it to short groups."""
     cdef Py_ssize_t r, index, end, channel = group * c.rows % c.channels
-    cdef double sum = 0, dot = 0, n = <double> c.rows * <double> c.n, pivot = 0, rstd = c.rstd[group]
-    cdef double slope, constant
+    cdef double sum = 0, dot = 0, n = <double> c.rows * <double> c.n, pivot = 0
+    cdef double rstd = c.rstd[group], slope, constant
     cdef double factor[ROWS_AT_ONCE]
-    cdef nx_line line = nx_line(c.mean + group, &pivot, factor, &slope, &constant, 1)
+    cdef nx_line line = nx_line(c.mean + group, &pivot, &factor[0], &slope, &constant, 1)
     cdef Block b
     row_dots_of_group(c, group, NULL, sums)
     for r in range(c.rows):
@@ -631,9 +609,9 @@ cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
         dot = restore_pivot(c.k, c.gamma, channel, c.rows, pivot, deviations, sums.dot)
     else:
         for r in range(c.rows):
-            dot += sums.dot[r] if c.gamma == NULL else sums.dot[r] * element(c.k, c.gamma, channel + r)
+            dot += sums.dot[r] * gamma_of(c, channel + r)
     for r in range(c.rows):
-        sum += sums.sum[r] if c.gamma == NULL else sums.sum[r] * element(c.k, c.gamma, channel + r)
+        sum += sums.sum[r] * gamma_of(c, channel + r)
     slope, constant = nx_slope(rstd, rstd, dot / n), nx_constant(rstd, sum / n)
     for index in range(block_count(shape_of(c), c.k.row_block) - 1, -1, -1):
         b = block_at(shape_of(c), c.k.row_block, index)
@@ -641,7 +619,7 @@ cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
         while b.row < end:
             b.rows = min(<Py_ssize_t> ROWS_AT_ONCE, end - b.row)
             for r in range(b.rows):
-                factor[r] = rstd if c.gamma == NULL else rstd * element(c.k, c.gamma, channel + b.row + r)
+                factor[r] = rstd * gamma_of(c, channel + b.row + r)
             c.k.row_dx(at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
                        nx_block(b.rows, b.n), &line, NULL, NULL, nx_rows(NULL, 0))
             b.row += b.rows
@@ -686,7 +664,7 @@ cdef void backward_rows_of_group_task(const void *job, Py_ssize_t task) noexcept
 
 
 cdef int grouped_backward(const Call *c) noexcept nogil:
-    """dx and, added to dbeta and dgamma, sum(dy) and sum(dy * xhat) of each channel over the groups."""
+    """dx; each channel's sum(dy) and sum(dy * xhat) are added to dbeta and dgamma."""
     cdef Job j = job_of(c)
     cdef Py_ssize_t i, rows = c.groups * c.rows
     cdef int threads = team_for(c.groups, rows * c.n)

@@ -1,5 +1,7 @@
 from normext._core.kernels cimport nx_kernels
 
+cdef bint tracing
+
 ctypedef void (*Task)(const void *job, Py_ssize_t task) noexcept nogil
 
 cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept nogil

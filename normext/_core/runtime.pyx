@@ -15,9 +15,8 @@ cdef extern from "threads.h" nogil:
     int nx_team(int threads) noexcept
     void nx_run_on(int threads, Task f, const void *job, Py_ssize_t tasks) noexcept
 
-# To start a thread on less work than this (elements, some 10 microseconds) takes longer than it saves.
 cdef enum:
-    ELEMENTS_PER_THREAD = 1 << 15
+    ELEMENTS_PER_THREAD = 1 << 15  # some 10 microseconds: to start a thread on less takes longer
     STREAMED = 1 << 24  # bytes of a result that, with its argument, the caches will hardly hold
     STREAMED_ROW = 512  # elements that lie together
 
@@ -43,23 +42,26 @@ cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ss
     return kernels
 
 
-cdef int most_threads = 1  # of any call so far; only traces look at it
+# Whether norms.pyx says which way each call goes, and for it, the most threads of a call so far.
+cdef bint tracing = os.environ.get("NORMEXT_TRACE", "0") not in ("", "0")
+cdef int most_threads = 1
 
 
 cdef int team_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil:
-    """How many threads there are for so many tasks over so many elements; 0 where there is no memory.
+    """How many threads there are for so many tasks over so many elements.
 
-    Results never depend on it.
+    0 where there is no memory. Results never depend on it.
     """
     global most_threads
     cdef int limit, threads = max(1, min(num_threads, tasks, elements // ELEMENTS_PER_THREAD))
     if threads > 1:
         limit = omp_get_max_threads()
-        if limit < openmp_threads:  # somebody has lowered it since: threadpoolctl, or a program in C
+        if limit < openmp_threads:  # somebody has lowered it since: threadpoolctl, or a C program
             threads = min(threads, limit)
     if threads > 1:
         threads = nx_team(threads)
-        most_threads = max(threads, most_threads)
+        if tracing:
+            most_threads = max(threads, most_threads)
     return threads
 
 
@@ -98,16 +100,25 @@ cdef const char *isa_name() noexcept nogil:
 
 
 cdef list isa_names(bint supported_only):
-    return [nx_isas[i].name.decode() for i in range(nx_isa_count) if not supported_only or nx_isas[i].supported()]
+    return [
+        nx_isas[i].name.decode()
+        for i in range(nx_isa_count)
+        if not supported_only or nx_isas[i].supported()
+    ]
 
 
 cdef int choose_isa() except -1:
     built, supported = isa_names(False), isa_names(True)
     wanted = os.environ.get("NORMEXT_ISA") or supported[-1]
     if wanted not in built:
-        raise ImportError(f"NORMEXT_ISA={wanted!r} is unknown to this build, which has {', '.join(built)}")
+        raise ImportError(
+            f"NORMEXT_ISA={wanted!r} is unknown to this build, which has {', '.join(built)}"
+        )
     if wanted not in supported:
-        raise ImportError(f"NORMEXT_ISA={wanted!r} is not supported by this processor and system; {', '.join(supported)} would be")
+        raise ImportError(
+            f"NORMEXT_ISA={wanted!r} is not supported by this processor and system; "
+            f"{', '.join(supported)} would be"
+        )
     return built.index(wanted)
 
 
@@ -117,11 +128,12 @@ cdef int default_num_threads() except -1:
         if not wanted.isdecimal() or int(wanted) < 1:
             raise ImportError(f"NORMEXT_NUM_THREADS={wanted!r} must be a positive integer")
         return min(int(wanted), 1 << 16)
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list there is one number per nesting level
+    # A list there is one number per nesting level.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if wanted.isdecimal() and int(wanted) >= 1:
         return min(int(wanted), 1 << 16)
-    # OpenMP knows which cores this process may run on even where it has bound this thread to one of them (OMP_PROC_BIND).
-    # Python's number can be lowered (PYTHON_CPU_COUNT, from 3.13 on).
+    # OpenMP knows which cores this process may run on even where it has bound this thread to one of
+    # them (OMP_PROC_BIND). Python's number can be lowered (PYTHON_CPU_COUNT, from 3.13 on).
     return min(omp_get_num_procs(), os.cpu_count() or 1, cpu_quota() or 1 << 16)
 
 
@@ -138,9 +150,10 @@ def get_num_threads():
     Returns
     -------
     int
-        At import that is ``NORMEXT_NUM_THREADS`` from the environment, else ``OMP_NUM_THREADS``, else one for each core that this
-        process may run on, and no more than its control group has time for. Where threadpoolctl limits OpenMP to fewer, or the system
-        starts no more, calls use fewer, and this number stays.
+        At import that is ``NORMEXT_NUM_THREADS`` from the environment, else ``OMP_NUM_THREADS``,
+        else one for each core that this process may run on, and no more than its control group has
+        time for. Where threadpoolctl limits OpenMP to fewer, or the system starts no more, calls
+        use fewer, and this number stays.
 
     See Also
     --------
@@ -159,8 +172,9 @@ def get_num_threads():
 def set_num_threads(n):
     """Set the number of threads that a call may use, in this process from now on.
 
-    Small arrays are left to one thread all the same. Results are bit-identical for every number of threads. In a build without
-    OpenMP the number is kept but one thread does the work. A child of ``os.fork()`` keeps the number and starts threads of its own.
+    Small arrays are left to one thread all the same. Results are bit-identical for every number of
+    threads. In a build without OpenMP the number is kept but one thread does the work. A child of
+    ``os.fork()`` keeps the number and starts threads of its own.
 
     Parameters
     ----------

@@ -330,7 +330,7 @@ def batchnorm_forward(x: Any, gamma: Any, beta: Any, bn_param: dict[str, Any]) -
     >>> bn_param["running_mean"]
     array([0.2, 0.4])
     """
-    return _batchnorm(_matrix(x, "x"), gamma, beta, bn_param)
+    return batchnorm_with(batch_norm, _matrix(x, "x"), gamma, beta, bn_param)
 
 
 def batchnorm_backward(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -756,7 +756,7 @@ def spatial_batchnorm_forward(x: Any, gamma: Any, beta: Any, bn_param: dict[str,
     >>> spatial_batchnorm_forward([[[[1.0, 3.0]]], [[[3.0, 1.0]]]], [1], [0], bn_param)[0].ravel()
     array([-1.,  1.,  1., -1.])
     """
-    return _batchnorm(_images(x, "x"), gamma, beta, bn_param)
+    return batchnorm_with(batch_norm, _images(x, "x"), gamma, beta, bn_param)
 
 
 def spatial_batchnorm_backward(dout: Any, cache: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -866,6 +866,27 @@ def spatial_groupnorm_backward(dout: Any, cache: Any) -> tuple[np.ndarray, np.nd
     return dx, dgamma.reshape(1, -1, 1, 1), dbeta.reshape(1, -1, 1, 1)
 
 
+def batchnorm_with(norm, x, gamma, beta, bn_param):
+    """`batchnorm_forward` of every channel, axis 1 of x, by `norm`, which is called as `normext.batch_norm` is."""
+    check_keys(bn_param, "bn_param")
+    mode = bn_param.get("mode")
+    if mode not in ("train", "test"):
+        raise ValueError(f'Invalid forward batchnorm mode "{mode}"')
+    running_mean, running_var = (_running(bn_param, key, x) for key in ("running_mean", "running_var"))
+    out, cache = norm(
+        x,
+        gamma,
+        beta,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=mode == "train",
+        momentum=bn_param.get("momentum", 0.9),
+        eps=bn_param.get("eps", 1e-5),
+    )
+    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
+    return out, cache
+
+
 def _floats(values, name):
     """An array of floats: whole numbers become float64, as in NumPy's own arithmetic."""
     values = np.asarray(values)
@@ -901,27 +922,6 @@ def _upstream(dout, shape):
     if dout.shape != shape:
         raise ValueError(f"dout must have the shape of out, {shape}, got {dout.shape}")
     return dout
-
-
-def _batchnorm(x, gamma, beta, bn_param):
-    """`normext.batch_norm` of every channel, axis 1 of x, as `batchnorm_forward` describes it."""
-    check_keys(bn_param, "bn_param")
-    mode = bn_param.get("mode")
-    if mode not in ("train", "test"):
-        raise ValueError(f'Invalid forward batchnorm mode "{mode}"')
-    running_mean, running_var = (_running(bn_param, key, x) for key in ("running_mean", "running_var"))
-    out, cache = batch_norm(
-        x,
-        gamma,
-        beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        training=mode == "train",
-        momentum=bn_param.get("momentum", 0.9),
-        eps=bn_param.get("eps", 1e-5),
-    )
-    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
-    return out, cache
 
 
 def _running(bn_param, key, x):

@@ -5,7 +5,7 @@
  *     const normext_api *api = normext_import();     once, holding the GIL; NULL with an exception
  *     ptrdiff_t shape[] = {rows, n};
  *     nx_norm norm = {.kind = NORMEXT_LAYER_NORM, .type = NORMEXT_FLOAT32, .ndim = 2,
- *                     .shape = shape, .axis = 1, .groups = 1, .training = 1, .eps = 1e-5};
+ *                     .shape = shape, .axis = 1, .training = 1, .eps = 1e-5};
  *     nx_io io = {.x = {x}, .y = {y}, .gamma = gamma, .beta = beta, .mean = mean, .rstd = rstd};
  *     int status = api->forward(&norm, &io);
  *
@@ -33,7 +33,7 @@ enum { NORMEXT_FLOAT32, NORMEXT_FLOAT64, NORMEXT_FLOAT16, NORMEXT_BFLOAT16 };
 
 enum {
     NORMEXT_BATCH_NORM, /* statistics of each channel, over all other axes */
-    NORMEXT_GROUP_NORM, /* of each group of channels of each example; a group a channel: instance norm */
+    NORMEXT_GROUP_NORM, /* of a group of channels of an example; a group a channel: instance norm */
     NORMEXT_LAYER_NORM, /* of each row: `axis` and all axes after it, together */
     NORMEXT_RMS_NORM    /* of each row, about zero: the mean is 0, the variance the mean square */
 };
@@ -41,11 +41,11 @@ enum {
 /* What is wrong: negative, by name. */
 enum {
     NORMEXT_OK = 0,
-    NORMEXT_BAD_ARGUMENT = -1, /* a pointer is NULL that must not be, or a fusion does not fit */
+    NORMEXT_BAD_ARGUMENT = -1, /* a pointer is NULL that must not be, or something does not fit */
     NORMEXT_NO_MEMORY = -2,
     NORMEXT_BAD_KIND = -3,
     NORMEXT_BAD_TYPE = -4,
-    NORMEXT_BAD_SHAPE = -5,  /* more axes than NORMEXT_MAX_NDIM, a negative length, too many numbers */
+    NORMEXT_BAD_SHAPE = -5,  /* too many axes or numbers, or a negative length */
     NORMEXT_BAD_AXIS = -6,   /* it is not one of the axes; of group norm, also 0 */
     NORMEXT_BAD_GROUPS = -7, /* they do not divide the channels */
     NORMEXT_BAD_EPS = -8,    /* negative, or more than 1e300 */
@@ -60,11 +60,11 @@ typedef struct {
     int kind, type; /* of x, y, residual, sum, dy, dx and dsum */
     int ndim;
     const ptrdiff_t *shape; /* of these arrays */
-    int axis;     /* of the channels; of layer and RMS norm, the first that is normalized. Not negative */
+    int axis; /* of the channels; of layer and RMS norm, the first that is normalized. From 0 on */
     ptrdiff_t groups; /* of group norm: they divide the channels */
-    int training; /* batch norm: 1 takes the statistics of x, 0 those that are given, as constants */
-    int relu;     /* batch norm: y = max(0, y) */
-    double eps;   /* added to the variance */
+    int training;     /* 1: the statistics are those of x; 0 (batch norm only): they are given */
+    int relu;         /* batch norm: y = max(0, y) */
+    double eps;       /* added to the variance */
 } nx_norm;
 
 /* An array in the shape of x, at any address. */
@@ -82,7 +82,7 @@ typedef struct {
     void *mean, *var;
     int single_mean, single_var; /* of float, and not double */
     double momentum;
-    int unbiased; /* var learns n / (n - 1) times the biased variance that x is normalized with */
+    int unbiased; /* var learns n / (n - 1) times the variance that x is normalized with; n > 1 */
 } nx_running;
 
 /* The parts of batch norm's backward pass, for channels whose numbers lie in several processes. */
@@ -96,14 +96,14 @@ enum {
  * NULL means 1 and 0. Statistics and gradients of parameters are double. */
 typedef struct {
     nx_array x, y; /* forward; y.data may be NULL: the statistics alone */
-    nx_array residual, sum; /* layer and RMS norm, forward: what is normalized is sum = x + residual */
+    nx_array residual, sum; /* layer and RMS norm: what is normalized is sum = x + residual */
     nx_array dy, dx;        /* backward, with the x (or sum) and the statistics of forward */
-    nx_array dsum; /* the gradient of sum from where else that went: is added to dx; may be NULL */
+    nx_array dsum; /* of layer and RMS norm: what came back to sum from elsewhere, is added to dx */
     const void *gamma, *beta;
-    double *mean, *rstd; /* one each for a channel, row, or group of an example; rstd = 1 / sqrt(variance + eps) */
+    double *mean, *rstd; /* of a channel, row, or group of an example; 1 / sqrt(variance + eps) */
     double *var; /* batch norm in training: the biased variance of x, where not NULL */
     nx_running running;
-    double *dgamma, *dbeta; /* sum(dy * xhat) and sum(dy), in the shape of gamma; written in all cases */
+    double *dgamma, *dbeta; /* sum(dy * xhat) and sum(dy), in the shape of gamma; never NULL */
     int part;
     double count;
 } nx_io;
@@ -121,9 +121,9 @@ typedef struct {
                          const void *gamma, int centred, const double *mean, const double *rstd,
                          double *dgamma, double *dbeta);
 
-    /* Batch norm of contiguous (outer, channels, inner): N,C,H,W with inner = H * W; N,D and N,H,W,C
-     * with inner = 1. In training mean, rstd and, unless it is NULL, var are computed; otherwise
-     * mean and rstd are given. */
+    /* Batch norm of contiguous (outer, channels, inner): N,C,H,W with inner = H * W; N,D and
+     * N,H,W,C with inner = 1. In training mean, rstd and, unless it is NULL, var are computed;
+     * otherwise mean and rstd are given. */
     int (*normalize_channels)(int type, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner,
                               const void *x, void *y, const void *gamma, const void *beta,
                               int training, double eps, double *mean, double *rstd, double *var);

@@ -1,0 +1,401 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Calls whose arrays can be walked where they lie: how, and by which loops.
+
+The arrays' axes become (group, row, n), or a call is not walked: then blocks.pyx copies what cannot
+be, a block at a time, and the copies are walked.
+"""
+
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from normext cimport (
+    NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM, NORMEXT_NO_MEMORY, NORMEXT_OK,
+    NORMEXT_RMS_NORM, NORMEXT_SUMS, nx_array, nx_io, nx_norm,
+)
+from normext._core.call cimport ABOUT_ZERO, ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call
+from normext._core.columns cimport (
+    column_groups_backward, columns_backward, normalize_column_groups, normalize_columns,
+)
+from normext._core.kernels cimport nx_groups
+from normext._core.rows cimport (
+    affine_rows, grouped_backward, layer_backward, normalize_rows, normalize_sums, rows_backward,
+)
+from normext._core.runtime cimport kernels_for, norm_kernels
+from normext._core.sizes cimport numbers_of
+
+# The arrays that a call walks together, and where their place in it is to be noted.
+cdef struct Arrays:
+    int count
+    bint copies  # of a block: their channels come first, whatever the number of pixels
+    nx_array of[MAX_ARRAYS]
+    nx_groups *to[MAX_ARRAYS]
+    Py_ssize_t strides[MAX_ARRAYS][MAX_NDIM]  # in bytes; filled in by `fill_strides`
+
+
+cdef inline void add_array(Arrays *a, nx_array array, nx_groups *to) noexcept nogil:
+    if array.data != NULL:
+        a.of[a.count], a.to[a.count] = array, to
+        a.count += 1
+
+
+cdef inline bint all_contiguous(const Arrays *a, Py_ssize_t itemsize) noexcept nogil:
+    """As far as that is known without a look at strides."""
+    cdef int i
+    for i in range(a.count):
+        if a.of[i].strides != NULL or a.of[i].swapped or <uintptr_t> a.of[i].data % itemsize:
+            return False
+    return True
+
+
+cdef void fill_strides(const nx_norm *norm, Py_ssize_t itemsize, const Py_ssize_t *given,
+                       Py_ssize_t *strides) noexcept nogil:
+    cdef Py_ssize_t step = itemsize
+    cdef int i
+    for i in range(norm.ndim - 1, -1, -1):
+        strides[i] = step if given == NULL else given[i]
+        step *= norm.shape[i]
+
+
+cdef bint walkable(const nx_norm *norm, Arrays *a, Py_ssize_t itemsize) noexcept nogil:
+    """Native byte order, aligned, and strides that are whole elements; fills in the strides."""
+    cdef int i, axis
+    for i in range(a.count):
+        fill_strides(norm, itemsize, a.of[i].strides, a.strides[i])
+        if a.of[i].swapped or <uintptr_t> a.of[i].data % itemsize:
+            return False
+        for axis in range(norm.ndim):
+            if a.strides[i][axis] % itemsize:
+                return False
+    return True
+
+
+cdef bint contiguous_in(const nx_norm *norm, const Arrays *a, Py_ssize_t itemsize,
+                        const int *order) noexcept nogil:
+    """Whether all arrays are contiguous with their axes in that order."""
+    cdef Py_ssize_t step
+    cdef int i, at, axis
+    for i in range(a.count):
+        step = itemsize
+        for at in range(norm.ndim - 1, -1, -1):
+            axis = order[at]
+            if norm.shape[axis] != 1:
+                if a.strides[i][axis] != step:
+                    return False
+                step *= norm.shape[axis]
+    return True
+
+
+# Axes of which neighbours have become one where all arrays lie so.
+cdef struct Merged:
+    int count
+    Py_ssize_t length[MAX_NDIM]
+    Py_ssize_t strides[MAX_ARRAYS][MAX_NDIM]
+
+
+cdef void merge_axes(const nx_norm *norm, const Arrays *a, const int *axes, int count,
+                     Merged *m) noexcept nogil:
+    cdef Py_ssize_t length
+    cdef int at, i, axis, last
+    cdef bint joins
+    m.count = 0
+    for at in range(count):
+        axis, last = axes[at], m.count - 1
+        length = norm.shape[axis]
+        if length == 1:
+            continue
+        joins = m.count > 0
+        for i in range(a.count):
+            joins = joins and m.strides[i][last] == length * a.strides[i][axis]
+        if joins:
+            m.length[last] *= length
+        else:
+            m.length[m.count] = length
+            m.count += 1
+        for i in range(a.count):
+            m.strides[i][m.count - 1] = a.strides[i][axis]
+
+
+cdef bint all_are(const Arrays *a, const Merged *m, int at, Py_ssize_t stride) noexcept nogil:
+    """Whether a merged axis has that stride in all arrays."""
+    cdef int i
+    for i in range(a.count):
+        if m.strides[i][at] != stride:
+            return False
+    return True
+
+
+cdef Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
+    return -stride if stride < 0 else stride
+
+
+cdef void sort_by_stride(const nx_norm *norm, const Py_ssize_t *strides, int *axes,
+                         int count) noexcept nogil:
+    """The axes with the largest strides first; of equals, the first."""
+    cdef int i, j, axis
+    for i in range(1, count):
+        axis, j = axes[i], i
+        while j > 0 and distance(strides[axes[j - 1]]) < distance(strides[axis]):
+            axes[j] = axes[j - 1]
+            j -= 1
+        axes[j] = axis
+
+
+cdef Way batch_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
+    """(outer, channels, inner), where inner is contiguous, or 1 and the channels are contiguous."""
+    cdef Py_ssize_t itemsize = c.k.itemsize, channels = norm.shape[norm.axis], outer, inner
+    cdef int i, axis, count = 0
+    cdef int axes[MAX_NDIM]
+    cdef Merged m
+    cdef bint by_columns = False
+    if all_contiguous(a, itemsize):
+        outer, inner = numbers_of(norm, 0, norm.axis), numbers_of(norm, norm.axis + 1, norm.ndim)
+        if channels == 1:
+            outer, inner = 1, outer * inner
+        for i in range(a.count):
+            a.to[i][0] = nx_groups(a.of[i].data, inner, channels * inner)
+        by_columns = inner == 1
+    else:
+        if not walkable(norm, a, itemsize):
+            return BLOCKS
+        for axis in range(norm.ndim):
+            if axis != norm.axis:
+                axes[count] = axis
+                count += 1
+        sort_by_stride(norm, a.strides[0], axes, count)
+        merge_axes(norm, a, axes, count, &m)
+        outer = inner = 1
+        if m.count > 0 and all_are(a, &m, m.count - 1, itemsize):
+            m.count -= 1
+            inner = m.length[m.count]
+        else:
+            by_columns = True
+            for i in range(a.count):
+                by_columns = by_columns and (channels == 1 or a.strides[i][norm.axis] == itemsize)
+            if not by_columns:
+                return BLOCKS
+        if m.count > 1:
+            return BLOCKS
+        if m.count == 1:
+            outer = m.length[0]
+        for i in range(a.count):
+            a.to[i][0] = nx_groups(a.of[i].data, a.strides[i][norm.axis] // itemsize,
+                                   m.strides[i][0] // itemsize if m.count == 1 else 0)
+    c.groups, c.rows, c.n = channels, outer, channels if by_columns else inner
+    return COLUMNS if by_columns else ROWS
+
+
+cdef Way row_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
+    """Rows, contiguous and any distance apart."""
+    cdef Py_ssize_t itemsize = c.k.itemsize
+    cdef int i
+    cdef int axes[MAX_NDIM]
+    cdef Merged rows, row
+    c.groups, c.rows = numbers_of(norm, 0, norm.axis), 1
+    c.n = numbers_of(norm, norm.axis, norm.ndim)
+    if all_contiguous(a, itemsize):
+        for i in range(a.count):
+            a.to[i][0] = nx_groups(a.of[i].data, c.n, 0)
+        return LAYERS
+    if not walkable(norm, a, itemsize):
+        return BLOCKS
+    for i in range(norm.ndim):
+        axes[i] = i
+    merge_axes(norm, a, axes, norm.axis, &rows)
+    merge_axes(norm, a, axes + norm.axis, norm.ndim - norm.axis, &row)
+    if rows.count > 1 or row.count > 1 or (row.count == 1 and not all_are(a, &row, 0, itemsize)):
+        return BLOCKS
+    for i in range(a.count):
+        a.to[i][0] = nx_groups(a.of[i].data,
+                               rows.strides[i][0] // itemsize if rows.count == 1 else 0, 0)
+    return LAYERS
+
+
+cdef void moved_axes(const nx_norm *norm, int to, int *order) noexcept nogil:
+    """The order of axes where that of the channels comes at place `to`."""
+    cdef int at, axis = 0
+    for at in range(norm.ndim):
+        if at == to:
+            order[at] = norm.axis
+            continue
+        if axis == norm.axis:
+            axis += 1
+        order[at] = axis
+        axis += 1
+
+
+cdef Way group_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
+    """Examples of groups of channels, with the channels first or last."""
+    cdef Py_ssize_t itemsize = c.k.itemsize, N = norm.shape[0], channels = norm.shape[norm.axis]
+    cdef Py_ssize_t pixels = numbers_of(norm, 0, norm.ndim) // (N * channels)
+    cdef int i
+    cdef int order[MAX_NDIM]
+    cdef Way way = BLOCKS
+    if all_contiguous(a, itemsize) and (norm.axis == 1 or pixels == 1):
+        way = ONE_PIXEL if pixels == 1 and not a.copies else CHANNELS_FIRST
+    else:
+        if not walkable(norm, a, itemsize):
+            return BLOCKS
+        for i in range(norm.ndim):
+            order[i] = i
+        if pixels == 1 and contiguous_in(norm, a, itemsize, order):
+            way = ONE_PIXEL
+        else:
+            moved_axes(norm, 1, order)
+            way = CHANNELS_FIRST
+            if not contiguous_in(norm, a, itemsize, order):
+                moved_axes(norm, norm.ndim - 1, order)
+                way = CHANNELS_LAST
+                if not contiguous_in(norm, a, itemsize, order):
+                    return BLOCKS
+    c.channels, c.per_group = channels, channels // norm.groups
+    if way == CHANNELS_FIRST:
+        c.groups, c.rows, c.n = N * norm.groups, c.per_group, pixels
+    elif way == CHANNELS_LAST:
+        c.groups, c.rows, c.n = N, pixels, channels
+    else:
+        c.groups, c.rows, c.n = N, 1, c.per_group
+    for i in range(a.count):
+        if way == CHANNELS_FIRST:
+            a.to[i][0] = nx_groups(a.of[i].data, c.rows * c.n, c.n)
+        elif way == CHANNELS_LAST:
+            a.to[i][0] = nx_groups(a.of[i].data, c.rows * c.n, c.n)
+        else:
+            a.to[i][0] = nx_groups(a.of[i].data, channels, 0)
+    return way
+
+
+cdef Way layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
+    """How the arrays are walked together; fills in their sizes and places in the call."""
+    if norm.kind == NORMEXT_BATCH_NORM:
+        return batch_layout(norm, a, c)
+    return group_layout(norm, a, c) if norm.kind == NORMEXT_GROUP_NORM else row_layout(norm, a, c)
+
+
+cdef void begin(const nx_norm *norm, const nx_io *io, Call *c) noexcept nogil:
+    memset(c, 0, sizeof(Call))
+    c.k = kernels_for(norm.type, False)  # for sizes; `choose` says which ones write the results
+    c.gamma, c.beta = <const char *> io.gamma, <const char *> io.beta
+    c.eps, c.relu = norm.eps, norm.relu
+    c.mean, c.rstd, c.dgamma, c.dbeta = io.mean, io.rstd, io.dgamma, io.dbeta
+    c.statistics = CENTRED if norm.training else GIVEN
+    if norm.kind == NORMEXT_BATCH_NORM:
+        c.parameters = PER_GROUP
+    elif norm.kind == NORMEXT_GROUP_NORM:
+        c.parameters = PER_ROW
+    else:
+        c.parameters = ALONG_ROW
+        if norm.kind == NORMEXT_RMS_NORM:
+            c.statistics = ABOUT_ZERO
+
+
+cdef inline void choose(const nx_norm *norm, Call *c, const void *read,
+                        const void *written) noexcept nogil:
+    c.k = norm_kernels(norm.type, numbers_of(norm, 0, norm.ndim), c.n, read, written)
+
+
+cdef inline void step_to(nx_groups *a, Py_ssize_t bytes) noexcept nogil:
+    if a.data != NULL:
+        a.data = <char *> a.data + bytes
+
+
+cdef int pixel_groups(const nx_norm *norm, const Call *c, bint back) noexcept nogil:
+    """Group by group, as layer norm; the statistics lie (N, groups)."""
+    cdef Call g = c[0]
+    cdef Py_ssize_t group, i, at, N = c.groups
+    cdef int status = NORMEXT_OK
+    cdef double *work = <double *> malloc(2 * N * sizeof(double))
+    if work == NULL:
+        return NORMEXT_NO_MEMORY
+    g.mean, g.rstd, g.parameters, g.count = work, work + N, ALONG_ROW, <double> c.n
+    for group in range(norm.groups):
+        if back:
+            for i in range(N):
+                at = i * norm.groups + group
+                g.mean[i], g.rstd[i] = c.mean[at], c.rstd[at]
+            status = layer_backward(&g)
+            g.dgamma, g.dbeta = g.dgamma + c.n, g.dbeta + c.n
+        else:
+            status = normalize_rows(&g)
+            for i in range(N):
+                at = i * norm.groups + group
+                c.mean[at], c.rstd[at] = g.mean[i], g.rstd[i]
+        if status != NORMEXT_OK:
+            break
+        step_to(&g.x, c.n * c.k.itemsize)
+        step_to(&g.y, c.n * c.k.itemsize)
+        step_to(&g.dy, c.n * c.k.itemsize)
+        step_to(&g.dx, c.n * c.k.itemsize)
+        if g.gamma != NULL:
+            g.gamma += c.n * c.k.parameter_size
+        if g.beta != NULL:
+            g.beta += c.n * c.k.parameter_size
+    free(work)
+    return status
+
+
+cdef int walk_forward(const nx_norm *norm, const nx_io *io, double *var, bint copy,
+                      Way *way) noexcept nogil:
+    """The way, and unless that is by blocks, mean, rstd, var (may be NULL) and y (if it has data).
+
+    Running statistics are not looked at here.
+    """
+    cdef Call c
+    cdef Arrays a
+    begin(norm, io, &c)
+    a.count, a.copies, c.var = 0, copy, var
+    add_array(&a, io.x, &c.x)
+    add_array(&a, io.residual, &c.residual)
+    if io.residual.data != NULL:
+        add_array(&a, io.sum, &c.sum)
+    add_array(&a, io.y, &c.y)
+    way[0] = layout(norm, &a, &c)
+    if way[0] == BLOCKS:
+        return NORMEXT_OK
+    choose(norm, &c, NULL if io.residual.data != NULL else c.x.data, c.y.data)
+    if way[0] == COLUMNS:
+        return normalize_columns(&c)
+    if way[0] == ROWS and c.statistics == GIVEN:
+        c.groups, c.rows = c.rows, c.groups
+        c.x = nx_groups(c.x.data, c.x.row, c.x.group)
+        c.y = nx_groups(c.y.data, c.y.row, c.y.group)
+        return affine_rows(&c)
+    if way[0] == CHANNELS_LAST:
+        return normalize_column_groups(&c)
+    if way[0] == ONE_PIXEL:
+        return pixel_groups(norm, &c, False)
+    return normalize_rows(&c) if io.residual.data == NULL else normalize_sums(&c)
+
+
+cdef int walk_backward(const nx_norm *norm, const nx_io *io, const double *pivots, bint copy,
+                       Way *way) noexcept nogil:
+    """The way, and unless that is by blocks, dx and the sums.
+
+    Those of batch norm are written to dbeta and, as dots, to dgamma, or are there already; those of
+    the other norms are added to dbeta and dgamma. `pivots` (may be NULL) are batch norm's.
+    """
+    cdef Call c
+    cdef Arrays a
+    begin(norm, io, &c)
+    a.count, a.copies, c.pivots = 0, copy, pivots
+    add_array(&a, io.x, &c.x)
+    add_array(&a, io.dy, &c.dy)
+    if io.part != NORMEXT_SUMS:
+        add_array(&a, io.dx, &c.dx)
+    add_array(&a, io.dsum, &c.addend)
+    way[0] = layout(norm, &a, &c)
+    if way[0] == BLOCKS:
+        return NORMEXT_OK
+    choose(norm, &c, c.dy.data, c.dx.data)
+    if norm.kind == NORMEXT_BATCH_NORM:
+        c.sums, c.dots, c.given = io.dbeta, io.dgamma, io.part == NORMEXT_APPLY
+        c.count = io.count
+        return columns_backward(&c) if way[0] == COLUMNS else rows_backward(&c)
+    c.count = <double> c.n
+    if way[0] == CHANNELS_FIRST:
+        return grouped_backward(&c)
+    if way[0] == CHANNELS_LAST:
+        return column_groups_backward(&c)
+    return pixel_groups(norm, &c, True) if way[0] == ONE_PIXEL else layer_backward(&c)
+
+
