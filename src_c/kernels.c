@@ -21,8 +21,8 @@
 
 #elif defined(NX_F16)
 /* To float, with the last bit set where that is inexact: what then rounds it to fewer bits, two at
- * least, rounds as if there had been no step between (S. Boldo and G. Melquiond, "Emulation of a FMA
- * and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008). */
+ * least, rounds as if there had been no step between (S. Boldo and G. Melquiond, "Emulation of a
+ * FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008). */
 static float round_to_odd(double x)
 {
     float nearest = (float)x;

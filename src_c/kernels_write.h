@@ -1,8 +1,8 @@
 /* What writes elements; included from kernels_template.h twice, with the macro STREAM 0 and 1.
  * Streaming stores go around the caches: memory that is too large to be met there again is not read
  * into them first, only to be written over. They need whole aligned vectors, so that a row begins
- * with what is left to the next of these. x86 orders them before whatever comes after the next locked
- * instruction, which is how threads, and Python's own lock, hand memory on. */
+ * with what is left to the next of these. x86 orders them before whatever comes after the next
+ * locked instruction, which is how threads, and Python's own lock, hand memory on. */
 #ifndef STREAM
 #error "kernels_write.h takes STREAM"
 #endif
