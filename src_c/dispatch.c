@@ -24,7 +24,8 @@ NX_DECLARE(baseline)
 NX_DECLARE(avx2)
 NX_DECLARE(avx512)
 
-/* GCC's and clang's __builtin_cpu_supports does not know every feature in every version, so cpuid itself is asked. */
+/* GCC's and clang's __builtin_cpu_supports does not know every feature in every version, so cpuid
+ * itself is asked. */
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <immintrin.h>
 #include <intrin.h>
@@ -71,7 +72,8 @@ static int has(unsigned leaf, int reg, int bit)
 /* Whether the operating system keeps these registers for a thread while others run. */
 static int saves(unsigned states) { return has(NX_osxsave) && (saved() & states) == states; }
 
-/* setup.py defines NX_AVX2 and NX_AVX512: HAS(feature) for each feature that it tells the compiler to use. */
+/* setup.py defines NX_AVX2 and NX_AVX512: HAS(feature) for each feature that it tells the compiler
+ * to use. */
 #define HAS(feature) &&has(NX_##feature)
 static int avx2(void) { return saves(0x6) NX_AVX2; }
 static int avx512(void) { return saves(0xe6) NX_AVX512; }

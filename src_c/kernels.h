@@ -1,20 +1,23 @@
-/* The primitives: what happens to one block of contiguous runs of numbers. No allocation, no threads, no Python.
+/* The kernels: what happens to one block of numbers. No allocation, no threads, no Python.
  *
- * There is one table of them per element type and instruction set. x, dy, y and dx are of the element type; gamma and beta too, or
- * float where that has 16 bits; statistics and coefficients are double. Strides count elements. A block is small enough (nx_kernels.run_block elements,
- * nx_kernels.col_rows rows) that sums in the element type lose nothing that shows; whoever calls splits the work and adds the
- * blocks' sums up in double.
+ * A row is n numbers that lie one after the other. A block is some rows, a stride apart, that are
+ * gone through at once; it has one of two shapes:
  *
- * The elements go through two shapes of block:
- *
- *   runs      `runs` runs of `n` contiguous numbers, a stride apart, that belong to one statistic
- *             (a row of layer norm; one channel's images in batch norm of N,C,H,W)
- *   columns   `rows` rows of `cols` contiguous numbers, a stride apart, with a statistic for each column
+ *   rows      short rows, or a part of a long one, that share a statistic or have one each
+ *             (layer norm; one channel of the images of batch norm of N,C,H,W)
+ *   columns   rows whose n columns have a statistic each
  *             (batch norm of N,D and N,H,W,C)
  *
- * Wherever a mean is taken off x (or a gradient), it is split into a pivot of the element type and a small rest: x - pivot is exact for x near the
- * pivot, so that data far from zero lose nothing.
- */
+ * It is small enough (nx_kernels says how small) to stay in the first-level cache, and for sums in
+ * the element type to lose nothing that shows: whoever calls splits the work into blocks and adds
+ * their sums up in double.
+ *
+ * There is one table of kernels for each element type and instruction set. x, dy, y and dx are of
+ * the element type; gamma and beta too, or float where that has 16 bits; statistics and
+ * coefficients are double. Strides count elements. Blocks are not empty.
+ *
+ * Wherever a mean is taken off x (or a gradient), it is split into a pivot of the element type and
+ * a small rest: x - pivot is exact for x near the pivot, so that data far from zero lose nothing. */
 #ifndef NORMEXT_KERNELS_H
 #define NORMEXT_KERNELS_H
 
@@ -22,23 +25,26 @@
 #include <math.h>
 #include <stddef.h>
 
-/* Count, mean and sum of squared deviations from the mean of the numbers seen so far. About zero (RMS norm) the mean is 0, and m2 the sum
- * of squares.
+/* Count, mean and sum of squared deviations from the mean of the numbers seen so far. About zero
+ * (RMS norm) the mean is 0, and m2 the sum of squares.
  *
- * They are those of x * scale, where scale is a power of two that keeps the squares in range, one for all numbers that share a statistic:
- * 1, and where that is found to fail (`nx_rescale`) another, with which all of them are gone through once more. */
+ * They are those of x * scale, where scale is a power of two that keeps the squares in range, one
+ * for all numbers that share a statistic: 1, and where that is found to fail (`nx_rescale`)
+ * another, with which all of them are gone through once more. */
 typedef struct {
     double count, mean, m2;
 } nx_moments;
 
-/* The squares of an element type: a variance below `tiny` has lost digits to denormals, and is taken anew of numbers `enlarge` times as
- * large; one that has overflowed, of numbers `shrink` times as large. Any number times one of both has a square in range. */
+/* The squares of an element type: a variance below `tiny` has lost digits to denormals, and is
+ * taken anew of numbers `enlarge` times as large; one that has overflowed, of numbers `shrink`
+ * times as large. Any number times one of both has a square in range. */
 typedef struct {
     double tiny, enlarge, shrink, near_zero;
 } nx_range;
 
-/* Merges the moments of two sets of numbers: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm
- * for Computing Sample Variances", 1979, equation 2.1. The other set is `share` of the whole, and `count` the first's size. */
+/* Merges the moments of two sets of numbers: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating
+ * Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, equation 2.1. The other
+ * set is `share` of the whole, and `count` the first's size. */
 static inline void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2,
                                   double count, double share)
 {
@@ -73,8 +79,9 @@ static inline nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const do
     return (nx_moments){numbers * sets, middle, squares + numbers * spread};
 }
 
-/* The scale that moments taken with scale 1 need. With a mean that is not near zero there is no underflow to mend: a deviation is 0 or an
- * ulp of the mean at least, whose square is a normal number. Enlarged, the square of an ulp could overflow. */
+/* The scale that moments taken with scale 1 need. With a mean that is not near zero there is no
+ * underflow to mend: a deviation is 0 or an ulp of the mean at least, whose square is a normal
+ * number. Enlarged, the square of an ulp could overflow. */
 static inline double nx_rescale(const nx_range *range, nx_moments m)
 {
     if (!(m.m2 <= DBL_MAX)) return range->shrink;
@@ -95,9 +102,10 @@ static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double 
     return 1;
 }
 
-/* 1 / sqrt(variance + eps), and 0 where both are 0: a constant gives beta even without an eps. The variance is that of x * scale. The
- * inverse is a number where the variance itself is none; numbers of float64 that lie so close, less than 6e-309, that there is none for
- * the inverse either count as a constant. */
+/* 1 / sqrt(variance + eps), and 0 where both are 0: a constant gives beta even without an eps. The
+ * variance is that of x * scale. The inverse is a number where the variance itself is none; numbers
+ * of float64 that lie so close, less than 6e-309, that there is none for the inverse either count
+ * as a constant. */
 static inline double nx_inverse_std(double variance, double scale, double eps)
 {
     double sum = variance + eps * scale * scale, inverse;
@@ -107,7 +115,8 @@ static inline double nx_inverse_std(double variance, double scale, double eps)
     return sum != 0 && inverse <= DBL_MAX ? inverse : 0;
 }
 
-/* The same for n variances at once, in place, with scale 1: without a branch in the loop it becomes vectors. */
+/* The same for n variances at once, in place, with scale 1: without a branch in the loop it becomes
+ * vectors. */
 static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -116,7 +125,8 @@ static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
     }
 }
 
-/* Whether any of n numbers that are not 0 is outside a range. A sum of ones, in the type of the numbers, becomes vectors. */
+/* Whether any of n numbers that are not 0 is outside a range. A sum of ones, in the type of the
+ * numbers, becomes vectors. */
 static inline int nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
 {
     double outside = 0;
@@ -136,8 +146,11 @@ static inline void nx_finish_moments(nx_moments m, double scale, double eps, dou
     if (var) *var = variance / scale / scale;
 }
 
-/* Whether a sample of gradients says that all are far from zero, beside the distances between them. Sums of dy * (x - mean) then lose
- * digits that cancel in theory, for x - mean adds up to 0: they are taken once more, with this mean subtracted from dy. */
+/* Whether a gradient lies beside the mean of all rather than beside zero. In theory a number that
+ * all dy have in common does not change the sum of dy * (x - mean), for x - mean adds up to 0. As
+ * computed it adds up to a small error, which that number multiplies: dy of 1000 +- 1 lose three
+ * digits. So where a sample of dy says that all are "far" from zero, their sums are taken once more
+ * with this mean, for a pivot, subtracted from dy. */
 static inline int nx_near(double g, double mean) { return fabs(g - mean) < fabs(mean) / 4; }
 
 /* Where the rows of a block lie: the first, and so many elements from one to the next. */
@@ -157,49 +170,51 @@ typedef struct {
     ptrdiff_t rows, n;
 } nx_block;
 
-/* y = (x - mean) * scale + shift. Along rows there is one map for all of them (step 0) or one for each (step 1); down
- * columns, one for each column. */
+/* y = (x - mean) * scale + shift. Along rows there is one map for all of them (step 0) or one for
+ * each (step 1); down columns, one for each column. */
 typedef struct {
     const double *mean, *scale, *shift;
     ptrdiff_t step;
 } nx_affine;
 
-/* The relu behind such a map: a backward pass that is given it takes dy for 0 where y, found again from x, is not above
- * zero. */
+/* The relu behind such a map: a backward pass that is given it takes dy for 0 where y, found again
+ * from x, is not above zero. */
 typedef struct {
     const double *scale, *shift;
 } nx_relu_mask;
 
-/* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are everywhere. Those of row
- * r are added to sum[r * step] and dot[r * step]; down columns, those of column j to sum[j] and dot[j]. */
+/* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are
+ * everywhere. Those of row r are added to sum[r * step] and dot[r * step]; down columns, those of
+ * column j to sum[j] and dot[j]. */
 typedef struct {
     double *sum, *dot;
     ptrdiff_t step;
 } nx_sums;
 
-/* dx = factor * (g - pivot) + slope * (x - mean) + constant + factor * pivot. Along rows there is one of each for all
- * rows, but a factor for each with step 1; down columns, one for each column. */
+/* dx = factor * (g - pivot) + slope * (x - mean) + constant + factor * pivot. Along rows there is
+ * one of each for all rows, but with step 1 a factor for each; down columns one for each column. */
 typedef struct {
     const double *mean, *pivot, *factor, *slope, *constant;
     ptrdiff_t step;
 } nx_line;
 
 /* The closed form of a backward pass: with g the gradient with respect to xhat * factor / rstd,
- * dx = factor * (g - mean(g) - xhat * mean(g * xhat)) is linear in g and x - mean. It is S. Ioffe and C. Szegedy, "Batch
- * Normalization", 2015, section 3, simplified. */
+ * dx = factor * (g - mean(g) - xhat * mean(g * xhat)) is linear in g and x - mean. It is that of
+ * S. Ioffe and C. Szegedy, "Batch Normalization", 2015, section 3, simplified. */
 static inline double nx_slope(double factor, double rstd, double dot_mean)
 { return -factor * rstd * rstd * dot_mean; }
 static inline double nx_constant(double factor, double g_mean) { return -factor * g_mean; }
 
-/* What normalizes rows that have statistics of their own; gamma and beta run along the row, NULL means 1 and 0. */
+/* What normalizes rows that have statistics of their own; gamma and beta run along the row, NULL
+ * means 1 and 0. */
 typedef struct {
     int centred;
     double eps;
     const void *gamma, *beta;
 } nx_layer;
 
-/* Groups of rows, each row with a number of gamma: row r of the first group has gamma[channel + r], and after `channels`
- * of them the first one follows. */
+/* Groups of rows, each row with a number of gamma: row r of the first group has gamma[channel + r],
+ * and after `channels` of them the first one follows. */
 typedef struct {
     ptrdiff_t groups, rows, n;
     const void *gamma;
@@ -211,7 +226,8 @@ typedef struct {
     ptrdiff_t kh, kw, step;
 } nx_window;
 
-/* A step of Adam: next_m = beta1 * m + (1 - beta1) * dw, next_v = beta2 * v + (1 - beta2) * dw * dw,
+/* A step of Adam: next_m = beta1 * m + (1 - beta1) * dw,
+ * next_v = beta2 * v + (1 - beta2) * dw * dw,
  * next_w = w - rate * next_m / (sqrt(next_v) + epsilon) */
 typedef struct {
     const void *w, *dw, *m, *v;
@@ -221,13 +237,10 @@ typedef struct {
 
 typedef struct {
     ptrdiff_t itemsize;
-    ptrdiff_t
-        parameter_size; /* of gamma and beta's type: float for 16-bit elements, otherwise that of the elements */
-    ptrdiff_t
-        row_block; /* most elements in a block of rows, if it holds more than one row or part of one */
-    ptrdiff_t
-        col_block; /* most elements in a block of columns that holds more than col_rows rows */
-    ptrdiff_t col_rows; /* rows that a block of any number of columns may hold */
+    ptrdiff_t parameter_size; /* of gamma and beta's type */
+    ptrdiff_t row_block;      /* most numbers in a block of rows */
+    ptrdiff_t col_rows;       /* rows that a block of any number of columns may have */
+    ptrdiff_t col_block;      /* most numbers in a block of columns that has more rows */
     nx_range range;
 #define NX_KERNEL(name, result, arguments) result(*name) arguments;
 #define NX_WRITER NX_KERNEL
@@ -240,8 +253,8 @@ typedef struct {
 
 enum { NX_FLOAT32, NX_FLOAT64, NX_FLOAT16, NX_BFLOAT16, NX_TYPES };
 
-/* The instruction sets built, in rising order: name, whether this processor and its operating system run it, one table per type, and one
- * that writes around the caches. */
+/* The instruction sets built, in rising order: name, whether this processor and its operating
+ * system run it, one table per type, and one that writes around the caches. */
 typedef struct {
     const char *name;
     int (*supported)(void);

@@ -1,15 +1,17 @@
-/* Every kernel once: name, result, arguments. Whoever includes this says what to make of them: members of a table, what
- * fills it, or a test for each (tests/test_kernels.py). NX_WRITER is for those that have a second version, which writes
- * around the caches; NX_WIDE for those that 16-bit floats have none of. */
+/* Every kernel once: name, result, arguments. Whoever includes this says what to make of them:
+ * members of a table, what fills it, or a test for each (tests/test_kernels.py). NX_WRITER is for
+ * those that have a second version, which writes around the caches; NX_WIDE for those that 16-bit
+ * floats have none of. */
 
 /* Adds the block's numbers, times scale, to m. */
 NX_KERNEL(row_moments, void, (nx_rows x, nx_block b, int centred, double scale, nx_moments *m))
-/* Adds each column's numbers, times scale[j] (NULL means 1), to mean[j], m2[j], which hold `count` numbers already. */
+/* Adds each column's numbers, times scale[j] (NULL means 1), to mean[j], m2[j], which hold `count`
+ * numbers already. */
 NX_KERNEL(col_moments, void,
           (nx_rows x, nx_block b, const double *scale, double count, double *mean, double *m2))
 
-/* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the row, NULL means 1 and 0. With relu, here
- * and below, 0 where that is less (gamma and beta are NULL then). */
+/* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the row, NULL means 1
+ * and 0. With relu, here and below, 0 where that is less (gamma and beta are NULL then). */
 NX_WRITER(row_affine, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_affine *map, const void *gamma,
            const void *beta, int relu))
@@ -18,11 +20,13 @@ NX_WRITER(col_affine, void, (nx_rows x, nx_rows y, nx_block b, const nx_affine *
 
 /* Whether gradients gamma * dy with this mean are far from zero (nx_near), by a sample of a row. */
 NX_KERNEL(row_is_far, int, (const void *dy, ptrdiff_t n, const void *gamma, double mean))
-/* Whether those of any column are, by some of its rows, and pivots for all: the means of those columns, 0 for others. */
+/* Whether those of any column are, by some of its rows, and pivots for all: the means of those
+ * columns, 0 for others. */
 NX_KERNEL(cols_are_far, int,
           (nx_rows dy, nx_block b, const double *sum, double count, double *pivot))
 
-/* Adds the sums of g and of (g - *pivot) * (x - mean); NULL means a pivot of 0. A relu may be given instead of gamma. */
+/* Adds the sums of g and of (g - *pivot) * (x - mean); NULL means a pivot of 0. A relu may be given
+ * instead of gamma. */
 NX_KERNEL(row_dots, void,
           (nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot, const void *gamma,
            const nx_relu_mask *relu, nx_sums sums))
@@ -30,7 +34,8 @@ NX_KERNEL(col_dots, void,
           (nx_rows x, nx_rows dy, nx_block b, const double *mean, const double *pivot,
            const nx_relu_mask *relu, nx_sums sums))
 
-/* dx, as nx_line says; a relu may be given instead of gamma and addend, which is added where its data are not NULL. */
+/* dx, as nx_line says; a relu may be given instead of gamma and addend, which is added where its
+ * data are not NULL. */
 NX_WRITER(row_dx, void,
           (nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line, const void *gamma,
            const nx_relu_mask *relu, nx_rows addend))
@@ -38,8 +43,9 @@ NX_WRITER(col_dx, void,
           (nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
            const nx_relu_mask *relu))
 
-/* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments, then also row_affine,
- * and as row_dots and row_dx, one after the other, but without what calling them a row at a time costs. */
+/* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments,
+ * then also row_affine, and as row_dots and row_dx, one after the other, but without what calling
+ * them a row at a time costs. */
 NX_KERNEL(layer_statistics, void,
           (nx_rows x, nx_block b, int centred, double eps, double *mean, double *rstd))
 NX_WRITER(layer_forward, void,
@@ -47,12 +53,13 @@ NX_WRITER(layer_forward, void,
 NX_WRITER(layer_backward, void,
           (nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_layer *norm, const double *mean,
            const double *rstd, nx_rows addend))
-/* Adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j] and dgamma[j]. */
+/* Adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j], dgamma[j]. */
 NX_KERNEL(layer_parameters, void,
           (nx_rows x, nx_rows dy, nx_block b, const double *mean, const double *rstd, double *dbeta,
            double *dgamma))
-/* Likewise groups of rows, one block each. The sum of dy over a row goes to *dbeta, that of dy * (x - mean) * rstd to
- * *dgamma, and so on row by row. Stops at a group whose dy is far from zero, and returns how many came before it. */
+/* Likewise groups of rows, one block each. The sum of dy over a row goes to *dbeta, that of
+ * dy * (x - mean) * rstd to *dgamma, and so on row by row. Stops at a group whose dy is far from
+ * zero, and returns how many came before it. */
 NX_WRITER(group_backward, ptrdiff_t,
           (nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g, const double *mean,
            const double *rstd, double *dbeta, double *dgamma))
@@ -60,15 +67,16 @@ NX_WRITER(group_backward, ptrdiff_t,
 /* sum = a + b, which may be one of them */
 NX_KERNEL(add_rows, void, (nx_rows a, nx_rows b, nx_rows sum, nx_block block))
 
-/* Numbers as double, and back, rounded once. */
+/* Numbers as double, and back: rounded to nearest, and once (but bfloat16 as ml_dtypes rounds it,
+ * by way of float). */
 NX_KERNEL(widen, void, (const void *x, ptrdiff_t n, double *y))
 NX_KERNEL(narrow, void, (const double *x, ptrdiff_t n, void *y))
 
 /* float and double only: */
 /* y[j][i] = x[i][j] for the rows i and columns j of a block */
 NX_WIDE(transpose, void, (nx_rows x, nx_block b, nx_rows y))
-/* The largest number of each of n windows that begin in row x, and its position in the window; the first of equals, and
- * the first NaN. winner is of uint8_t or int32_t, by winner_size. */
+/* The largest number of each of n windows that begin in row x, and its position in the window; the
+ * first of equals, and the first NaN. winner is of uint8_t or int32_t, by winner_size. */
 NX_WIDE(pool_row, void,
         (nx_rows x, const nx_window *window, ptrdiff_t n, void *y, void *winner, int winner_size))
 NX_WIDE(adam, void, (const nx_adam *step, ptrdiff_t n))

@@ -2,16 +2,17 @@
  *
  *     NX_ISA, NX_TYPE  names, of which the tables' names are made
  *     T                the type of the elements
- *     C, V             the type that they are computed in, and a vector of it: T is C but for 16-bit
- *                      floats, which loads and stores convert
+ *     C, V             the type that they are computed in, and a vector of it: T is C but for
+ *                      16-bit floats, which loads and stores convert
  *     T_INT            an integer type as wide as T where T is C, otherwise undefined
+ *     T_NARROW         a double as a C that is to be stored, where T is not C
  *     T_UNDERFLOW      a positive result up to this becomes 0 when it is stored
  *
- * This file has what reads elements and makes sums; kernels_write.h, included at its end, what writes
- * them. */
+ * This file has what reads elements and makes sums; kernels_write.h, included at its end, what
+ * writes them. */
 #if !defined(NX_ISA) || !defined(NX_TYPE) || !defined(T) || !defined(C) || !defined(V) || \
-    !defined(T_UNDERFLOW)
-#error "kernels_template.h takes NX_ISA, NX_TYPE, T, C, V, T_UNDERFLOW"
+    !defined(T_UNDERFLOW) || defined(T_INT) == defined(T_NARROW)
+#error "kernels_template.h takes NX_ISA, NX_TYPE, T, C, V and T_UNDERFLOW"
 #endif
 
 #define NX_JOIN_(a, b, c) a##_##b##_##c
@@ -29,15 +30,16 @@ enum {
      * loops here have, keep both units that add busy for that long. */
     LANES = 2 * WIDEST,
     NV = LANES / W,
-    /* What the first of two levels of sums adds up. A lane then makes 8 additions on the first level
-     * and, in a block of rows, 16 on the second, whose rounding errors are those of 24 additions and
-     * not of 128; and the squares of multiples of some 2^-k have low bits that rounding would lose
-     * more often down than up, one by one. */
+    /* Sums are made on two levels; so many numbers are added up on the first. A lane then makes 8
+     * additions there and, in a block of rows, 16 on the second level, with the rounding errors of
+     * 24 additions and not of 128. These may not even cancel: numbers that are multiples of some
+     * 2^-k, as those of images are, have squares whose last bits are alike, and added one by one to
+     * a long sum they would be rounded down more often than up. */
     FIRST_SUM = 8 * LANES,
     /* 16 KiB: x and y, or x and dy, of a block stay in an L1 cache of 32 KiB together. */
     ROW_BLOCK = 16384 / sizeof(C),
-    /* 128 additions in a lane, in two levels, are 8 and 16 likewise. Blocks of few columns, whose
-     * rows are folded, may have more: as many numbers as 128 rows of 64. */
+    /* 128 additions for a column, 8 and 16 on the two levels likewise. Blocks of few columns may
+     * have more rows, which are folded into lanes: into 64 of them 128 times. */
     COL_ROWS = 128,
     COL_BLOCK = COL_ROWS * 64,
     /* Columns whose coefficients and sums are held on the stack, in 4 KiB for each: the seven of dx
@@ -45,29 +47,33 @@ enum {
     COLS_AT_ONCE = 4096 / sizeof(C),
     /* A vector of coefficients may begin at any of them. */
     PADDED = COLS_AT_ONCE + WIDEST,
-    /* Rows that share one load and store of a column's sums, which then are a seventh of all loads. */
+    /* Rows that are added up on the first level, in registers: a column's sums are loaded and
+     * stored once for 8 of its numbers. */
     ROWS_AT_ONCE = 8,
     /* Short rows that go through each step together; see rows_interleaved. */
     INTERLEAVED = 8,
 };
 
-/* The squares of float get lost below 2^-126 = 1.2e-38, and their digits begin to below 2^-102 =
- * 2.0e-31; 2^100 lifts the smallest number, 2^-149, to 2^-49 (and leaves those whose squares are
- * below 1e-30 small), 2^-80 makes of the largest, 2^128, one whose square is 2^96. An ulp of a mean
- * from 2^-22 on is 2^-46 or more, whose square is no less than 2^-92 = 2.0e-28. For double likewise:
- * digits get lost below 2^-969 = 2.0e-292, the smallest number is 2^-1074, the largest 2^1024. */
+/* Squares of float have all their 24 digits from 2^-126 on; those below do not show beside a
+ * variance of 2^-102 = 2.0e-31 or more. 2^100 makes of the smallest number, 2^-149, one whose
+ * square is 2^-98 = 3.2e-30; 2^-80 of the largest, 2^128, one whose square is 2^96. The ulp of a
+ * mean from 2^-22 on is 2^-46 or more, with a square of 2^-92 = 2.0e-28 or more. Likewise those of
+ * double: 53 digits from 2^-1022 on, which make 2^-969 = 2.0e-292, and numbers from 2^-1074 to
+ * 2^1024. */
 #define RANGE                                                                       \
     {BY_TYPE(1e-30, 1e-290), BY_TYPE(0x1p100, 0x1p600), BY_TYPE(0x1p-80, 0x1p-540), \
      BY_TYPE(0x1p-22, 0x1p-300)}
 static const nx_range range = RANGE;
 
 /* Statistics up to this, and from its inverse on, are applied in C: 8 (and 18) digits are left to
- * what comes of them before C overflows or loses digits, at 3.4e38 and 1.2e-38 (1.8e308, 2.2e-308). */
+ * what comes of them before C overflows, at 3.4e38 (1.8e308), or loses digits, at 1.2e-38
+ * (2.2e-308). */
 #define LARGE BY_TYPE(1e30, 1e290)
 
-/* Rows of few columns that lie one after the other in memory are folded: taken `fold` at a time, as
- * `rows` rows of `lanes` numbers, which fill whole vectors, and one of `tail` numbers. A column then
- * has `fold` lanes, which share its coefficients and whose sums are its sum. */
+/* Rows of few columns that lie one after the other in memory are folded, so that they fill whole
+ * vectors: `fold` of them are taken for one of `lanes` numbers, and what is left for one of `tail`
+ * numbers. Of 100 rows of 6 columns of float, 16 at a time make 6 rows of 96 lanes and a tail of
+ * 24. A column then has `fold` lanes, which share its coefficients and whose sums are its sum. */
 typedef struct {
     ptrdiff_t fold, lanes, rows, tail;
 } nx_fold;
@@ -102,10 +108,19 @@ NX_INLINE nx_rows rows_at(nx_rows x, ptrdiff_t r, ptrdiff_t i)
 
 /* Rows ------------------------------------------------------------------------------------- */
 
+/* The sum of all lanes of NV vectors, by halves; the loops are of constant lengths, so that the
+ * compiler unrolls them and keeps the vectors in registers. */
 NX_INLINE C sum_lanes(V *lanes)
 {
-    for (int half = NV / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half]);
+#define ADD_HALF(half) \
+    if (NV > half)     \
+        for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half])
+    ADD_HALF(16);
+    ADD_HALF(8);
+    ADD_HALF(4);
+    ADD_HALF(2);
+    ADD_HALF(1);
+#undef ADD_HALF
     return total(lanes[0]);
 }
 
@@ -183,9 +198,12 @@ NX_INLINE nx_moments moments(double count, int centred, C pivot, C scale, double
     return (nx_moments){count, (double)pivot * scale + mean, m2 < 0 ? 0 : m2};
 }
 
-/* Moments about a pivot near the mean. The first block's pivot is its own mean, roughly; later
- * ones' the mean so far, whose distance to the block's mean then enters the merged m2 anyway, with a
- * larger factor than its rounding error has. */
+/* Adds a block's moments to m. Squares are taken about a pivot near the mean: those of 10000 +- 1
+ * would have no digit left for the variance. The first block's pivot is its own mean, roughly, for
+ * which it is gone through twice. Later blocks take the mean of all before. Where that is a
+ * distance d from their own mean, their squares are about it and too large by d * d, which is
+ * subtracted again and leaves a rounding error that is small beside d * d; and the merged m2 has a
+ * share of d * d in it, whatever the pivot. */
 NX_INLINE void add_moments(nx_rows x, nx_block b, int centred, C scale, nx_moments *m)
 {
     double count = (double)b.rows * (double)b.n, sum, squares;
@@ -228,7 +246,7 @@ NX_INLINE double element(const T *p)
 #endif
 }
 
-/* (x - mean) * scale + shift = (x - pivot) * scale + this, with the mean rounded to C for a pivot. */
+/* (x - mean) * scale + shift = (x - pivot) * scale + this, the pivot being the mean as a C. */
 NX_INLINE C pivot_shift(double mean, double scale, double shift)
 { return (C)(shift - (mean - (C)mean) * scale); }
 
@@ -238,8 +256,7 @@ NX_OUTLINE void affine_far_out(const T *x, T *y, ptrdiff_t n, const nx_affine *m
                                const C *beta, int relu)
 {
     const double mean = *map->mean, scale = *map->scale, shift = *map->shift;
-    const double half =
-        fabs(scale) < 1 ? 0.5 : 1; /* of what may overflow before it is scaled down */
+    const double half = fabs(scale) < 1 ? 0.5 : 1; /* x - mean may overflow; not half of it */
     C lanes[W];
     for (ptrdiff_t i = 0; i < n; i += W) {
         ptrdiff_t left = n - i;
@@ -255,8 +272,8 @@ NX_OUTLINE void affine_far_out(const T *x, T *y, ptrdiff_t n, const nx_affine *m
     }
 }
 
-/* The affine map under a relu, about its pivot: a gradient passes where the map's result, found again
- * from x as it was found in the forward pass, is above zero. */
+/* The affine map under a relu, about its pivot: a gradient passes where the map's result, found
+ * again from x as it was found in the forward pass, is above zero. */
 typedef struct {
     V scale, shift;
 } relu_mask;
@@ -398,9 +415,9 @@ NX_INLINE int is_far(const T *dy, ptrdiff_t n, const C *gamma, double mean)
     return nx_near(g, mean) && row_is_far(dy, n, gamma, mean);
 }
 
-/* Some rows go through each step interleaved, and while in the L1 cache: what one has to wait for in
- * its statistics (a dozen additions, divisions and a root, each needing the one before) the others
- * fill with work. */
+/* Some rows go through each step interleaved, and while in the L1 cache: what one has to wait for
+ * in its statistics (a dozen additions, divisions and a root, each needing the one before) the
+ * others fill with work. */
 NX_INLINE ptrdiff_t rows_interleaved(ptrdiff_t left, ptrdiff_t n)
 {
     ptrdiff_t rows = n * INTERLEAVED <= ROW_BLOCK ? INTERLEAVED : n < ROW_BLOCK ? ROW_BLOCK / n : 1;
@@ -480,22 +497,6 @@ static void widen(const void *x_, ptrdiff_t n, double *y)
 #endif
 }
 
-#ifndef T_INT
-/* To float, with the last bit set where that is inexact: what then rounds it to fewer bits, two at
- * least, rounds as if there had been no step between (S. Boldo and G. Melquiond, "Emulation of FMA
- * and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008). */
-static float round_to_odd(double x)
-{
-    float nearest = (float)x;
-    uint32_t bits;
-    memcpy(&bits, &nearest, sizeof bits);
-    if (x != x || nearest == x || bits & 1) return nearest;
-    bits += fabs(nearest) < fabs(x) ? 1 : -1;
-    memcpy(&nearest, &bits, sizeof bits);
-    return nearest;
-}
-#endif
-
 static void narrow(const double *x, ptrdiff_t n, void *y_)
 {
     T *y = y_;
@@ -504,7 +505,7 @@ static void narrow(const double *x, ptrdiff_t n, void *y_)
 #else
     C lanes[W];
     for (ptrdiff_t i = 0; i < n; i += W) {
-        for (ptrdiff_t k = 0; k < W; k++) lanes[k] = i + k < n ? round_to_odd(x[i + k]) : 0;
+        for (ptrdiff_t k = 0; k < W; k++) lanes[k] = i + k < n ? T_NARROW(x[i + k]) : 0;
         store_n(y + i, n - i, load(lanes));
     }
 #endif
@@ -520,22 +521,24 @@ static void narrow(const double *x, ptrdiff_t n, void *y_)
     for (ptrdiff_t j0 = 0, width; \
          j0 < b.n && (width = b.n - j0 < COLS_AT_ONCE ? b.n - j0 : COLS_AT_ONCE, 1); j0 += width)
 
-/* f(first row, rows, numbers in a row), for ROWS_AT_ONCE rows at a time, as a constant with which the
- * compiler unrolls a loop over them, then for one at a time, then for the tail. */
-#define EACH_ROWS(folded, f)                                               \
-    do {                                                                   \
-        ptrdiff_t i_ = 0;                                                  \
-        for (; i_ + ROWS_AT_ONCE <= (folded).rows; i_ += ROWS_AT_ONCE)     \
-            f(i_, ROWS_AT_ONCE, (folded).lanes);                           \
-        for (; i_ < (folded).rows + ((folded).tail > 0); i_++)             \
-            f(i_, 1, i_ < (folded).rows ? (folded).lanes : (folded).tail); \
+/* f(first row, rows, numbers in a row), for ROWS_AT_ONCE rows at a time, as a constant with which
+ * the compiler unrolls a loop over them, then for one at a time, then for the tail. */
+#define EACH_ROWS(folded, f)                                           \
+    do {                                                               \
+        ptrdiff_t i_ = 0;                                              \
+        for (; i_ + ROWS_AT_ONCE <= (folded).rows; i_ += ROWS_AT_ONCE) \
+            f(i_, ROWS_AT_ONCE, (folded).lanes);                       \
+        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);     \
+        if ((folded).tail) f(i_, 1, (folded).tail);                    \
     } while (0)
 
 /* f(row, numbers in it). What is written goes row by row: half as many streams through memory as
  * ROWS_AT_ONCE rows of both would be. */
-#define EACH_ROW(folded, f)                                                \
-    for (ptrdiff_t i_ = 0; i_ < (folded).rows + ((folded).tail > 0); i_++) \
-    f(i_, i_ < (folded).rows ? (folded).lanes : (folded).tail)
+#define EACH_ROW(folded, f)                                                     \
+    do {                                                                        \
+        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes); \
+        if ((folded).tail) f((folded).rows, (folded).tail);                     \
+    } while (0)
 
 /* A column's coefficients for all its lanes. */
 NX_INLINE void spread(C *p, nx_fold folded)

@@ -1,8 +1,8 @@
 /* What writes elements; included from kernels_template.h twice, with the macro STREAM 0 and 1.
  * Streaming stores go around the caches: memory that is too large to be met there again is not read
  * into them first, only to be written over. They need whole aligned vectors, so that a row begins
- * with what is left to the next of these. x86 orders them before whatever comes after the next locked
- * instruction, which is how threads, and Python's own lock, hand memory on. */
+ * with what is left to the next of these. x86 orders them before whatever comes after the next
+ * locked instruction, which is how threads, and Python's own lock, hand memory on. */
 #ifndef STREAM
 #error "kernels_write.h takes STREAM"
 #endif
@@ -206,12 +206,12 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
                       dy_ = {(T *)dy.data + i * dy.group, dy.row},
                       dx_ = {(T *)dx.data + i * dx.group, dx.row};
         double dy_sum = 0, g_sum = 0, g_dot = 0;
-        for (ptrdiff_t r = 0; r < rows; r++) dbeta[r] = dgamma[r] = 0;
-        row_dots(x_, dy_, (nx_block){rows, n}, mean[i], NULL, NULL, NULL,
-                 (nx_sums){dbeta, dgamma, 1});
         for (ptrdiff_t r = 0; r < rows; r++) {
-            double factor = gamma ? (double)gamma[channel + r] : 1;
-            dgamma[r] *= rstd[i];
+            double factor = gamma ? (double)gamma[channel + r] : 1, sum = 0, dot = 0;
+            dots_loop(rows_at(x_, r, 0), rows_at(dy_, r, 0), row, mean[i], NULL, NULL, NULL,
+                      (nx_sums){&sum, &dot, 0});
+            dbeta[r] = sum;
+            dgamma[r] = dot * rstd[i];
             dy_sum += dbeta[r];
             g_sum += factor * dbeta[r];
             g_dot += factor * dgamma[r];

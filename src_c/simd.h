@@ -1,26 +1,33 @@
-/* Vectors of float and double under one set of names, and all else that depends on the compiler or the processor.
+/* Vectors of numbers under one set of names, and all else that depends on the compiler or the
+ * processor.
  *
- * For each element type E (f32, f64) this header defines, for the instruction set that the including file is compiled for:
+ * For each type E (f32: float, f64: double) this header defines a vector E##_t of E##_W numbers,
+ * for the instruction set that the including file is compiled for, and functions E##_NAME; the
+ * name alone picks one of them by the type of its first argument:
  *
- *     E##_t              a vector of E##_W elements
- *     E##_load, _store   W elements at any address
- *     E##_load_n         the first n of them; the lanes beyond come from `fill`, memory beyond is not touched (n may be <= 0 or >= W)
- *     E##_store_n        the first n of them, likewise
- *     E##_stream         W elements at an address that is a multiple of their size, around the caches where the instruction set can
- *     E##_splat            one number in every lane
- *     E##_add, _sub, _mul
- *     E##_mul_add            a * b + c, rounded once where the instruction set can (everywhere but on baseline x86-64)
- *     f32_mul_add_once, f64_mul_add_once   the same, and of float rounded once everywhere, if slowly
- *     E##_greater            the larger, and b where either is NaN
- *     E##_keep_positive  a where b > 0 (or is NaN), elsewhere 0
- *     E##_total            sum of the lanes, always in the same order: lane i + lane (i + W/2), and so on by halves
- *     E##_transpose_square      a square of E##_SIDE x E##_SIDE elements, from rows to columns
+ *     load, store    a vector at any address
+ *     load_n         its first n numbers; the lanes beyond come from `fill`, memory beyond is not
+ *                    touched (n may be <= 0 or >= W)
+ *     store_n        its first n numbers, likewise
+ *     stream         a vector at an address that is a multiple of its size, around the caches
+ *                    where the instruction set can
+ *     splat          one number in every lane
+ *     add, sub, mul
+ *     mul_add        a * b + c, rounded once where the instruction set can (everywhere but on
+ *                    baseline x86-64)
+ *     mul_add_once   the same, but of float rounded once everywhere, if slowly
+ *     greater        the larger, and b where either is NaN
+ *     keep_positive  a where b > 0 (or is NaN), elsewhere 0
+ *     total          sum of the lanes, always in the same order: lane i + lane (i + W/2), and so
+ *                    on by halves
+ *     transpose_square  a square of E##_SIDE x E##_SIDE numbers, from rows to columns
  *
- * 16-bit floats (f16: IEEE 754 binary16, bf16: bfloat16), which memory holds as uint16_t, are vectors of f32 once loaded: for them there
- * are the loads and stores only. Conversion to them rounds to nearest, ties to even.
+ * 16-bit floats (f16: IEEE 754 binary16, bf16: bfloat16) have types of their own in memory, and are
+ * vectors of f32 once loaded: for them there are the loads and stores only. Conversion to them
+ * rounds to nearest, ties to even.
  *
- * The kernels are compiled with contraction of a * b + c turned off (see setup.py), so that AVX2 and AVX-512 round alike.
- */
+ * The kernels are compiled with contraction of a * b + c turned off (see setup.py), so that AVX2
+ * and AVX-512 round alike. */
 #ifndef NORMEXT_SIMD_H
 #define NORMEXT_SIMD_H
 
@@ -28,7 +35,6 @@
 #include <stdint.h>
 #include <string.h>
 
-/* 16-bit floats: IEEE 754 binary16 and bfloat16. */
 typedef struct {
     uint16_t bits;
 } nx_f16;
@@ -131,7 +137,8 @@ NX_INLINE __m512 nx_from_bf16(__m256i h)
 { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 NX_INLINE __m256i nx_to_bf16(__m512 v)
 {
-    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet instead, lest it become infinite. */
+    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet
+     * instead, lest it become infinite. */
     __m512i u = _mm512_castps_si512(v),
             odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -190,7 +197,8 @@ NX_INLINE __m256 nx_from_bf16(__m128i h)
 { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 NX_INLINE __m128i nx_to_bf16(__m256 v)
 {
-    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet instead, lest it become infinite. */
+    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet
+     * instead, lest it become infinite. */
     __m256i u = _mm256_castps_si256(v),
             odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -210,14 +218,14 @@ NX_INLINE __m128i nx_to_bf16(__m256 v)
     NX_INLINE __m256 E##_load_n(const nx_##E *p, ptrdiff_t n, __m256 fill)                \
     {                                                                                     \
         nx_##E lanes[8] = {{0}};                                                          \
-        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i] = p[i];                       \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) lanes[i].bits = p[i].bits;             \
         return _mm256_blendv_ps(fill, E##_load(lanes), _mm256_castsi256_ps(f32_mask(n))); \
     }                                                                                     \
     NX_INLINE void E##_store_n(nx_##E *p, ptrdiff_t n, __m256 v)                          \
     {                                                                                     \
         nx_##E lanes[8];                                                                  \
         E##_store(lanes, v);                                                              \
-        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i] = lanes[i];                       \
+        for (ptrdiff_t i = 0; i < n && i < 8; i++) p[i].bits = lanes[i].bits;             \
     }
 NX_HALF(f16)
 NX_HALF(bf16)
@@ -353,7 +361,8 @@ NX_INLINE f64_t f64_mul_add_once(f64_t a, f64_t b, f64_t c) { return f64_mul_add
 NX_PARTIAL(f32, float)
 NX_PARTIAL(f64, double)
 
-/* Where the instruction set has no conversions of 16-bit floats, integer operations on the bits of a float. */
+/* Where the instruction set has no conversions of 16-bit floats, integer operations on the bits of
+ * a float. */
 NX_INLINE uint32_t nx_bits(float x)
 {
     uint32_t u;
@@ -370,13 +379,15 @@ NX_INLINE float nx_from_bf16(uint16_t h) { return nx_float((uint32_t)h << 16); }
 NX_INLINE uint16_t nx_to_bf16(float x)
 {
     uint32_t u = nx_bits(x);
-    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet instead, lest it become infinite. */
+    /* Half of what is cut off, or a hair less where the last bit kept is 0; a NaN is made quiet
+     * instead, lest it become infinite. */
     return (uint16_t)((x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000) >> 16);
 }
 NX_INLINE float nx_from_f16(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
-    /* The exponent's bias differs by 112; multiplied by 2^112, numbers too small for a normal float16 come out right too. */
+    /* The exponent's bias differs by 112; multiplied by 2^112, numbers too small for a normal
+     * float16 come out right too. */
     float x = nx_float(rest) * 0x1p112f;
     return nx_float(sign | ((h & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : nx_bits(x)));
 }
@@ -413,7 +424,7 @@ NX_HALF(f16)
 NX_HALF(bf16)
 #endif
 
-/* One name for all types. */
+/* One name for all types. Both kinds of pointer are listed, for compilers that tell them apart. */
 #define NX_BY_POINTER(p, name)      \
     _Generic((p),                   \
         float *: f32_##name,        \

@@ -1,4 +1,5 @@
-/* OpenMP and the threads of the system, as far as `runtime.pyx` asks for them: all that depends on the compiler. */
+/* OpenMP and the threads of the system, as far as `runtime.pyx` asks for them: all that depends on
+ * the compiler. */
 #ifndef NX_THREADS_H
 #define NX_THREADS_H
 
@@ -19,9 +20,9 @@ static int omp_get_num_procs(void) { return 1; }
 
 static int nx_forks; /* how often OpenMP's threads have come to an end before a fork */
 
-/* GCC's OpenMP keeps the threads of a parallel region for the next one. A child of fork() has none of them, takes them
-   for its own and waits for ever. So they end before a fork, and parent and child start new ones when they need them.
-   Other OpenMP libraries see to this themselves. */
+/* GCC's OpenMP keeps the threads of a parallel region for the next one. A child of fork() has none
+ * of them, takes them for its own and waits for ever. So they end before a fork, and parent and
+ * child start new ones when they need them. Other OpenMP libraries see to this themselves. */
 static void nx_before_fork(void)
 {
     nx_forks++;
@@ -39,8 +40,8 @@ static void *nx_pass(void *gate)
     return NULL;
 }
 
-/* How many threads, up to so many, a team of `there` threads can become: the others are started, and end again. 0 where
-   there is no memory. */
+/* How many threads, up to so many, a team of `there` threads can become: the others are started,
+ * and end again. 0 where there is no memory. */
 static int nx_could_be(int threads, int there)
 {
     /* More than OpenMP will want for its own account of a team, which finds it free again. */
@@ -57,11 +58,12 @@ static int nx_could_be(int threads, int there)
     return there + started < threads ? there + started : threads;
 }
 
-/* How many threads the next parallel region of the calling thread gets if it asks for so many: fewer where the system
-   has no more, and 0 where there is no memory for one. OpenMP ends the process when it can start no thread or has no
-   memory, with one thread too. So both are tried before, and a region without work takes what those that follow find:
-   OpenMP keeps the last team. It ends threads that a smaller team does not need; to have had them a moment ago is
-   enough, for to try costs as much as to start them. */
+/* How many threads the next parallel region of the calling thread gets if it asks for so many:
+ * fewer where the system has no more, and 0 where there is no memory for one. OpenMP ends the
+ * process when it can start no thread or has no memory, with one thread too. So both are tried
+ * before, and a region without work takes what those that follow find: OpenMP keeps the last team.
+ * It ends threads that a smaller team does not need; to have had them a moment ago is enough, for
+ * to try costs as much as to start them. */
 static int nx_team(int threads)
 {
     static _Thread_local struct {
@@ -99,8 +101,8 @@ static int nx_watch_forks(void) { return 0; }
 static int nx_team(int threads) { return threads; }
 #endif
 
-/* Runs f(job, 0) to f(job, tasks - 1): the one place where loops go on threads. One thread needs no parallel region, which
-   takes a microsecond and may find no memory. */
+/* Runs f(job, 0) to f(job, tasks - 1): the one place where loops go on threads. One thread needs no
+ * parallel region, which takes a microsecond and may find no memory. */
 static void nx_run_on(int threads, void (*f)(const void *job, ptrdiff_t task), const void *job,
                       ptrdiff_t tasks)
 {
