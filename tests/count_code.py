@@ -84,7 +84,7 @@ ELEMENT = re.compile(r"^b?f(16|32|64)_(stream_)?")  # what a template's function
 
 def functions_in_c(root: Path) -> Iterator[Function]:
     compiler = os.environ.get("CC", "gcc").split()
-    command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-fsyntax-only", "-aux-info"]
+    command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-DNX_F32", "-fsyntax-only", "-aux-info"]
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "functions")
         for source in ("src_c/kernels.c", "src_c/dispatch.c", "src_c/threads.h"):
