@@ -35,6 +35,21 @@ def test_first_example_prints_what_the_readme_says():
     assert done.stdout == printed != ""
 
 
+def test_the_example_in_cython_prints_what_is_said(tmp_path):
+    """Each block of the page is a file, whose name is its first line."""
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs/c_and_cython.md").read_text(), re.MULTILINE | re.DOTALL)
+    files = {re.match(r"# (\w+\.\w+)", code)[1]: code for language, code in blocks if language}
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [done.stdout] == [code for language, code in blocks if not language]
+
+
 def test_commands_install_extras_from_the_clone(project):
     """There is no release that pip would find; and without quotes a shell may take [] for a pattern."""
     extras = project["project"]["optional-dependencies"]
