@@ -76,7 +76,7 @@ class Function(NamedTuple):
 # As GCC writes it: `/* file:line:NF */ result name (parameters); /* (names) ... */`, with an F for a definition.
 DEFINITION = re.compile(r"/\* (src_c/\S+):(\d+):NF \*/ .*?(\w+) \((.*)\); /\* \(")
 DOCSTRING = re.compile(r'^ *"""(?s:.*?)"""\n', re.MULTILINE)
-ELEMENT = re.compile(r"^b?f(16|32|64)_(stream_)?")  # what a template's functions are called by, in front of their names
+PREFIX = re.compile(r"^(b?f(16|32|64)_)?(stream_)?")  # of the names of a template's functions
 
 
 # Functions ------------------------------------------------------------
@@ -84,14 +84,14 @@ ELEMENT = re.compile(r"^b?f(16|32|64)_(stream_)?")  # what a template's function
 
 def functions_in_c(root: Path) -> Iterator[Function]:
     compiler = os.environ.get("CC", "gcc").split()
-    command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-fsyntax-only", "-aux-info"]
+    command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-DNX_F32", "-fsyntax-only", "-aux-info"]
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "functions")
         for source in ("src_c/kernels.c", "src_c/dispatch.c", "src_c/threads.h"):
             subprocess.run([*command, str(found), source], cwd=root, check=True)
             for file, line, name, parameters in DEFINITION.findall(found.read_text()):
                 if file != "src_c/simd.h":
-                    yield Function(file, int(line), ELEMENT.sub("", name), number_of(parameters))
+                    yield Function(file, int(line), PREFIX.sub("", name), number_of(parameters))
 
 
 def number_of(parameters: str) -> int:
