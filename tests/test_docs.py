@@ -35,6 +35,44 @@ def test_first_example_prints_what_the_readme_says():
     assert done.stdout == printed != ""
 
 
+def test_the_example_in_cython_prints_what_is_said(tmp_path):
+    """Each block of the page is a file, whose name is its first line."""
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs/c_and_cython.md").read_text(), re.MULTILINE | re.DOTALL)
+    files = {re.match(r"# (\w+\.\w+)", code)[1]: code for language, code in blocks if language}
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [done.stdout] == [code for language, code in blocks if not language]
+
+
+def test_the_map_of_files_names_what_there_is():
+    """Every source of the compiled core, and nothing that is gone."""
+    tree = re.search(r"## How it is built\n\n```\n(.*?)```", PAGES[0].read_text(), re.DOTALL)[1]
+    named = set(re.findall(r"[\w/]+\.(?:py|pyx|pxd|c|h)\b", tree))
+    there = [path for folder in ("src_c", "normext") for path in (ROOT / folder).glob("**/*.*")]
+    assert [name for name in named if not any(str(path).endswith("/" + name) for path in there)] == []
+    sources = {path.name for path in there if path.suffix in (".pyx", ".c", ".h") and "cs231n" not in path.parts}
+    assert sources - {Path(name).name for name in named} == set()
+
+
+def test_the_page_on_the_architecture_names_what_there_is():
+    """Functions, files and settings: what stands between backticks as one word is in the sources."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    sources = [path for pattern in ("src_c/*", "normext/**/*.p*", "normext/**/*.h", "tests/*.py", "bench/*.py")
+               for path in ROOT.glob(pattern)]  # fmt: skip
+    text = "\n".join(path.read_text() for path in [*sources, ROOT / "setup.py"] if path.suffix != ".pyc")
+    words = set(re.findall(r"`([A-Za-z]\w*)`", page)) - {"bt", "out"}
+    assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
+    files = set(re.findall(r"\b[\w/]+\.(?:pyx|pxd|py|h|c|md)\b", page)) - {"call.py"}
+    names = [str(path) for path in ROOT.glob("**/*.*")]
+    assert [file for file in files if not any(name.endswith("/" + file) for name in names)] == []
+
+
 def test_commands_install_extras_from_the_clone(project):
     """There is no release that pip would find; and without quotes a shell may take [] for a pattern."""
     extras = project["project"]["optional-dependencies"]

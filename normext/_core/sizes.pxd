@@ -1,6 +1,8 @@
 # Kinds and sizes that follow from a norm.
 
-from normext cimport NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, nx_norm
+from normext cimport (
+    NORMEXT_BATCH_NORM, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, NORMEXT_RMS_NORM, nx_norm,
+)
 
 
 cdef inline Py_ssize_t numbers_of(const nx_norm *norm, int first, int last) noexcept nogil:
@@ -19,7 +21,7 @@ cdef inline bint is_group_norm(const nx_norm *norm) noexcept nogil:
 
 cdef inline bint is_row_norm(const nx_norm *norm) noexcept nogil:
     """Layer and RMS norm."""
-    return norm.kind >= NORMEXT_LAYER_NORM
+    return norm.kind == NORMEXT_LAYER_NORM or norm.kind == NORMEXT_RMS_NORM
 
 
 cdef inline Py_ssize_t statistics_of(const nx_norm *norm) noexcept nogil:
