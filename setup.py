@@ -55,7 +55,7 @@ int main(void)
 
 
 class BuildExt(build_ext):
-    """Compiles src_c/kernels.c once per instruction set and type, and everything with OpenMP where the compiler has it."""
+    """Compiles src_c/kernels.c once per instruction set and type; and with OpenMP where the compiler has it."""
 
     def finalize_options(self):
         super().finalize_options()

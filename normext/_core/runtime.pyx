@@ -233,8 +233,8 @@ def config():
 
 
 def kernel_tables():
-    """For tests: (instruction set, element type, whether it writes around the caches) -> the address
-    of the table of kernels, for all that this machine runs."""
+    """For tests: the addresses of the tables of kernels that this machine runs, by instruction set,
+    element type and whether they write around the caches."""
     types = {NX_FLOAT32: "float32", NX_FLOAT64: "float64", NX_FLOAT16: "float16",
              NX_BFLOAT16: "bfloat16"}
     return {
