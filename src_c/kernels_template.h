@@ -50,8 +50,12 @@ enum {
     /* Rows that are added up on the first level, in registers: a column's sums are loaded and
      * stored once for 8 of its numbers. */
     ROWS_AT_ONCE = 8,
-    /* Short rows that go through each step together; see rows_interleaved. */
+    /* Short rows that go through each step together. Rows of 48 floats, normalized with AVX-512 on
+     * a Zen 4, take 39 ns each one by one, 23 with 4, 20 with 8 and 19 with 16. */
     INTERLEAVED = 8,
+    /* All of their numbers: 28 KiB of an L1 cache of 32. With those of 32 and more, rows of 512 of
+     * float take 97 ns and not 70 on their way back. */
+    L1_ROOM = 28672 / sizeof(C),
 };
 
 /* Squares of float have all their 24 digits from 2^-126 on; those below do not show beside a
@@ -415,12 +419,13 @@ NX_INLINE int is_far(const T *dy, ptrdiff_t n, const C *gamma, double mean)
     return nx_near(g, mean) && row_is_far(dy, n, gamma, mean);
 }
 
-/* Some rows go through each step interleaved, and while in the L1 cache: what one has to wait for
- * in its statistics (a dozen additions, divisions and a root, each needing the one before) the
- * others fill with work. */
-NX_INLINE ptrdiff_t rows_interleaved(ptrdiff_t left, ptrdiff_t n)
+/* Some rows go through each step interleaved, and while their numbers, of so many arrays, are in the
+ * L1 cache: what one has to wait for in its statistics (a dozen additions, divisions and a root,
+ * each needing the one before) the others fill with work. */
+NX_INLINE ptrdiff_t rows_interleaved(ptrdiff_t left, ptrdiff_t n, ptrdiff_t arrays)
 {
-    ptrdiff_t rows = n * INTERLEAVED <= ROW_BLOCK ? INTERLEAVED : n < ROW_BLOCK ? ROW_BLOCK / n : 1;
+    const ptrdiff_t room = L1_ROOM / arrays;
+    ptrdiff_t rows = n * INTERLEAVED <= room ? INTERLEAVED : n < room ? room / n : 1;
     return left < rows ? left : rows;
 }
 
@@ -463,7 +468,7 @@ static void layer_statistics(nx_rows x, nx_block b, int centred, double eps, dou
                              double *rstd)
 {
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
-        count = rows_interleaved(b.rows - first, b.n);
+        count = rows_interleaved(b.rows - first, b.n, 1);
         statistics_interleaved(rows_at(x, first, 0), (nx_block){count, b.n}, centred, eps,
                                mean + first, rstd + first);
     }
