@@ -106,7 +106,7 @@ def im2col(
     N, C, H, W = x.shape
     g = Windows.over((H, W), kernel_size, stride, padding, dilation)
     cols = _result(out, (N, C * math.prod(g.kernel), math.prod(g.output)), x, "x")
-    _windows.gather(x, cols, *g)
+    _windows.gather(x, cols, g)
     return cols
 
 
@@ -169,7 +169,7 @@ def col2im(
         raise ValueError(f"cols must have shape {wanted} for x_shape {x_shape} and these windows, got {cols.shape}")
     x = _result(out, x_shape, cols, "cols")
     x[...] = 0
-    _windows.scatter(cols, x, *g)
+    _windows.scatter(cols, x, g)
     return x
 
 

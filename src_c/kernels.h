@@ -17,7 +17,7 @@
  * coefficients are double. Strides count elements. Blocks are not empty.
  *
  * Wherever a mean is taken off x (or a gradient), it is split into a pivot of the element type and
- * a small rest: x - pivot is exact for x near the pivot, so that data far from zero lose nothing. */
+ * a small rest: x - pivot is exact for x near the pivot, and data far from zero lose nothing. */
 #ifndef NORMEXT_KERNELS_H
 #define NORMEXT_KERNELS_H
 

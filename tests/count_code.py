@@ -49,12 +49,12 @@ FILES = (
 CHAINS = {
     "layer_norm": """
         functional.py:layer_norm arrays.pyx:forward arrays.pyx:run norms.pyx:forward norms.pyx:run_forward walk_forward
-        rows.pyx:normalize_rows run_on nx_run_on layer_task layer_forward layer_forward_loop
-        statistics_interleaved affine_loop affine_vector""",
+        rows.pyx:normalize_rows run_on nx_run_on layer_task layer_forward
+        statistics_interleaved row_affine affine_loop affine_vector""",
     "batch_norm_backward": """
         functional.py:batch_norm_backward arrays.pyx:backward arrays.pyx:run norms.pyx:backward walk_backward
         rows.pyx:rows_backward run_on nx_run_on backward_group_task backward_group
-        group_dots row_dots dots_loop dots_piece group_dx row_dx dx_loop dx_vector""",
+        group_dots row_dots dots_loop first_dots group_dx row_dx dx_loop dx_vector""",
 }
 
 
@@ -76,7 +76,7 @@ class Function(NamedTuple):
 # As GCC writes it: `/* file:line:NF */ result name (parameters); /* (names) ... */`, with an F for a definition.
 DEFINITION = re.compile(r"/\* (src_c/\S+):(\d+):NF \*/ .*?(\w+) \((.*)\); /\* \(")
 DOCSTRING = re.compile(r'^ *"""(?s:.*?)"""\n', re.MULTILINE)
-PREFIX = re.compile(r"^(b?f(16|32|64)_)?(stream_)?")  # of the names of a template's functions
+TYPES = ("F32", "F64", "F16", "BF16")
 
 
 # Functions ------------------------------------------------------------
@@ -87,11 +87,13 @@ def functions_in_c(root: Path) -> Iterator[Function]:
     command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-DNX_F32", "-fsyntax-only", "-aux-info"]
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "functions")
-        for source in ("src_c/kernels.c", "src_c/dispatch.c", "src_c/threads.h"):
-            subprocess.run([*command, str(found), source], cwd=root, check=True)
+        kernels = [("src_c/kernels.c", f"-DNX_{element_type}") for element_type in TYPES]
+        for source, *macros in (*kernels, ("src_c/dispatch.c",), ("src_c/threads.h",)):
+            subprocess.run([*command, str(found), *macros, source], cwd=root, check=True)
             for file, line, name, parameters in DEFINITION.findall(found.read_text()):
                 if file != "src_c/simd.h":
-                    yield Function(file, int(line), PREFIX.sub("", name), number_of(parameters))
+                    # The second version of a kernel that writes around the caches has this before its name.
+                    yield Function(file, int(line), name.removeprefix("stream_"), number_of(parameters))
 
 
 def number_of(parameters: str) -> int:

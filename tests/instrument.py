@@ -114,7 +114,8 @@ def address(folder: Path, arguments: Sequence[str]) -> int:
     # It does not see masked loads and stores of AVX2 and AVX-512; the baseline goes through the same memory by element.
     results = [
         run(
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or COMPILED)),
+            # What they say before they end the process goes past Python.
+            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *(arguments or COMPILED)),
             folder=folder,
             NORMEXT_ISA=isa,
             LD_PRELOAD=f"{library('libasan.so')} {library('libubsan.so')}",

@@ -8,20 +8,20 @@ pytest.importorskip("Cython")
 import count_code
 
 TEMPLATE = """
-static inline T JOIN(E, loop)(const T *x, T (*of)(T, int), int n) { return n ? of(*x, n) : 0; }
-T *JOIN(E, first)(T *x) { return x; }
+static inline T WR(loop)(const T *x, T (*of)(T, int), int n) { return n ? of(*x, n) : 0; }
+T *WR(first)(T *x) { return x; }
 """
 KERNELS = """
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-void only_declared(int a, int b);
+#ifdef NX_F32
 #define T float
-#define E f32
-#include "template.h"
-#undef T
-#undef E
+#else
 #define T double
-#define E f64
+#endif
+void only_declared(int a, int b);
+#define WR(name) name
+#include "template.h"
+#undef WR
+#define WR(name) stream_##name
 #include "template.h"
 """
 CYTHON = """

@@ -3,6 +3,7 @@
 import doctest
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -19,6 +20,7 @@ import normext._core.arrays
 import normext._core.runtime
 import normext.functional
 from normext import reference
+from normext._core.arrays import Norm
 from normext.gradcheck import numerical_gradient, relative_error
 
 # A few roundings of the type, over the largest number in an array.
@@ -767,6 +769,56 @@ def test_examples_of_compiled_modules(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# The norm as a thing -------------------------------------------------------------------------------------------------
+
+SIMILAR = [
+    Norm("layer_norm", (6, 4), np.float32),
+    Norm("layer_norm", (6, 4), np.float64),
+    Norm("layer_norm", (6, 4), np.float32, axis=0),
+    Norm("layer_norm", (6, 4), np.float32, eps=1e-6),
+    Norm("rms_norm", (6, 4), np.float32),
+    Norm("batch_norm", (6, 4), np.float32),
+    Norm("batch_norm", (6, 4), np.float32, training=False),
+    Norm("batch_norm", (6, 4), np.float32, activation="relu"),
+    Norm("group_norm", (6, 4), np.float32, groups=4),
+    Norm("instance_norm", (6, 4), np.float32),  # the same numbers, but the errors of another function
+    Norm("batch_norm", (6, 4, 1, 1, 1, 1, 1), np.float32),
+]
+
+
+def test_norms_are_equal_where_all_of_them_is():
+    assert len(set(SIMILAR)) == len(SIMILAR)
+    for norm in SIMILAR:
+        for other in (pickle.loads(pickle.dumps(norm)), eval(repr(norm), {"Norm": Norm})):
+            assert other == norm and hash(other) == hash(norm) and repr(other) == repr(norm)
+    assert Norm("layer_norm", (6, 4), ">f4", axis=-1, eps=1e-5) == SIMILAR[0] != "layer_norm"
+
+
+def test_a_norm_fits_arrays_of_its_shape_and_dtype():
+    norm = Norm("layer_norm", (6, 4), np.float32)
+    x = np.zeros((6, 4), np.float32)
+    assert all(norm.fits(a) for a in (x, x[::-1], np.asfortranarray(x), x.astype(">f4")))
+    others = (x[1:], x[None], x.T, x.astype(np.float64), x.astype(np.int32), np.ma.masked_array(x), x.tolist(), None)
+    assert not any(norm.fits(a) for a in others)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (("softmax", (6, 4), "f4"), ValueError, "kind must be one of batch_norm, .*, got 'softmax'"),
+        (("layer_norm", (6, 4), "i4"), TypeError, "dtype must be float32, .*, got int32"),
+        (("layer_norm", (6, 4, 0), "f4"), ValueError, "x has rows without numbers"),
+        (("batch_norm", (6,), "f4"), np.exceptions.AxisError, "axis 1 is out of bounds"),
+        (("batch_norm", (1,) * 65, "f4"), ValueError, "shape must have at most 64 axes, got 65"),
+    ],
+)
+def test_what_is_no_norm_is_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        Norm(*arguments)
+    with pytest.raises(ValueError, match="layer_norm has no activation"):
+        Norm("layer_norm", (6, 4), "f4", activation="relu")
 
 
 # What the caller does to his arrays ----------------------------------------------------------------------------------

@@ -229,11 +229,11 @@ cdef int describe(Norm norm, tuple how, int ndim, const Py_ssize_t *dims, int ty
     cdef int wrong
     kind, axis, groups, eps, training, activation = how
     norm.kind, norm.c.kind, norm.c.type, norm.c.ndim = kind, kinds[kind], type, ndim
+    norm.c.axis = checked_axis(axis, ndim)  # which a number has none of: from here on there are dims
     norm.c.shape = &norm.few[0] if ndim <= 6 else <Py_ssize_t *> PyMem_Malloc(size)
     if norm.c.shape == NULL:
         raise MemoryError("no memory for a shape")
     memcpy(<void *> norm.c.shape, dims, size)
-    norm.c.axis = checked_axis(axis, ndim)
     norm.c.training = checked_bool(training, "training")
     norm.c.eps = checked_number(eps, "eps", 0, 1e300)
     norm.c.relu = checked_activation(activation)

@@ -52,6 +52,7 @@ cdef struct Detour:
     Py_ssize_t step[MAX_NDIM]
     Py_ssize_t start[MAX_NDIM]  # of the block
     Py_ssize_t length[MAX_NDIM]
+    char *memory  # of what follows
     char *raw[MAX_ARRAYS]  # copies, of the arrays' type
     double *wide[MAX_ARRAYS]  # the same as double
 
@@ -66,10 +67,10 @@ cdef void set_array(const nx_norm *norm, Detour *d, int which, nx_array array,
         d.strides[which][i] = strides[order[i]]
 
 
-cdef int start_detour(const nx_norm *norm, Detour *d) noexcept nogil:
-    """The cut: along which axes, and in what steps. Memory for copies of all arrays."""
+cdef int start_detour(const nx_norm *norm, bint wide, Detour *d) noexcept nogil:
+    """The cut: along which axes, and in what steps. Memory for copies of all arrays, also `wide`."""
     cdef int order[MAX_NDIM]
-    cdef int i, j, axis, last
+    cdef int i, j, axis, last, copies = 0
     cdef Py_ssize_t size = numbers_of(norm, 0, norm.ndim), most = 1
     cdef char *memory
     for i in range(norm.ndim):
@@ -104,17 +105,21 @@ cdef int start_detour(const nx_norm *norm, Detour *d) noexcept nogil:
     for i in range(norm.ndim):
         d.start[i], d.length[i] = 0, d.step[i]
         most *= d.step[i]
-    memory = <char *> malloc(most * MAX_ARRAYS * (d.itemsize + sizeof(double)) + 1)
+    for i in range(MAX_ARRAYS):
+        copies += i == Y or d.of[i].data != NULL
+    memory = <char *> malloc(copies * most * (d.itemsize + (sizeof(double) if wide else 0)) + 1)
+    d.memory = memory
     if memory == NULL:
         return NORMEXT_NO_MEMORY
     for i in range(MAX_ARRAYS):
-        d.wide[i] = <double *> memory + i * most
-        d.raw[i] = memory + MAX_ARRAYS * most * sizeof(double) + i * most * d.itemsize
+        if wide and (i == Y or d.of[i].data != NULL):
+            d.wide[i] = <double *> memory
+            memory += most * sizeof(double)
+    for i in range(MAX_ARRAYS):
+        if i == Y or d.of[i].data != NULL:
+            d.raw[i] = memory
+            memory += most * d.itemsize
     return NORMEXT_OK
-
-
-cdef void end_detour(Detour *d) noexcept nogil:
-    free(d.wide[0])
 
 
 cdef void first_block(Detour *d) noexcept nogil:
@@ -262,7 +267,7 @@ cdef int add_by_blocks(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef int status
     memset(d.of, 0, sizeof(d.of))
     d.of[X], d.of[OTHER], d.of[Y] = io.x, io.residual, io.sum
-    status = start_detour(norm, &d)
+    status = start_detour(norm, False, &d)
     if status != NORMEXT_OK:
         return status
     first_block(&d)
@@ -274,7 +279,7 @@ cdef int add_by_blocks(const nx_norm *norm, const nx_io *io) noexcept nogil:
         copy_block(&d, Y, True)
         if not next_block(&d):
             break
-    end_detour(&d)
+    free(d.memory)
     return NORMEXT_OK
 
 
@@ -353,7 +358,7 @@ cdef int forward_by_blocks(const nx_norm *norm, const nx_io *io, double *var) no
     cdef double *statistics = NULL  # of a block
     memset(d.of, 0, sizeof(d.of))
     d.of[X], d.of[Y] = io.x, io.y
-    status = start_detour(norm, &d)
+    status = start_detour(norm, norm.kind == NORMEXT_BATCH_NORM, &d)
     if status != NORMEXT_OK:
         return status
     most = statistics_of(&d.norm)
@@ -382,7 +387,7 @@ cdef int forward_by_blocks(const nx_norm *norm, const nx_io *io, double *var) no
             if not next_block(&d):
                 break
         free(statistics)
-    end_detour(&d)
+    free(d.memory)
     return status
 
 
@@ -615,7 +620,7 @@ cdef int backward_by_blocks(const nx_norm *norm, const nx_io *io, bint wide) noe
     d.of[X], d.of[DY], d.of[OTHER] = io.x, io.dy, io.dsum
     if io.part != NORMEXT_SUMS:
         d.of[Y] = io.dx
-    status = start_detour(norm, &d)
+    status = start_detour(norm, wide or norm.relu, &d)
     if status != NORMEXT_OK:
         return status
     status = start_scaled(norm, io, wide, &s)
@@ -625,7 +630,7 @@ cdef int backward_by_blocks(const nx_norm *norm, const nx_io *io, bint wide) noe
         else:
             status = dx_blocks(&d, io, &s)
         free(s.pivots)
-    end_detour(&d)
+    free(d.memory)
     return status
 
 

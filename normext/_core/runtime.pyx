@@ -5,7 +5,16 @@ import os
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.cores import cpu_quota
-from normext._core.kernels cimport nx_compiler, nx_isa_count, nx_isas, nx_kernels
+from normext._core.kernels cimport (
+    NX_BFLOAT16,
+    NX_FLOAT16,
+    NX_FLOAT32,
+    NX_FLOAT64,
+    nx_compiler,
+    nx_isa_count,
+    nx_isas,
+    nx_kernels,
+)
 
 cdef extern from "threads.h" nogil:
     const int NX_OPENMP
@@ -220,4 +229,16 @@ def config():
         "in use": nx_isas[chosen_isa].name.decode(),
         "OpenMP": NX_OPENMP or None,
         "threads": num_threads,
+    }
+
+
+def kernel_tables():
+    """For tests: (instruction set, element type, whether it writes around the caches) -> the address
+    of the table of kernels, for all that this machine runs."""
+    types = {NX_FLOAT32: "float32", NX_FLOAT64: "float64", NX_FLOAT16: "float16",
+             NX_BFLOAT16: "bfloat16"}
+    return {
+        (nx_isas[i].name.decode(), name, bool(stream)): <size_t> nx_isas[i].tables[stream][type]
+        for i in range(nx_isa_count) if nx_isas[i].supported()
+        for type, name in types.items() for stream in range(2)
     }

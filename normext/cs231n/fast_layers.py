@@ -133,7 +133,7 @@ def conv_backward_fast(
             np.matmul(flat_w.T, gradient, out=dx[images].reshape(cols.shape))
         else:
             np.matmul(flat_w.T, gradient, out=cols)  # over the columns, which are done with
-            _windows.scatter(cols, dx[images], *g, rows.start, rows.stop, one_thread=True)
+            _windows.scatter(cols, dx[images], g, rows.start, rows.stop, one_thread=True)
     return dx, dw.reshape(w.shape), dout.sum(axis=(0, 2, 3))
 
 
@@ -174,7 +174,7 @@ def max_pool_forward_fast(x: Any, pool_param: dict[str, Any]) -> tuple[np.ndarra
     planes = x.shape[0] * x.shape[1]
     out = np.empty((*x.shape[:2], *g.output), x.dtype)
     winner = np.empty((planes, *g.output), np.uint8 if math.prod(g.kernel) <= 256 else np.int32)
-    _windows.max_pool(x.reshape(planes, *x.shape[2:]), out.reshape(winner.shape), winner, g.kernel, g.stride)
+    _windows.max_pool(x.reshape(planes, *x.shape[2:]), out.reshape(winner.shape), winner, g)
     return out, (winner, x.shape, x.dtype, g)
 
 
@@ -209,9 +209,7 @@ def max_pool_backward_fast(dout: Any, cache: Any) -> np.ndarray:
     winner, shape, dtype, g = cache
     dout = _upstream(dout, (*shape[:2], *g.output), dtype)
     dx = np.empty(shape, dtype)
-    _windows.max_pool_backward(
-        dout.reshape(winner.shape), winner, dx.reshape(len(winner), *shape[2:]), g.kernel, g.stride
-    )
+    _windows.max_pool_backward(dout.reshape(winner.shape), winner, dx.reshape(len(winner), *shape[2:]), g)
     return dx
 
 
@@ -248,7 +246,7 @@ def _blocks(x: np.ndarray, g: Windows) -> Iterator[tuple[slice, slice, np.ndarra
                 cols = x[image_slice].reshape(shape)
             else:
                 cols = memory[: math.prod(shape)].reshape(shape)
-                _windows.gather(x[image_slice], cols, *g, first, row_slice.stop, one_thread=True)
+                _windows.gather(x[image_slice], cols, g, first, row_slice.stop, one_thread=True)
             yield image_slice, row_slice, cols
 
 

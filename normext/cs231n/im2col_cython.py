@@ -49,7 +49,7 @@ def im2col_cython(x: Any, field_height: int, field_width: int, padding: int, str
     N, C, H, W = x.shape
     g = Windows.over((H, W), (field_height, field_width), stride, padding, 1)
     cols = np.empty((C * field_height * field_width, g.output[0] * g.output[1] * N), x.dtype)
-    _windows.gather_batch_innermost(x, cols, g.kernel, g.stride, g.padding, g.output)
+    _windows.gather_batch_innermost(x, cols, g)
     return cols
 
 
@@ -87,7 +87,7 @@ def col2im_cython(
     g = Windows.over((H, W), (field_height, field_width), stride, padding, 1)
     _check_shape(cols, (C * field_height * field_width, g.output[0] * g.output[1] * N))
     x = np.empty((N, C, H, W), cols.dtype)
-    _windows.scatter_batch_innermost(cols, x, g.kernel, g.stride, g.padding, g.output)
+    _windows.scatter_batch_innermost(cols, x, g)
     return x
 
 
@@ -125,7 +125,7 @@ def col2im_6d_cython(cols: Any, N: int, C: int, H: int, W: int, HH: int, WW: int
     g = Windows.over((H, W), (HH, WW), stride, pad, 1)
     _check_shape(cols, (C, HH, WW, N, *g.output))
     x = np.zeros((N, C, H, W), cols.dtype)
-    _windows.scatter(cols.reshape(C * HH * WW, N, g.output[0] * g.output[1]), x, *g, channels_first=True)
+    _windows.scatter(cols.reshape(C * HH * WW, N, g.output[0] * g.output[1]), x, g, channels_first=True)
     return x
 
 
