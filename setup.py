@@ -55,7 +55,7 @@ int main(void)
 
 
 class BuildExt(build_ext):
-    """Compiles src_c/kernels.c once per instruction set and type, and everything with OpenMP where the compiler has it."""
+    """Compiles src_c/kernels.c once per instruction set and type; and with OpenMP where the compiler has it."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -141,7 +141,7 @@ def is_older(path, *sources):
     return not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources))
 
 
-HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h"]
+HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "src_c/tasks.h", "normext/include/normext.h"]
 
 
 def extension(name, *sources, macros=()):

@@ -77,6 +77,7 @@ class Function(NamedTuple):
 DEFINITION = re.compile(r"/\* (src_c/\S+):(\d+):NF \*/ .*?(\w+) \((.*)\); /\* \(")
 DOCSTRING = re.compile(r'^ *"""(?s:.*?)"""\n', re.MULTILINE)
 TYPES = ("F32", "F64", "F16", "BF16")
+PREFIX = re.compile(r"^(b?f(16|32|64)_)?(stream_)?")  # of the names of a template's functions
 
 
 # Functions ------------------------------------------------------------
@@ -84,7 +85,7 @@ TYPES = ("F32", "F64", "F16", "BF16")
 
 def functions_in_c(root: Path) -> Iterator[Function]:
     compiler = os.environ.get("CC", "gcc").split()
-    command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-DNX_F32", "-fsyntax-only", "-aux-info"]
+    command = [*compiler, "-std=c11", "-fopenmp", "-DNX_ISA=any", "-fsyntax-only", "-aux-info"]
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "functions")
         kernels = [("src_c/kernels.c", f"-DNX_{element_type}") for element_type in TYPES]
@@ -92,8 +93,7 @@ def functions_in_c(root: Path) -> Iterator[Function]:
             subprocess.run([*command, str(found), *macros, source], cwd=root, check=True)
             for file, line, name, parameters in DEFINITION.findall(found.read_text()):
                 if file != "src_c/simd.h":
-                    # The second version of a kernel that writes around the caches has this before its name.
-                    yield Function(file, int(line), name.removeprefix("stream_"), number_of(parameters))
+                    yield Function(file, int(line), PREFIX.sub("", name), number_of(parameters))
 
 
 def number_of(parameters: str) -> int:

@@ -22,7 +22,7 @@ from normext._core.kernels cimport (
 from normext._core.runtime cimport kernels_for
 from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
-    MAX_ARRAYS, MAX_NDIM, Way, distance, fill_strides, moved_axes, walk_backward, walk_forward,
+    MAX_ARRAYS, MAX_NDIM, NOTHING, Walk, distance, fill_strides, moved_axes, walk_backward, walk_forward,
 )
 
 cdef enum:
@@ -287,7 +287,7 @@ cdef int block_moments(Detour *d, const double *scale, nx_io *part, double *var)
     """Mean and variance of a block's channels, of numbers times `scale`, NULL for 1."""
     cdef nx_norm norm = d.norm
     cdef Py_ssize_t n = block_numbers(d)
-    cdef Way way
+    cdef Walk walk = Walk(NOTHING, True, NULL, NULL)
     copy_block(d, X, False)
     part.x.data = d.raw[X]
     if scale != NULL:  # which the type that is computed in can carry
@@ -295,7 +295,8 @@ cdef int block_moments(Detour *d, const double *scale, nx_io *part, double *var)
         multiply(d, d.wide[X], scale + d.start[norm.axis])
         norm.type, part.x.data = computed_in(norm.type), d.wide[Y]
         kernels_for(norm.type, False).narrow(d.wide[X], n, d.wide[Y])
-    return walk_forward(&norm, part, var, True, &way)
+    walk.var = var
+    return walk_forward(&norm, part, &walk)
 
 
 cdef int moments_by_blocks(const nx_norm *norm, const nx_io *io, Detour *d,
@@ -352,7 +353,7 @@ cdef int forward_by_blocks(const nx_norm *norm, const nx_io *io, double *var) no
     cdef const nx_kernels *k = kernels_for(norm.type, False)
     cdef Detour d
     cdef nx_io part
-    cdef Way way
+    cdef Walk walk = Walk(NOTHING, True, NULL, NULL)
     cdef Py_ssize_t most
     cdef int status
     cdef double *statistics = NULL  # of a block
@@ -380,7 +381,7 @@ cdef int forward_by_blocks(const nx_norm *norm, const nx_io *io, double *var) no
             copy_statistics(&d, io.rstd, part.rstd, False)
             part.gamma = block_parameter(&d, io.gamma, k.parameter_size)
             part.beta = block_parameter(&d, io.beta, k.parameter_size)
-            status = walk_forward(&d.norm, &part, NULL, True, &way)
+            status = walk_forward(&d.norm, &part, &walk)
             copy_statistics(&d, io.mean, part.mean, True)
             copy_statistics(&d, io.rstd, part.rstd, True)
             copy_block(&d, Y, True)
@@ -459,7 +460,7 @@ cdef int mask_block(const Detour *d, const nx_io *io, double *work) noexcept nog
     cdef const nx_kernels *k = kernels_for(d.norm.type, False)
     cdef nx_norm norm = d.norm
     cdef nx_io part
-    cdef Way way
+    cdef Walk walk = Walk(NOTHING, True, NULL, NULL)
     cdef Py_ssize_t i
     cdef int status
     memset(&part, 0, sizeof(nx_io))
@@ -470,7 +471,7 @@ cdef int mask_block(const Detour *d, const nx_io *io, double *work) noexcept nog
     copy_statistics(d, io.rstd, part.rstd, False)
     part.gamma = block_parameter(d, io.gamma, k.parameter_size)
     part.beta = block_parameter(d, io.beta, k.parameter_size)
-    status = walk_forward(&norm, &part, NULL, True, &way)
+    status = walk_forward(&norm, &part, &walk)
     if status == NORMEXT_OK:
         k.widen(d.raw[Y], block_numbers(d), d.wide[Y])
         for i in range(block_numbers(d)):
@@ -540,7 +541,7 @@ cdef int sum_blocks(Detour *d, const nx_io *io, const Scaled *s,
     cdef Py_ssize_t j, c, axis = d.norm.axis
     cdef nx_norm norm
     cdef nx_io part = as_contiguous(io)
-    cdef Way way
+    cdef Walk walk = Walk(NOTHING, True, NULL, NULL)
     cdef int status
     cdef double *sums = s.work + 3 * d.shape[axis]
     for c in range(d.shape[axis]):
@@ -550,9 +551,8 @@ cdef int sum_blocks(Detour *d, const nx_io *io, const Scaled *s,
     while True:
         status = load_block(d, io, s, &norm, &part)
         if status == NORMEXT_OK:
-            status = walk_backward(
-                &norm, &part, NULL if pivots == NULL else pivots + d.start[axis], True, &way
-            )
+            walk.pivots = NULL if pivots == NULL else pivots + d.start[axis]
+            status = walk_backward(&norm, &part, &walk)
         if status != NORMEXT_OK:
             return status
         for j in range(d.length[axis]):
@@ -566,7 +566,7 @@ cdef int dx_blocks(Detour *d, const nx_io *io, const Scaled *s) noexcept nogil:
     """dx, and the sums of all norms but batch norm, whose are given."""
     cdef nx_norm norm
     cdef nx_io part = as_contiguous(io)
-    cdef Way way
+    cdef Walk walk = Walk(NOTHING, True, NULL, NULL)
     cdef int status
     cdef Py_ssize_t c
     part.part = NORMEXT_APPLY
@@ -577,7 +577,7 @@ cdef int dx_blocks(Detour *d, const nx_io *io, const Scaled *s) noexcept nogil:
             if norm.kind == NORMEXT_BATCH_NORM:
                 c = d.start[norm.axis]
                 part.dbeta, part.dgamma = io.dbeta + c, io.dgamma + c
-            status = walk_backward(&norm, &part, NULL, True, &way)
+            status = walk_backward(&norm, &part, &walk)
         if status != NORMEXT_OK:
             return status
         store_block(d, s)
