@@ -23,7 +23,8 @@ from normext._core.kernels cimport (
 from normext._core.runtime cimport kernels_for
 from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
-    MAX_ARRAYS, MAX_NDIM, NOTHING, Walk, distance, fill_strides, moved_axes, walk_backward, walk_forward,
+    MAX_ARRAYS, MAX_NDIM, NOTHING, Walk, distance, fill_strides, moved_axes, walk_backward,
+    walk_forward,
 )
 
 cdef enum:
@@ -69,7 +70,7 @@ cdef void set_array(const nx_norm *norm, Detour *d, int which, nx_array array,
 
 
 cdef int start_detour(const nx_norm *norm, bint wide, Detour *d) noexcept nogil:
-    """The cut: along which axes, and in what steps. Memory for copies of all arrays, also `wide`."""
+    """The cut: along which axes, in what steps. Memory for copies of all arrays, also `wide`."""
     cdef int order[MAX_NDIM]
     cdef int i, j, axis, last, copies = 0
     cdef Py_ssize_t size = numbers_of(norm, 0, norm.ndim), most = 1
@@ -679,5 +680,3 @@ cdef int backward_by_blocks(const nx_norm *norm, const nx_io *io, bint wide) noe
         free(s.pivots)
     free(d.memory)
     return status
-
-
