@@ -580,6 +580,7 @@ cdef inline nx_io as_contiguous(const nx_io *io) noexcept nogil:
     part.x.strides = part.dy.strides = part.dx.strides = part.dsum.strides = NULL
     part.x.swapped = part.dy.swapped = part.dx.swapped = part.dsum.swapped = False
     part.dsum.data = NULL
+    part.beta = NULL  # a relu's mask is in the copy of dy; of another type, it would be too short
     return part
 
 
