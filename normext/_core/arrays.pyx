@@ -811,7 +811,9 @@ cdef Norm norm_for(object norm, cnp.ndarray x):
     made.how = norm
     made.dtype = x.descr if cnp.PyArray_ISNOTSWAPPED(x) else x.dtype.newbyteorder("=")
     describe(made, norm, cnp.PyArray_NDIM(x), dims_of(x), type_of(x))
-    recent[slot] = made
+    _, axis, groups, eps, _, _ = made.how
+    if type(axis) is int and type(groups) is int and type(eps) is float:  # what nobody can change
+        recent[slot] = made
     return made
 
 
