@@ -141,7 +141,7 @@ def is_older(path, *sources):
     return not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources))
 
 
-HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "normext/include/normext.h"]
+HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "src_c/tasks.h", "normext/include/normext.h"]
 
 
 def extension(name, *sources, macros=()):

@@ -101,21 +101,4 @@ static int nx_watch_forks(void) { return 0; }
 static int nx_team(int threads) { return threads; }
 #endif
 
-/* Runs f(job, 0) to f(job, tasks - 1): the one place where loops go on threads. One thread needs no
- * parallel region, which takes a microsecond and may find no memory. */
-static void nx_run_on(int threads, void (*f)(const void *job, ptrdiff_t task), const void *job,
-                      ptrdiff_t tasks)
-{
-#ifdef _OPENMP
-    if (threads > 1) {
-        ptrdiff_t task; /* MSVC's OpenMP wants it declared here */
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (task = 0; task < tasks; task++) f(job, task);
-        return;
-    }
-#endif
-    (void)threads;
-    for (ptrdiff_t task = 0; task < tasks; task++) f(job, task);
-}
-
 #endif

@@ -1,17 +1,20 @@
 """The table of functions for C and Cython: an example package built on it gives what the Python functions give."""
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from norm_cases import DTYPES, Case, forward_and_backward
+from norm_cases import DTYPES, Case, Placed, forward_and_backward
 from odd_inputs import EPS, LAYOUTS, check_all
+from same_bits import Draw
 
 import normext
 from normext._core.arrays import batch_backward_apply, batch_backward_sums, batch_moments
@@ -180,6 +183,7 @@ BATCH_NORMS = pytest.mark.parametrize("name", [name for name in CASES if name.st
 TYPES = pytest.mark.parametrize("dtype", DTYPES)
 OK, BAD_ARGUMENT = 0, -1
 RUNNING = ("running_mean", "running_var")
+LAID = {"x", "residual", "dy", "dsum", "out", "dx_out"}  # in the shape of x
 
 
 def numbers(case, place, running=np.float64):
@@ -245,6 +249,25 @@ def compare(call, case, place, running=np.float64):
 def test_any_norm_of_any_array(example, name, dtype, place):
     case = CASES[name]
     compare(example["in_cython"], case._replace(dtype=dtype, eps=0.25 if case.training else 1e-5), PLACES[place])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers are drawn up to the ends of the range
+def test_random_calls(example):
+    """Those of tests/same_bits.py: arrays of one call lie each in its own way."""
+    seen = 0
+    for trial in (Draw(1, number).trial() for number in range(200)):
+        case, places = trial.case, trial.layouts
+        if not 0 < math.prod(case.shape) < 100_000:
+            continue
+        found, wanted = {}, {}
+        for results, call in ((found, partial(results_of, example["in_cython"])), (wanted, forward_and_backward)):
+            arrays = case.draw() | {"out": np.zeros_like(case.draw()["x"]), "dx_out": np.zeros_like(case.draw()["x"])}
+            arrays |= {name: Placed(arrays[name], places[name]).array for name in LAID.intersection(places)}
+            results |= call(case, arrays, out=arrays["out"], dx_out=arrays["dx_out"])
+            results |= {name: arrays[name] for name in RUNNING}
+        same_bits(found, wanted)
+        seen += 1
+    assert seen > 100
 
 
 @BATCH_NORMS

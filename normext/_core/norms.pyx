@@ -24,8 +24,8 @@ from normext._core.kernels cimport nx_any_outside, nx_inverse_stds
 from normext._core.runtime cimport isa_name, threads_used, tracing
 from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
-    BLOCKS, CHANNELS_FIRST, CHANNELS_LAST, COLUMNS, LAYERS, NOTHING, ONE_PIXEL, ROWS, Way,
-    walk_backward, walk_forward,
+    BLOCKS, CHANNELS_FIRST, CHANNELS_LAST, COLUMNS, LAYERS, NOTHING, ONE_PIXEL, ROWS, Walk,
+    Way, walk_backward, walk_forward,
 )
 
 cdef extern from "<time.h>" nogil:
@@ -150,26 +150,26 @@ cdef void trace(const nx_norm *norm, const char *what, const char *way,
     fputs(line, stderr)  # whole, whatever other threads write
 
 
-cdef int run_forward(const nx_norm *norm, const nx_io *io, double *var, Way *way) noexcept nogil:
+cdef int run_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept nogil:
     cdef nx_io of_sum
-    cdef int status = walk_forward(norm, io, var, False, way)
-    if status != NORMEXT_OK or way[0] != BLOCKS:
+    cdef int status = walk_forward(norm, io, w)
+    if status != NORMEXT_OK or w.way != BLOCKS:
         return status
     if io.residual.data == NULL:
-        return forward_by_blocks(norm, io, var)
+        return forward_by_blocks(norm, io, w.var)
     status = add_by_blocks(norm, io)
     if status != NORMEXT_OK:
         return status
     of_sum = io[0]
     of_sum.x, of_sum.residual.data = io.sum, NULL
-    status = walk_forward(norm, &of_sum, var, False, way)
-    if status != NORMEXT_OK or way[0] != BLOCKS:
-        way[0] = BLOCKS
+    status = walk_forward(norm, &of_sum, w)
+    if status != NORMEXT_OK or w.way != BLOCKS:
+        w.way = BLOCKS
         return status
-    return forward_by_blocks(norm, &of_sum, var)
+    return forward_by_blocks(norm, &of_sum, w.var)
 
 
-cdef int batch_forward(const nx_norm *norm, const nx_io *io, Way *way) noexcept nogil:
+cdef int batch_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept nogil:
     """The pass, and running statistics, which change when all memory has been had."""
     cdef Py_ssize_t channels = norm.shape[norm.axis]
     cdef double few[256]
@@ -185,7 +185,8 @@ cdef int batch_forward(const nx_norm *norm, const nx_io *io, Way *way) noexcept 
         var = &few[0] if channels <= 256 else <double *> malloc(channels * sizeof(double))
         if var == NULL:
             return NORMEXT_NO_MEMORY
-    status = run_forward(norm, io, var, way)
+    w.var = var
+    status = run_forward(norm, io, w)
     if status == NORMEXT_OK and norm.training:
         update_running(norm, &io.running, io.mean, var)
     if var != &few[0] and var != io.var:
@@ -194,20 +195,20 @@ cdef int batch_forward(const nx_norm *norm, const nx_io *io, Way *way) noexcept 
 
 
 cdef int forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
-    cdef Way way = NOTHING
+    cdef Walk walk = Walk(NOTHING, False, NULL, NULL)
     cdef double began = milliseconds() if tracing else 0
     cdef int status = NORMEXT_OK
     if norm.kind == NORMEXT_BATCH_NORM:
-        status = batch_forward(norm, io, &way)
+        status = batch_forward(norm, io, &walk)
     elif numbers_of(norm, 0, norm.ndim) != 0:
-        status = run_forward(norm, io, NULL, &way)
+        status = run_forward(norm, io, &walk)
     if tracing:
-        trace(norm, "forward", way_name(way, False), began)
+        trace(norm, "forward", way_name(walk.way, False), began)
     return status
 
 
 cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
-    cdef Way way = NOTHING
+    cdef Walk walk = Walk(NOTHING, False, NULL, NULL)
     cdef double began = milliseconds() if tracing else 0
     cdef double largest = 1e100 if norm.type == NORMEXT_FLOAT64 else 1e10
     cdef Py_ssize_t c, numbers = numbers_of(norm, 0, norm.ndim), parameters = parameters_of(norm)
@@ -220,19 +221,21 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     if norm.kind == NORMEXT_BATCH_NORM and io.part != NORMEXT_APPLY:
         call.count = <double> (numbers // parameters)
     if numbers != 0:
-        # rstd is cubed, and sums of dy * (x - mean) are taken: deviations must not be such that
-        # these overflow, or underflow. Data with such deviations are rare.
+        # rstd is cubed, and sums of dy * (x - mean) are taken: deviations, and their inverses, must
+        # not be such that these overflow or underflow. The cube of 1e10 leaves a factor of 1e8 to
+        # what it is multiplied by, before float is at its end; 1e100 does to double. Such data are
+        # rare.
         wide = nx_any_outside(io.rstd, statistics_of(norm), 1 / largest, largest)
         if wide:
-            way = BLOCKS
+            walk.way = BLOCKS
         else:
-            status = walk_backward(norm, &call, NULL, False, &way)
-        if status == NORMEXT_OK and way == BLOCKS:
+            status = walk_backward(norm, &call, &walk)
+        if status == NORMEXT_OK and walk.way == BLOCKS:
             status = backward_by_blocks(norm, &call, wide)
         if (status == NORMEXT_OK and norm.kind == NORMEXT_BATCH_NORM and io.part == NORMEXT_WHOLE
                 and not wide):
             for c in range(parameters):  # from dots
                 io.dgamma[c] *= io.rstd[c]
     if tracing:
-        trace(norm, "backward", way_name(way, wide), began)
+        trace(norm, "backward", way_name(walk.way, wide), began)
     return status

@@ -22,7 +22,6 @@ cdef extern from "threads.h" nogil:
     int omp_get_num_procs() noexcept
     int nx_watch_forks() noexcept
     int nx_team(int threads) noexcept
-    void nx_run_on(int threads, Task f, const void *job, Py_ssize_t tasks) noexcept
 
 cdef enum:
     ELEMENTS_PER_THREAD = 1 << 15  # some 10 microseconds: to start a thread on less takes longer
@@ -82,17 +81,12 @@ cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) except 0:
     return threads
 
 
-cdef void run_on(int threads, Task f, const void *job, Py_ssize_t tasks) noexcept nogil:
-    """Run the tasks 0, 1, ... of a job; each thread has neighbours."""
-    nx_run_on(threads, f, job, tasks)
-
-
 cdef int run_tasks(Task f, const void *job, Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil:
-    """The same on as many threads as there are for so many elements."""
+    """`run_on` as many threads as there are for so many elements."""
     cdef int threads = team_for(tasks, elements)
     if threads == 0:
         return NORMEXT_NO_MEMORY
-    nx_run_on(threads, f, job, tasks)
+    run_on(threads, f, job, tasks)
     return NORMEXT_OK
 
 

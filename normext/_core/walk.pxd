@@ -15,11 +15,15 @@ cdef enum:
     MAX_NDIM = 64  # NORMEXT_MAX_NDIM
     MAX_ARRAYS = 4
 
-# What is walked may be the copy of a block.
-cdef int walk_forward(const nx_norm *norm, const nx_io *io, double *var, bint copy,
-                      Way *way) noexcept nogil
-cdef int walk_backward(const nx_norm *norm, const nx_io *io, const double *pivots, bint copy,
-                       Way *way) noexcept nogil
+# What a walk is given beside a norm and its arrays, and which way it went.
+cdef struct Walk:
+    Way way
+    bint copy  # of a block: that is what is walked
+    double *var  # of batch norm forward; may be NULL
+    const double *pivots  # of batch norm backward; may be NULL
+
+cdef int walk_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept nogil
+cdef int walk_backward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept nogil
 
 cdef void fill_strides(const nx_norm *norm, Py_ssize_t itemsize, const Py_ssize_t *given,
                        Py_ssize_t *strides) noexcept nogil

@@ -334,68 +334,64 @@ cdef int pixel_groups(const nx_norm *norm, const Call *c, bint back) noexcept no
     return status
 
 
-cdef int walk_forward(const nx_norm *norm, const nx_io *io, double *var, bint copy,
-                      Way *way) noexcept nogil:
-    """The way, and unless that is by blocks, mean, rstd, var (may be NULL) and y (if it has data).
+cdef int walk_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept nogil:
+    """The way, and unless that is by blocks, mean, rstd, var and y (if it has data).
 
     Running statistics are not looked at here.
     """
     cdef Call c
     cdef Arrays a
     begin(norm, io, &c)
-    a.count, a.copies, c.var = 0, copy, var
+    a.count, a.copies, c.var = 0, w.copy, w.var
     add_array(&a, io.x, &c.x)
     add_array(&a, io.residual, &c.residual)
     if io.residual.data != NULL:
         add_array(&a, io.sum, &c.sum)
     add_array(&a, io.y, &c.y)
-    way[0] = layout(norm, &a, &c)
-    if way[0] == BLOCKS:
+    w.way = layout(norm, &a, &c)
+    if w.way == BLOCKS:
         return NORMEXT_OK
     choose(norm, &c, NULL if io.residual.data != NULL else c.x.data, c.y.data)
-    if way[0] == COLUMNS:
+    if w.way == COLUMNS:
         return normalize_columns(&c)
-    if way[0] == ROWS and c.statistics == GIVEN:
+    if w.way == ROWS and c.statistics == GIVEN:
         c.groups, c.rows = c.rows, c.groups
         c.x = nx_groups(c.x.data, c.x.row, c.x.group)
         c.y = nx_groups(c.y.data, c.y.row, c.y.group)
         return affine_rows(&c)
-    if way[0] == CHANNELS_LAST:
+    if w.way == CHANNELS_LAST:
         return normalize_column_groups(&c)
-    if way[0] == ONE_PIXEL:
+    if w.way == ONE_PIXEL:
         return pixel_groups(norm, &c, False)
     return normalize_rows(&c) if io.residual.data == NULL else normalize_sums(&c)
 
 
-cdef int walk_backward(const nx_norm *norm, const nx_io *io, const double *pivots, bint copy,
-                       Way *way) noexcept nogil:
+cdef int walk_backward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept nogil:
     """The way, and unless that is by blocks, dx and the sums.
 
     Those of batch norm are written to dbeta and, as dots, to dgamma, or are there already; those of
-    the other norms are added to dbeta and dgamma. `pivots` (may be NULL) are batch norm's.
+    the other norms are added to dbeta and dgamma.
     """
     cdef Call c
     cdef Arrays a
     begin(norm, io, &c)
-    a.count, a.copies, c.pivots = 0, copy, pivots
+    a.count, a.copies, c.pivots = 0, w.copy, w.pivots
     add_array(&a, io.x, &c.x)
     add_array(&a, io.dy, &c.dy)
     if io.part != NORMEXT_SUMS:
         add_array(&a, io.dx, &c.dx)
     add_array(&a, io.dsum, &c.addend)
-    way[0] = layout(norm, &a, &c)
-    if way[0] == BLOCKS:
+    w.way = layout(norm, &a, &c)
+    if w.way == BLOCKS:
         return NORMEXT_OK
     choose(norm, &c, c.dy.data, c.dx.data)
     if norm.kind == NORMEXT_BATCH_NORM:
         c.sums, c.dots, c.given = io.dbeta, io.dgamma, io.part == NORMEXT_APPLY
         c.count = io.count
-        return columns_backward(&c) if way[0] == COLUMNS else rows_backward(&c)
+        return columns_backward(&c) if w.way == COLUMNS else rows_backward(&c)
     c.count = <double> c.n
-    if way[0] == CHANNELS_FIRST:
+    if w.way == CHANNELS_FIRST:
         return grouped_backward(&c)
-    if way[0] == CHANNELS_LAST:
+    if w.way == CHANNELS_LAST:
         return column_groups_backward(&c)
-    return pixel_groups(norm, &c, True) if way[0] == ONE_PIXEL else layer_backward(&c)
-
-
+    return pixel_groups(norm, &c, True) if w.way == ONE_PIXEL else layer_backward(&c)
