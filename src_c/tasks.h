@@ -6,8 +6,8 @@
 
 /* Runs f(job, 0) to f(job, tasks - 1) on so many threads. One thread needs no
  * parallel region, which takes a microsecond and may find no memory. */
-static inline void nx_run_on(int threads, void (*f)(const void *job, ptrdiff_t task), const void *job,
-                      ptrdiff_t tasks)
+static inline void nx_run_on(int threads, void (*f)(const void *job, ptrdiff_t task),
+                             const void *job, ptrdiff_t tasks)
 {
 #ifdef _OPENMP
     if (threads > 1) {

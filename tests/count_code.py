@@ -49,11 +49,11 @@ FILES = (
 CHAINS = {
     "layer_norm": """
         functional.py:layer_norm arrays.pyx:forward arrays.pyx:run norms.pyx:forward norms.pyx:run_forward walk_forward
-        rows.pyx:normalize_rows run_on nx_run_on layer_task layer_forward
+        rows.pyx:normalize_rows nx_run_on layer_task layer_forward
         statistics_interleaved row_affine affine_loop affine_vector""",
     "batch_norm_backward": """
         functional.py:batch_norm_backward arrays.pyx:backward arrays.pyx:run norms.pyx:backward walk_backward
-        rows.pyx:rows_backward run_on nx_run_on backward_group_task backward_group
+        rows.pyx:rows_backward nx_run_on backward_group_task backward_group
         group_dots row_dots dots_loop first_dots group_dx row_dx dx_loop dx_vector""",
 }
 
@@ -89,7 +89,10 @@ def functions_in_c(root: Path) -> Iterator[Function]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "functions")
         kernels = [("src_c/kernels.c", f"-DNX_{element_type}") for element_type in TYPES]
-        for source, *macros in (*kernels, ("src_c/dispatch.c",), ("src_c/threads.h",)):
+        others = [
+            (name,) for name in ("src_c/dispatch.c", "src_c/threads.h", "src_c/tasks.h") if (root / name).exists()
+        ]
+        for source, *macros in (*kernels, *others):
             subprocess.run([*command, str(found), *macros, source], cwd=root, check=True)
             for file, line, name, parameters in DEFINITION.findall(found.read_text()):
                 if file != "src_c/simd.h":

@@ -65,7 +65,10 @@ def test_build_in_place_without_openmp(built):
     [
         (None, []),
         ("normext/_core/updates.pyx", ["updates.c"]),
-        ("normext/include/normext.h", sorted([*(f"{path.stem}.c" for path in CORE.glob("*.pyx")), "dispatch.c"])),
+        (
+            "normext/include/normext.h",
+            sorted([*(f"{path.stem}.c" for path in CORE.glob("*.pyx")), "dispatch.c", "functional.c"]),
+        ),
         ("src_c/dispatch.c", ["dispatch.c", "runtime.c"]),
         pytest.param("src_c/simd.h", ["dispatch.c", *["kernels.c"] * 3 * 4, "runtime.c"], marks=pytest.mark.slow),
     ],

@@ -18,7 +18,7 @@ from normext cimport (
     NORMEXT_APPLY, NORMEXT_BATCH_NORM, NORMEXT_BFLOAT16, NORMEXT_FLOAT16, NORMEXT_FLOAT32,
     NORMEXT_FLOAT64, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, NORMEXT_NO_CHANNELS,
     NORMEXT_NO_MEMORY, NORMEXT_NO_NUMBERS, NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_SUMS,
-    NORMEXT_WHOLE, nx_array, nx_io, nx_norm,
+    nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
 from normext._core.sizes cimport is_group_norm, numbers_of, statistics_of
@@ -229,7 +229,7 @@ cdef int describe(Norm norm, tuple how, int ndim, const Py_ssize_t *dims, int ty
     cdef int wrong
     kind, axis, groups, eps, training, activation = how
     norm.kind, norm.c.kind, norm.c.type, norm.c.ndim = kind, kinds[kind], type, ndim
-    norm.c.axis = checked_axis(axis, ndim)  # which a number has none of: from here on there are dims
+    norm.c.axis = checked_axis(axis, ndim)  # a number has none: from here on there are dims
     norm.c.shape = &norm.few[0] if ndim <= 6 else <Py_ssize_t *> PyMem_Malloc(size)
     if norm.c.shape == NULL:
         raise MemoryError("no memory for a shape")
@@ -811,7 +811,9 @@ cdef Norm norm_for(object norm, cnp.ndarray x):
     made.how = norm
     made.dtype = x.descr if cnp.PyArray_ISNOTSWAPPED(x) else x.dtype.newbyteorder("=")
     describe(made, norm, cnp.PyArray_NDIM(x), dims_of(x), type_of(x))
-    recent[slot] = made
+    _, axis, groups, eps, _, _ = made.how
+    if type(axis) is int and type(groups) is int and type(eps) is float:  # what nobody can change
+        recent[slot] = made
     return made
 
 

@@ -8,6 +8,7 @@ back.
 """
 
 from libc.math cimport frexp, ldexp
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -22,7 +23,8 @@ from normext._core.kernels cimport (
 from normext._core.runtime cimport kernels_for
 from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
-    MAX_ARRAYS, MAX_NDIM, NOTHING, Walk, distance, fill_strides, moved_axes, walk_backward, walk_forward,
+    MAX_ARRAYS, MAX_NDIM, NOTHING, Walk, distance, fill_strides, moved_axes, walk_backward,
+    walk_forward,
 )
 
 cdef enum:
@@ -68,7 +70,7 @@ cdef void set_array(const nx_norm *norm, Detour *d, int which, nx_array array,
 
 
 cdef int start_detour(const nx_norm *norm, bint wide, Detour *d) noexcept nogil:
-    """The cut: along which axes, and in what steps. Memory for copies of all arrays, also `wide`."""
+    """The cut: along which axes, in what steps. Memory for copies of all arrays, also `wide`."""
     cdef int order[MAX_NDIM]
     cdef int i, j, axis, last, copies = 0
     cdef Py_ssize_t size = numbers_of(norm, 0, norm.ndim), most = 1
@@ -145,25 +147,62 @@ cdef inline Py_ssize_t block_numbers(const Detour *d) noexcept nogil:
     return numbers_of(&d.norm, 0, d.norm.ndim)
 
 
-cdef void copy_numbers(char *to, Py_ssize_t to_step, const char *source, Py_ssize_t step,
-                       Py_ssize_t n, int itemsize, bint swapped) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int b
-    if swapped:
+ctypedef fused word:
+    uint16_t
+    uint32_t
+    uint64_t
+
+
+cdef inline word other_order(word v) noexcept nogil:
+    """The bytes in the other order; compilers know this as one instruction."""
+    if word is uint16_t:
+        return <uint16_t> (v << 8 | v >> 8)
+    elif word is uint32_t:
+        v = (v & 0xff00ff) << 8 | (v >> 8 & 0xff00ff)
+        return v << 16 | v >> 16
+    else:
+        v = (v & <uint64_t> 0xff00ff00ff00ff) << 8 | (v >> 8 & <uint64_t> 0xff00ff00ff00ff)
+        v = (v & <uint64_t> 0xffff0000ffff) << 16 | (v >> 16 & <uint64_t> 0xffff0000ffff)
+        return v << 32 | v >> 32
+
+
+# n numbers, `step` bytes apart, and where they are copied to.
+cdef struct Span:
+    const char *source
+    char *to
+    Py_ssize_t step, to_step, n
+
+
+cdef inline void copy_words(word *kind, const Span *span, bint swapped) noexcept nogil:
+    """Numbers as large as a word, at any address; `kind` is not looked at."""
+    cdef const char *source = span.source  # in locals, as what is written might be the span
+    cdef char *to = span.to
+    cdef Py_ssize_t i, n = span.n, step = span.step, to_step = span.to_step
+    cdef word v
+    if swapped and step == sizeof(word) and to_step == sizeof(word):  # as vectors
         for i in range(n):
-            for b in range(itemsize):
-                to[i * to_step + b] = source[i * step + itemsize - 1 - b]
-    elif step == itemsize and to_step == itemsize:
-        memcpy(to, source, n * itemsize)
-    elif itemsize == 2:
+            memcpy(&v, source + i * sizeof(word), sizeof(word))
+            v = other_order(v)
+            memcpy(to + i * sizeof(word), &v, sizeof(word))
+    elif swapped:
         for i in range(n):
-            memcpy(to + i * to_step, source + i * step, 2)
-    elif itemsize == 4:
-        for i in range(n):
-            memcpy(to + i * to_step, source + i * step, 4)
+            memcpy(&v, source + i * step, sizeof(word))
+            v = other_order(v)
+            memcpy(to + i * to_step, &v, sizeof(word))
     else:
         for i in range(n):
-            memcpy(to + i * to_step, source + i * step, 8)
+            memcpy(to + i * to_step, source + i * step, sizeof(word))
+
+
+cdef void copy_numbers(const Span *span, int itemsize, bint swapped) noexcept nogil:
+    if span.step == itemsize and span.to_step == itemsize and not swapped:
+        memcpy(span.to, span.source, span.n * itemsize)
+    elif itemsize == 2:
+        copy_words(<uint16_t *> NULL, span, swapped)
+    elif itemsize == 4:
+        copy_words(<uint32_t *> NULL, span, swapped)
+    else:
+        copy_words(<uint64_t *> NULL, span, swapped)
 
 
 cdef void copy_block(const Detour *d, int which, bint back) noexcept nogil:
@@ -178,6 +217,7 @@ cdef void copy_block(const Detour *d, int which, bint back) noexcept nogil:
     cdef int i, ndim = d.norm.ndim, fast = ndim - 1
     cdef char *there = <char *> d.of[which].data
     cdef char *here = d.raw[which]
+    cdef Span span
     for i in range(ndim - 1, -1, -1):
         packed[i], index[i] = step, 0
         step *= d.length[i]
@@ -187,11 +227,10 @@ cdef void copy_block(const Detour *d, int which, bint back) noexcept nogil:
             fast = i
     while True:
         if back:
-            copy_numbers(there, strides[fast], here, packed[fast], d.length[fast], d.itemsize,
-                         d.of[which].swapped)
+            span = Span(here, there, packed[fast], strides[fast], d.length[fast])
         else:
-            copy_numbers(here, packed[fast], there, strides[fast], d.length[fast], d.itemsize,
-                         d.of[which].swapped)
+            span = Span(there, here, strides[fast], packed[fast], d.length[fast])
+        copy_numbers(&span, d.itemsize, d.of[which].swapped)
         for i in range(ndim - 1, -1, -1):
             if i == fast:
                 continue
@@ -243,13 +282,20 @@ cdef void copy_statistics(const Detour *d, double *all, double *part, bint back)
 cdef void multiply(const Detour *d, double *numbers, const double *scale) noexcept nogil:
     """A block's numbers by their statistics' scales."""
     cdef Py_ssize_t i, j, statistics = statistics_of(&d.norm), together
+    cdef double *end = numbers + block_numbers(d)
     if d.norm.kind == NORMEXT_BATCH_NORM:
         together = numbers_of(&d.norm, d.norm.axis + 1, d.norm.ndim)
     else:
         together = block_numbers(d) // statistics
-    for i in range(block_numbers(d) // together):
-        for j in range(i * together, (i + 1) * together):
-            numbers[j] *= scale[i % statistics]
+    while numbers < end:
+        if together == 1:  # as vectors
+            for i in range(statistics):
+                numbers[i] *= scale[i]
+        else:
+            for i in range(statistics):
+                for j in range(i * together, (i + 1) * together):
+                    numbers[j] *= scale[i]
+        numbers += statistics * together
 
 
 cdef inline const char *block_parameter(const Detour *d, const void *p,
@@ -400,6 +446,7 @@ cdef bint find_far_pivots(const nx_norm *norm, const nx_io *io, const double *su
     cdef Py_ssize_t c
     cdef const char *p
     cdef char number[8]
+    cdef Span span
     cdef double dy, mean
     cdef int i, axis
     cdef bint far, any = False
@@ -411,7 +458,8 @@ cdef bint find_far_pivots(const nx_norm *norm, const nx_io *io, const double *su
             for axis in range(norm.ndim):
                 if axis != norm.axis:
                     p += i * norm.shape[axis] // 8 * strides[axis]
-            copy_numbers(number, k.itemsize, p, k.itemsize, 1, k.itemsize, io.dy.swapped)
+            span = Span(p, &number[0], k.itemsize, k.itemsize, 1)
+            copy_numbers(&span, k.itemsize, io.dy.swapped)
             k.widen(number, 1, &dy)
             far = far and nx_near(dy, mean)
         pivots[c] = mean if far else 0
@@ -532,6 +580,7 @@ cdef inline nx_io as_contiguous(const nx_io *io) noexcept nogil:
     part.x.strides = part.dy.strides = part.dx.strides = part.dsum.strides = NULL
     part.x.swapped = part.dy.swapped = part.dx.swapped = part.dsum.swapped = False
     part.dsum.data = NULL
+    part.beta = NULL  # a relu's mask is in the copy of dy; of another type, it would be too short
     return part
 
 
@@ -632,5 +681,3 @@ cdef int backward_by_blocks(const nx_norm *norm, const nx_io *io, bint wide) noe
         free(s.pivots)
     free(d.memory)
     return status
-
-

@@ -221,8 +221,10 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     if norm.kind == NORMEXT_BATCH_NORM and io.part != NORMEXT_APPLY:
         call.count = <double> (numbers // parameters)
     if numbers != 0:
-        # rstd is cubed, and sums of dy * (x - mean) are taken: deviations must not be such that
-        # these overflow, or underflow. Data with such deviations are rare.
+        # rstd is cubed, and sums of dy * (x - mean) are taken: deviations, and their inverses, must
+        # not be such that these overflow or underflow. The cube of 1e10 leaves a factor of 1e8 to
+        # what it is multiplied by, before float is at its end; 1e100 does to double. Such data are
+        # rare.
         wide = nx_any_outside(io.rstd, statistics_of(norm), 1 / largest, largest)
         if wide:
             walk.way = BLOCKS

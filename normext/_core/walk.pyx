@@ -395,5 +395,3 @@ cdef int walk_backward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept n
     if w.way == CHANNELS_LAST:
         return column_groups_backward(&c)
     return pixel_groups(norm, &c, True) if w.way == ONE_PIXEL else layer_backward(&c)
-
-
