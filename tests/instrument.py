@@ -28,7 +28,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # The tests that are about what is compiled.
-COMPILED = ("tests/test_norms.py", "tests/test_windows.py", "tests/test_accuracy.py", "tests/test_runtime.py")
+COMPILED = (
+    "tests/test_norms.py",
+    "tests/test_api.py",
+    "tests/test_windows.py",
+    "tests/test_accuracy.py",
+    "tests/test_runtime.py",
+)
 
 # GCC's OpenMP library is not compiled for ThreadSanitizer, which does not see how its threads wait for each other and
 # takes whatever they share for a race. This stands in for it where the compiled modules start threads; other calls go
