@@ -138,7 +138,7 @@ static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *
 {
     static const double zeros[INTERLEAVED];
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
-        count = rows_interleaved(b.rows - first, b.n, 2);
+        count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
         const nx_rows some_x = rows_at(x, first, 0);
         const nx_block some = {count, b.n};
         const nx_affine map = {mean + first, rstd + first, zeros, 1};
@@ -153,7 +153,7 @@ NX_INLINE void WR(layer_backward_loop)(nx_rows x, nx_rows dy, nx_rows dx, nx_blo
     double sums[INTERLEAVED], dots[INTERLEAVED], each = 1 / (double)b.n;
     const nx_block row = {1, b.n};
     for (ptrdiff_t count, first = 0; first < b.rows; first += count) {
-        count = rows_interleaved(b.rows - first, b.n, 3);
+        count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK * 2 / 3);
         dots_interleaved(rows_at(x, first, 0), rows_at(dy, first, 0), (nx_block){count, b.n},
                          mean + first, norm.gamma, sums, dots);
         for (ptrdiff_t i = 0; i < count; i++) {
