@@ -20,11 +20,11 @@ from libc.stdlib cimport calloc, free, malloc
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.call cimport (
-    ABOUT_ZERO, ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
+    ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
 )
 from normext._core.kernels cimport (
     affine_of, affines_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant,
-    nx_finish_moments, nx_grouping, nx_groups, nx_kernels, nx_layer, nx_line, nx_merge,
+    nx_finish_moments, nx_grouping, nx_groups, nx_layer, nx_line, nx_merge,
     nx_moments, nx_relu_mask, nx_rescale, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
 from normext._core.runtime cimport run_on, run_tasks, team_for
