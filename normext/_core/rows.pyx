@@ -364,12 +364,17 @@ cdef void group_dots(const Call *c, Chunk t, const double *pivot, nx_sums sums) 
     cdef nx_backward of
     cdef double scale, shift
     cdef nx_relu_mask mask = nx_relu_mask(&scale, &shift)
+    cdef nx_relu_mask *relu = &mask if c.relu else NULL
+    cdef nx_rows none = nx_rows(NULL, 0)
     if c.parameters == PER_GROUP:
         affine_of(c.k, c.gamma, c.beta, t.group, c.rstd[t.group], &scale, &shift)
     sums.sum[0] = sums.dot[0] = 0
     for index in range(t.first, t.last):
         b = block_at(shape_of(c), c.k.row_block, index)
-        of = backward_of(c, t.group, b, &mask if c.relu else NULL)
+        of = nx_backward(
+            nx_block(b.rows, b.n), at(c, c.x, t.group, b), at(c, c.dy, t.group, b), none, none,
+            along(c, c.gamma, b), relu,
+        )
         c.k.row_dots(&of, c.mean[t.group], pivot, sums)
 
 
