@@ -183,6 +183,15 @@ typedef struct {
     const double *scale, *shift;
 } nx_relu_mask;
 
+/* What a backward pass reads and writes of a block: gamma runs along the rows, and it or the relu
+ * may be NULL, or both; dx has data unless sums alone are made, addend where it is added to dx. */
+typedef struct {
+    nx_block block;
+    nx_rows x, dy, dx, addend;
+    const void *gamma;
+    const nx_relu_mask *relu;
+} nx_backward;
+
 /* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are
  * everywhere. Those of row r are added to sum[r * step] and dot[r * step]; down columns, those of
  * column j to sum[j] and dot[j]. */

@@ -25,23 +25,14 @@ NX_KERNEL(row_is_far, int, (const void *dy, ptrdiff_t n, const void *gamma, doub
 NX_KERNEL(cols_are_far, int,
           (nx_rows dy, nx_block b, const double *sum, double count, double *pivot))
 
-/* Adds the sums of g and of (g - *pivot) * (x - mean); NULL means a pivot of 0. A relu may be given
- * instead of gamma. */
-NX_KERNEL(row_dots, void,
-          (nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot, const void *gamma,
-           const nx_relu_mask *relu, nx_sums sums))
+/* Adds the sums of g and of (g - *pivot) * (x - mean); NULL means a pivot of 0. */
+NX_KERNEL(row_dots, void, (const nx_backward *of, double mean, const double *pivot, nx_sums sums))
 NX_KERNEL(col_dots, void,
-          (nx_rows x, nx_rows dy, nx_block b, const double *mean, const double *pivot,
-           const nx_relu_mask *relu, nx_sums sums))
+          (const nx_backward *of, const double *mean, const double *pivot, nx_sums sums))
 
-/* dx, as nx_line says; a relu may be given instead of gamma and addend, which is added where its
- * data are not NULL. */
-NX_WRITER(row_dx, void,
-          (nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line, const void *gamma,
-           const nx_relu_mask *relu, nx_rows addend))
-NX_WRITER(col_dx, void,
-          (nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
-           const nx_relu_mask *relu))
+/* dx, as nx_line says; a relu is given without addend. */
+NX_WRITER(row_dx, void, (const nx_backward *of, const nx_line *line))
+NX_WRITER(col_dx, void, (const nx_backward *of, const nx_line *line))
 
 /* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments,
  * then also row_affine, and as row_dots and row_dx, one after the other, but without what calling
@@ -51,11 +42,10 @@ NX_KERNEL(layer_statistics, void,
 NX_WRITER(layer_forward, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean, double *rstd))
 NX_WRITER(layer_backward, void,
-          (nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_layer *norm, const double *mean,
-           const double *rstd, nx_rows addend))
+          (const nx_backward *of, int centred, const double *mean, const double *rstd))
 /* Adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j], dgamma[j]. */
 NX_KERNEL(layer_parameters, void,
-          (nx_rows x, nx_rows dy, nx_block b, const double *mean, const double *rstd, double *dbeta,
+          (const nx_backward *of, const double *mean, const double *rstd, double *dbeta,
            double *dgamma))
 /* Likewise groups of rows, one block each. The sum of dy over a row goes to *dbeta, that of
  * dy * (x - mean) * rstd to *dgamma, and so on row by row. Stops at a group whose dy is far from

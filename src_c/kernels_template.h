@@ -107,6 +107,36 @@ NX_INLINE ptrdiff_t unaligned(const T *p, ptrdiff_t n)
 NX_INLINE nx_rows rows_at(nx_rows x, ptrdiff_t r, ptrdiff_t i)
 { return (nx_rows){(T *)x.data + r * x.stride + i, x.stride}; }
 
+static const nx_rows none = {NULL, 0};
+
+/* Some rows of a backward pass, or of each a part, from number i of row r on: for its sums, */
+NX_INLINE nx_backward sums_part(nx_backward of, ptrdiff_t r, ptrdiff_t i, nx_block block)
+{
+    of.block = block;
+    of.x = rows_at(of.x, r, i);
+    of.dy = rows_at(of.dy, r, i);
+    if (of.gamma) of.gamma = (const C *)of.gamma + i;
+    return of;
+}
+
+/* and whole rows for dx as well. */
+NX_INLINE nx_backward rows_part(nx_backward of, ptrdiff_t r, nx_block block)
+{
+    of.dx = rows_at(of.dx, r, 0);
+    if (of.addend.data) of.addend = rows_at(of.addend, r, 0);
+    return sums_part(of, r, 0, block);
+}
+
+/* A backward pass with these: for what is NULL or none here no code is made. */
+NX_INLINE nx_backward with(nx_backward of, const void *gamma, const nx_relu_mask *relu,
+                           nx_rows addend)
+{
+    of.gamma = gamma;
+    of.relu = relu;
+    of.addend = addend;
+    return of;
+}
+
 /* Rows ------------------------------------------------------------------------------------- */
 
 /* The sum of all lanes of NV vectors, by halves; the loops are of constant lengths, so that the
@@ -291,9 +321,10 @@ NX_INLINE V masked(V g, V d, relu_mask mask)
     return keep_positive(g, T_UNDERFLOW ? sub(y, splat((C)T_UNDERFLOW)) : y);
 }
 
-/* nx_line about pivots of C: what their rounding leaves is in the constant. */
+/* nx_line about pivots of C, what their rounding leaves being in the constant; and a relu mask. */
 typedef struct {
     V x_pivot, minus_pivot, factor, slope, constant;
+    relu_mask mask;
 } line_vectors;
 
 /* The coefficients of some columns: a line and a relu mask for each, about the columns' pivots. */
@@ -318,13 +349,15 @@ NX_INLINE V first_lanes(V v, ptrdiff_t n)
     return keep_positive(v, load_n(ones, n, ZERO));
 }
 
-NX_INLINE void first_dots(nx_rows x_, nx_rows dy_, nx_block b, V p, const V *minus_pivot,
-                          const C *gamma, const relu_mask *mask, V *sum, V *dot)
+NX_INLINE void first_dots(nx_backward of, V p, const V *minus_pivot, const relu_mask *mask, V *sum,
+                          V *dot)
 {
-    const T *x = x_.data, *dy = dy_.data;
+    const T *x = of.x.data, *dy = of.dy.data;
+    const C *gamma = of.gamma;
+    const nx_block b = of.block;
     V s[NV], q[NV], zero = ZERO, c = ZERO;
     for (int k = 0; k < NV; k++) s[k] = q[k] = zero;
-    for (ptrdiff_t r = 0; r < b.rows; r++, x += x_.stride, dy += dy_.stride) {
+    for (ptrdiff_t r = 0; r < b.rows; r++, x += of.x.stride, dy += of.dy.stride) {
         ptrdiff_t i = 0;
         for (; i + LANES <= b.n; i += LANES)
             for (int k = 0; k < NV; k++) {
@@ -353,25 +386,24 @@ NX_INLINE void first_dots(nx_rows x_, nx_rows dy_, nx_block b, V p, const V *min
     }
 }
 
-NX_INLINE void dots_loop(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
-                         const C *gamma, const nx_relu_mask *relu, nx_sums sums)
+NX_INLINE void dots_loop(nx_backward of, double mean, const double *pivot, nx_sums sums)
 {
+    const nx_block b = of.block;
     const C x_pivot = (C)mean, g_pivot = pivot ? (C)*pivot : 0;
     const V p = splat(x_pivot), minus_pivot = splat(-g_pivot);
     V s[NV], q[NV];
     relu_mask mask;
-    if (relu) mask = mask_of(relu, mean);
+    if (of.relu) mask = mask_of(of.relu, mean);
     for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
     const double numbers = (double)(sums.step ? 1 : b.rows) * (double)b.n;
     for (ptrdiff_t count, left = b.rows; left > 0; left -= count) {
         count = sums.step || b.rows == 1 ? 1 : rows_of_first_sum(left, b.n);
         for (ptrdiff_t i = 0; i < b.n; i += FIRST_SUM) {
             nx_block first = {count, b.n - i < FIRST_SUM ? b.n - i : FIRST_SUM};
-            first_dots(rows_at(x, 0, i), rows_at(dy, 0, i), first, p, pivot ? &minus_pivot : NULL,
-                       gamma ? gamma + i : NULL, relu ? &mask : NULL, s, q);
+            first_dots(sums_part(of, 0, i, first), p, pivot ? &minus_pivot : NULL,
+                       of.relu ? &mask : NULL, s, q);
         }
-        x = rows_at(x, count, 0);
-        dy = rows_at(dy, count, 0);
+        of = sums_part(of, count, 0, b);
         if (!sums.step && count < left) continue;
         double block_sum = sum_lanes(s);
         *sums.sum += pivot ? numbers * g_pivot + block_sum : block_sum;
@@ -383,17 +415,15 @@ NX_INLINE void dots_loop(nx_rows x, nx_rows dy, nx_block b, double mean, const d
 }
 
 /* The same about a pivot: rare, and so one loop for all cases. */
-NX_OUTLINE void dots_about(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
-                           const C *gamma, const nx_relu_mask *relu, nx_sums sums)
-{ dots_loop(x, dy, b, mean, pivot, gamma, gamma ? NULL : relu, sums); }
+NX_OUTLINE void dots_about(const nx_backward *of, double mean, const double *pivot, nx_sums sums)
+{ dots_loop(*of, mean, pivot, sums); }
 
-NX_OUTLINE void row_dots(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
-                         const void *gamma, const nx_relu_mask *relu, nx_sums sums)
+NX_OUTLINE void row_dots(const nx_backward *of, double mean, const double *pivot, nx_sums sums)
 {
-    if (pivot) dots_about(x, dy, b, mean, pivot, gamma, relu, sums);
-    else if (gamma) dots_loop(x, dy, b, mean, NULL, gamma, NULL, sums);
-    else if (relu) dots_loop(x, dy, b, mean, NULL, NULL, relu, sums);
-    else dots_loop(x, dy, b, mean, NULL, NULL, NULL, sums);
+    if (pivot) dots_about(of, mean, pivot, sums);
+    else if (of->gamma) dots_loop(with(*of, of->gamma, NULL, none), mean, NULL, sums);
+    else if (of->relu) dots_loop(with(*of, NULL, of->relu, none), mean, NULL, sums);
+    else dots_loop(with(*of, NULL, NULL, none), mean, NULL, sums);
 }
 
 static int row_is_far(const void *dy_, ptrdiff_t n, const void *gamma_, double mean)
@@ -449,16 +479,15 @@ NX_OUTLINE void statistics_interleaved(nx_rows x, nx_block b, int centred, doubl
 }
 
 /* The sums of each row about its mean. */
-NX_OUTLINE void dots_interleaved(nx_rows x, nx_rows dy, nx_block b, const double *mean,
-                                 const C *gamma, double *sum, double *dot)
+NX_OUTLINE void dots_interleaved(const nx_backward *of, const double *mean, double *sum,
+                                 double *dot)
 {
-    const nx_block row = {1, b.n};
-    for (ptrdiff_t r = 0; r < b.rows; r++) {
-        nx_sums sums = {sum + r, dot + r, 0};
+    for (ptrdiff_t r = 0; r < of->block.rows; r++) {
+        const nx_backward row = sums_part(*of, r, 0, (nx_block){1, of->block.n});
+        const nx_sums sums = {sum + r, dot + r, 0};
         sum[r] = dot[r] = 0;
-        if (gamma)
-            dots_loop(rows_at(x, r, 0), rows_at(dy, r, 0), row, mean[r], NULL, gamma, NULL, sums);
-        else dots_loop(rows_at(x, r, 0), rows_at(dy, r, 0), row, mean[r], NULL, NULL, NULL, sums);
+        if (row.gamma) dots_loop(with(row, row.gamma, NULL, none), mean[r], NULL, sums);
+        else dots_loop(with(row, NULL, NULL, none), mean[r], NULL, sums);
     }
 }
 
@@ -667,22 +696,21 @@ NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, ptrdiff_t j0,
     spread(shift, folded);
 }
 
-/* minus_pivot and scale may be NULL, and shift then does not matter. */
-NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, const C *x_pivot,
-                             const C *minus_pivot, const C *scale, const C *shift, C *s, C *q)
+/* minus_pivot may be NULL, and the mask's scale. */
+NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, line_columns l, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, dot = ZERO, p = load(x_pivot + j), minus = ZERO;
+        V sum = ZERO, dot = ZERO, p = load(l.x_pivot + j), minus = ZERO;
         relu_mask mask;
-        if (minus_pivot) minus = load(minus_pivot + j);
-        if (scale) mask = (relu_mask){load(scale + j), load(shift + j)};
+        if (l.minus_pivot) minus = load(l.minus_pivot + j);
+        if (l.mask_scale) mask = (relu_mask){load(l.mask_scale + j), load(l.mask_shift + j)};
         for (ptrdiff_t r = 0; r < b.rows; r++) {
             const T *xr = (const T *)x.data + r * x.stride + j;
             const T *gr = (const T *)dy.data + r * dy.stride + j;
             V d = sub(b.n - j >= W ? load(xr) : load_n(xr, b.n - j, p), p);
             V g = b.n - j >= W ? load(gr) : load_n(gr, b.n - j, ZERO);
-            g = gradient(g, d, NULL, scale ? &mask : NULL, minus_pivot ? &minus : NULL);
-            if (minus_pivot && b.n - j < W) g = first_lanes(g, b.n - j);
+            g = gradient(g, d, NULL, l.mask_scale ? &mask : NULL, l.minus_pivot ? &minus : NULL);
+            if (l.minus_pivot && b.n - j < W) g = first_lanes(g, b.n - j);
             sum = add(sum, g);
             dot = mul_add(g, d, dot);
         }
@@ -691,33 +719,36 @@ NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, const C *x_pivot
     }
 }
 
-static void col_dots(nx_rows x_, nx_rows dy_, nx_block b, const double *mean, const double *pivot,
-                     const nx_relu_mask *relu, nx_sums sums)
+static void col_dots(const nx_backward *of, const double *mean, const double *pivot, nx_sums sums)
 {
+    const nx_block b = of->block;
     C x_pivot[COLS_AT_ONCE], minus[PADDED], scale[COLS_AT_ONCE], shift[COLS_AT_ONCE],
         s[COLS_AT_ONCE], q[COLS_AT_ONCE];
     double block_sum[COLS_AT_ONCE], block_dot[COLS_AT_ONCE];
     EACH_COLUMNS(j0, width)
     {
-        const int adjacent = x_.stride == width && dy_.stride == width;
+        const int adjacent = of->x.stride == width && of->dy.stride == width;
         nx_fold folded = fold_rows((nx_block){b.rows, width}, adjacent);
-        const nx_rows x = columns_at(x_, j0, folded), dy = columns_at(dy_, j0, folded);
+        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) x_pivot[j] = (C)mean[j0 + j];
         for (ptrdiff_t j = 0; j < width; j++) minus[j] = pivot ? -(C)pivot[j0 + j] : 0;
         spread(x_pivot, folded);
         spread(minus, folded);
         for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
-        if (relu) masks(relu, mean, j0, folded, scale, shift);
-#define DOTS(i, rows, n, minus, scale)                                                             \
-    col_dots_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, x_pivot, minus, scale, \
-                  shift, s, q)
+        if (of->relu) masks(of->relu, mean, j0, folded, scale, shift);
+#define DOTS(i, rows, n, minus, scale)                                                           \
+    col_dots_rows(                                                                               \
+        rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n},                                \
+        (line_columns){                                                                          \
+            .x_pivot = x_pivot, .minus_pivot = minus, .mask_scale = scale, .mask_shift = shift}, \
+        s, q)
 #define DOTS_ROWS(i, rows, n) DOTS(i, rows, n, NULL, NULL)
 #define MASKED_ROWS(i, rows, n) DOTS(i, rows, n, NULL, scale)
 #define PIVOTED_ROWS(i, rows, n) DOTS(i, rows, n, minus, NULL)
 #define PIVOTED_MASKED_ROWS(i, rows, n) DOTS(i, rows, n, minus, scale)
-        if (pivot && relu) EACH_ROWS(folded, PIVOTED_MASKED_ROWS);
+        if (pivot && of->relu) EACH_ROWS(folded, PIVOTED_MASKED_ROWS);
         else if (pivot) EACH_ROWS(folded, PIVOTED_ROWS);
-        else if (relu) EACH_ROWS(folded, MASKED_ROWS);
+        else if (of->relu) EACH_ROWS(folded, MASKED_ROWS);
         else EACH_ROWS(folded, DOTS_ROWS);
 #undef DOTS
 #undef DOTS_ROWS
@@ -786,14 +817,15 @@ NX_INLINE void layer_parameters_rows(nx_rows x, nx_rows dy, nx_block b, const do
     }
 }
 
-static void layer_parameters(nx_rows x_, nx_rows dy_, nx_block b, const double *mean,
-                             const double *rstd, double *dbeta, double *dgamma)
+static void layer_parameters(const nx_backward *of, const double *mean, const double *rstd,
+                             double *dbeta, double *dgamma)
 {
+    const nx_block b = of->block;
     C s[COLS_AT_ONCE], q[COLS_AT_ONCE];
     EACH_COLUMNS(j0, width)
     {
         nx_fold folded = {1, width, b.rows, 0};
-        const nx_rows x = columns_at(x_, j0, folded), dy = columns_at(dy_, j0, folded);
+        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
 #define PARAMETERS_ROWS(i, rows, n)                                                           \
     layer_parameters_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, mean + i, \

@@ -82,55 +82,51 @@ NX_OUTLINE void WR(row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine
 
 /* Unless dy is far from zero, a product with gamma is rounded as it was when the pivot was found: a
  * row of one number gives exactly 0. */
-NX_INLINE void WR(dx_vector)(const T *x, const T *dy, T *dx, ptrdiff_t left, int whole,
-                             const line_vectors *line, const C *gamma, const relu_mask *mask,
-                             int far, const T *addend)
+NX_INLINE void WR(dx_vector)(nx_backward of, ptrdiff_t i, ptrdiff_t left, int whole,
+                             const line_vectors *line, int far)
 {
-    V d = sub(some(x, left, whole, ZERO), line->x_pivot), c = ZERO;
-    if (gamma) c = coefficients(gamma, left, whole);
-    V g = some(dy, left, whole, ZERO);
+    const T *x = of.x.data, *dy = of.dy.data, *addend = of.addend.data;
+    const C *gamma = of.gamma;
+    const relu_mask *mask = of.relu ? &line->mask : NULL;
+    V d = sub(some(x + i, left, whole, ZERO), line->x_pivot), c = ZERO;
+    if (gamma) c = coefficients(gamma + i, left, whole);
+    V g = some(dy + i, left, whole, ZERO);
     if (far) g = gradient(g, d, gamma ? &c : NULL, mask, &line->minus_pivot);
     else g = add(gradient(g, d, gamma ? &c : NULL, mask, NULL), line->minus_pivot);
     V v = mul_add(g, line->factor, mul_add(d, line->slope, line->constant));
-    if (addend) v = add(v, some(addend, left, whole, ZERO));
-    WR(put)(dx, left, whole, v);
+    if (addend) v = add(v, some(addend + i, left, whole, ZERO));
+    WR(put)((T *)of.dx.data + i, left, whole, v);
 }
 
-NX_INLINE void WR(dx_loop)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b, nx_line line,
-                           const C *gamma, const nx_relu_mask *relu, int far, nx_rows addend_)
+NX_INLINE void WR(dx_loop)(nx_backward of, nx_line line, int far)
 {
-    const T *x = x_.data, *dy = dy_.data, *addend = addend_.data;
-    T *dx = dx_.data;
+    const nx_block b = of.block;
     const double mean = *line.mean, slope = *line.slope, constant = *line.constant;
     const C x_pivot = (C)mean, g_pivot = (C)*line.pivot;
-    line_vectors l = {splat(x_pivot), splat(-g_pivot), ZERO, splat((C)slope), ZERO};
-    relu_mask mask;
-    if (relu) mask = mask_of(relu, mean);
-    for (ptrdiff_t r = 0; r < b.rows; r++, x += x_.stride, dy += dy_.stride, dx += dx_.stride) {
+    line_vectors l = {
+        .x_pivot = splat(x_pivot), .minus_pivot = splat(-g_pivot), .slope = splat((C)slope)};
+    if (of.relu) l.mask = mask_of(of.relu, mean);
+    for (ptrdiff_t r = 0; r < b.rows; r++, of = rows_part(of, 1, b)) {
         if (r == 0 || line.step) {
             double factor = line.factor[r * line.step];
             l.factor = splat((C)factor);
             l.constant = splat((C)(constant + factor * g_pivot - slope * (mean - x_pivot)));
         }
-#define VECTOR(i, left, whole)                                                      \
-    WR(dx_vector)(x + i, dy + i, dx + i, left, whole, &l, gamma ? gamma + i : NULL, \
-                  relu ? &mask : NULL, far, addend ? addend + i : NULL)
-        EACH_VECTOR(dx, b.n, VECTOR);
+#define VECTOR(i, left, whole) WR(dx_vector)(of, i, left, whole, &l, far)
+        EACH_VECTOR(of.dx.data, b.n, VECTOR);
 #undef VECTOR
-        if (addend) addend += addend_.stride;
     }
 }
 
-NX_OUTLINE void WR(row_dx)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
-                           const void *gamma, const nx_relu_mask *relu, nx_rows addend)
+NX_OUTLINE void WR(row_dx)(const nx_backward *of, const nx_line *line)
 {
-    const nx_rows none = {NULL, 0};
-    if (gamma && b.n == 1) WR(dx_loop)(x, dy, dx, b, *line, gamma, NULL, 0, addend);
-    else if (gamma && addend.data) WR(dx_loop)(x, dy, dx, b, *line, gamma, NULL, 1, addend);
-    else if (gamma) WR(dx_loop)(x, dy, dx, b, *line, gamma, NULL, 1, none);
-    else if (addend.data) WR(dx_loop)(x, dy, dx, b, *line, NULL, NULL, 1, addend);
-    else if (relu) WR(dx_loop)(x, dy, dx, b, *line, NULL, relu, 1, none);
-    else WR(dx_loop)(x, dy, dx, b, *line, NULL, NULL, 1, none);
+    const void *gamma = of->gamma;
+    if (gamma && of->block.n == 1) WR(dx_loop)(with(*of, gamma, NULL, of->addend), *line, 0);
+    else if (gamma && of->addend.data) WR(dx_loop)(with(*of, gamma, NULL, of->addend), *line, 1);
+    else if (gamma) WR(dx_loop)(with(*of, gamma, NULL, none), *line, 1);
+    else if (of->addend.data) WR(dx_loop)(with(*of, NULL, NULL, of->addend), *line, 1);
+    else if (of->relu) WR(dx_loop)(with(*of, NULL, of->relu, none), *line, 1);
+    else WR(dx_loop)(with(*of, NULL, NULL, none), *line, 1);
 }
 
 static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
@@ -147,44 +143,46 @@ static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *
     }
 }
 
-NX_INLINE void WR(layer_backward_loop)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, nx_layer norm,
-                                       const double *mean, const double *rstd, nx_rows addend)
+NX_INLINE void WR(layer_backward_loop)(nx_backward of, int centred, const double *mean,
+                                       const double *rstd)
 {
-    double sums[INTERLEAVED], dots[INTERLEAVED], each = 1 / (double)b.n;
-    const nx_block row = {1, b.n};
-    for (ptrdiff_t count, first = 0; first < b.rows; first += count) {
-        count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK * 2 / 3);
-        dots_interleaved(rows_at(x, first, 0), rows_at(dy, first, 0), (nx_block){count, b.n},
-                         mean + first, norm.gamma, sums, dots);
+    double sums[INTERLEAVED], dots[INTERLEAVED], each = 1 / (double)of.block.n;
+    const ptrdiff_t rows = of.block.rows, n = of.block.n;
+    for (ptrdiff_t count, first = 0; first < rows; first += count) {
+        count = rows_interleaved(rows - first, n, ROW_BLOCK * 2 / 3);
+        const nx_backward some = sums_part(of, first, 0, (nx_block){count, n});
+        dots_interleaved(&some, mean + first, sums, dots);
         for (ptrdiff_t i = 0; i < count; i++) {
             const ptrdiff_t r = first + i;
-            const nx_rows xr = rows_at(x, r, 0), dyr = rows_at(dy, r, 0), dxr = rows_at(dx, r, 0);
-            double sum = sums[i], dot = dots[i], g_mean = norm.centred ? sum * each : 0;
-            const int far = is_far(dyr.data, b.n, norm.gamma, g_mean);
+            const nx_backward row = rows_part(of, r, (nx_block){1, n});
+            double sum = sums[i], dot = dots[i], g_mean = centred ? sum * each : 0;
+            const int far = is_far(row.dy.data, n, row.gamma, g_mean);
             if (far) {
+                const nx_backward far_row = row;
                 sum = dot = 0;
-                dots_about(xr, dyr, row, mean[r], &g_mean, norm.gamma, NULL,
-                           (nx_sums){&sum, &dot, 0});
+                dots_about(&far_row, mean[r], &g_mean, (nx_sums){&sum, &dot, 0});
                 g_mean = sum * each;
             }
             const double slope = nx_slope(rstd[r], rstd[r], dot * each);
             const double constant = nx_constant(rstd[r], g_mean);
             const nx_line line = {mean + r, &g_mean, rstd + r, &slope, &constant, 0};
-            const nx_rows addend_row = addend.data ? rows_at(addend, r, 0) : addend;
-            if (far) WR(row_dx)(xr, dyr, dxr, row, &line, norm.gamma, NULL, addend_row);
-            else WR(dx_loop)(xr, dyr, dxr, row, line, norm.gamma, NULL, 0, addend_row);
+            if (far) {
+                const nx_backward far_row = row;
+                WR(row_dx)(&far_row, &line);
+            } else {
+                WR(dx_loop)(row, line, 0);
+            }
         }
     }
 }
 
-static void WR(layer_backward)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_layer *norm,
-                               const double *mean, const double *rstd, nx_rows addend)
+static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
+                               const double *rstd)
 {
-    const int centred = norm->centred;
-    const void *gamma = norm->gamma;
-    const nx_rows none = {NULL, 0};
+    const void *gamma = of->gamma;
+    const nx_rows addend = of->addend;
 #define BACKWARD(gamma, addend) \
-    WR(layer_backward_loop)(x, dy, dx, b, (nx_layer){centred, 0, gamma, NULL}, mean, rstd, addend)
+    WR(layer_backward_loop)(with(*of, gamma, NULL, addend), centred, mean, rstd)
     if (gamma && addend.data) BACKWARD(gamma, addend);
     else if (gamma) BACKWARD(gamma, none);
     else if (addend.data) BACKWARD(NULL, addend);
@@ -202,29 +200,27 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
     const double each = 1 / ((double)rows * (double)n), zero = 0;
     ptrdiff_t channel = g->channel;
     for (ptrdiff_t i = 0; i < g->groups; i++, dbeta += rows, dgamma += rows) {
-        const nx_rows x_ = {(T *)x.data + i * x.group, x.row},
-                      dy_ = {(T *)dy.data + i * dy.group, dy.row},
-                      dx_ = {(T *)dx.data + i * dx.group, dx.row};
+        const nx_backward of = {.x = {(T *)x.data + i * x.group, x.row},
+                                .dy = {(T *)dy.data + i * dy.group, dy.row},
+                                .dx = {(T *)dx.data + i * dx.group, dx.row}};
         double dy_sum = 0, g_sum = 0, g_dot = 0;
         for (ptrdiff_t r = 0; r < rows; r++) {
             double factor = gamma ? (double)gamma[channel + r] : 1, sum = 0, dot = 0;
-            dots_loop(rows_at(x_, r, 0), rows_at(dy_, r, 0), row, mean[i], NULL, NULL, NULL,
-                      (nx_sums){&sum, &dot, 0});
+            dots_loop(sums_part(of, r, 0, row), mean[i], NULL, (nx_sums){&sum, &dot, 0});
             dbeta[r] = sum;
             dgamma[r] = dot * rstd[i];
             dy_sum += dbeta[r];
             g_sum += factor * dbeta[r];
             g_dot += factor * dgamma[r];
         }
-        if (is_far(dy_.data, n, NULL, dy_sum * each)) return i;
+        if (is_far(of.dy.data, n, NULL, dy_sum * each)) return i;
         /* g_dot holds one rstd already */
         double slope = nx_slope(1, rstd[i], g_dot * each),
                constant = nx_constant(rstd[i], g_sum * each);
         for (ptrdiff_t r = 0; r < rows; r++) {
             double factor = gamma ? rstd[i] * (double)gamma[channel + r] : rstd[i];
-            WR(dx_loop)(rows_at(x_, r, 0), rows_at(dy_, r, 0), rows_at(dx_, r, 0), row,
-                        (nx_line){mean + i, &zero, &factor, &slope, &constant, 0}, NULL, NULL, 0,
-                        (nx_rows){NULL, 0});
+            WR(dx_loop)(rows_part(of, r, row),
+                        (nx_line){mean + i, &zero, &factor, &slope, &constant, 0}, 0);
         }
         channel += rows;
         if (channel == g->channels) channel = 0;
@@ -300,17 +296,18 @@ NX_INLINE void WR(col_dx_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, li
 #undef VECTOR
 }
 
-static void WR(col_dx)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b, const nx_line *line,
-                       const nx_relu_mask *relu)
+static void WR(col_dx)(const nx_backward *of, const nx_line *line)
 {
+    const nx_block b = of->block;
     C x_pivot[PADDED], minus_pivot[PADDED], factor[PADDED], slope[PADDED], constant[PADDED],
         mask_scale[PADDED], mask_shift[PADDED];
     EACH_COLUMNS(j0, width)
     {
-        const int adjacent = x_.stride == width && dy_.stride == width && dx_.stride == width;
+        const int adjacent =
+            of->x.stride == width && of->dy.stride == width && of->dx.stride == width;
         const nx_fold folded = fold_rows((nx_block){b.rows, width}, adjacent);
-        const nx_rows x = columns_at(x_, j0, folded), dy = columns_at(dy_, j0, folded),
-                      dx = columns_at(dx_, j0, folded);
+        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded),
+                      dx = columns_at(of->dx, j0, folded);
         for (ptrdiff_t j = 0; j < width; j++) {
             const double a = line->factor[j0 + j], b = line->slope[j0 + j],
                          mean = line->mean[j0 + j];
@@ -326,7 +323,7 @@ static void WR(col_dx)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b, const n
         spread(factor, folded);
         spread(slope, folded);
         spread(constant, folded);
-        if (relu) masks(relu, line->mean, j0, folded, mask_scale, mask_shift);
+        if (of->relu) masks(of->relu, line->mean, j0, folded, mask_scale, mask_shift);
         const line_columns l = {x_pivot,  minus_pivot, factor,    slope,
                                 constant, mask_scale,  mask_shift};
 #define DX(r, n, relu)                                                                          \
@@ -334,7 +331,7 @@ static void WR(col_dx)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b, const n
                    relu)
 #define DX_ROW(r, n) DX(r, n, 0)
 #define MASKED_ROW(r, n) DX(r, n, 1)
-        if (relu) EACH_ROW(folded, MASKED_ROW);
+        if (of->relu) EACH_ROW(folded, MASKED_ROW);
         else EACH_ROW(folded, DX_ROW);
 #undef DX
 #undef DX_ROW

@@ -23,9 +23,9 @@ if not LIST.exists():
 pointer, size, real = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_double
 
 
-def struct(name, fields):
+def struct(name, fields, **nested):
     """A struct of kernels.h, of "type names"."""
-    types = {"p": pointer, "z": size, "d": real, "i": ctypes.c_int}
+    types = {"p": pointer, "z": size, "d": real, "i": ctypes.c_int, **nested}
     members = [(n, types[kind]) for kind, *names in map(str.split, fields.split(";")) for n in names]
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
@@ -35,6 +35,7 @@ Groups = struct("nx_groups", "p data; z group row")
 Block = struct("nx_block", "z rows n")
 Affine = struct("nx_affine", "p mean scale shift; z step")
 ReluMask = struct("nx_relu_mask", "p scale shift")
+Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu", block=Block, rows=Rows)
 Sums = struct("nx_sums", "p sum dot; z step")
 Line = struct("nx_line", "p mean pivot factor slope constant; z step")
 Layer = struct("nx_layer", "i centred; d eps; p gamma beta")
@@ -246,8 +247,8 @@ def row_dots(t, rng, rows, n):
         gamma, g64 = parameters(t, rng, n, kind == "gamma")
         relu = ReluMask(p(scale), p(shift))
         total, dot = np.ones(rows), np.ones(rows)
-        yield (x.rows, dy.rows, Block(rows, n), mean[0], p(pivot) if pivoted else None, p(gamma),
-               ref(relu) if kind == "relu" else None, Sums(p(total), p(dot), step))  # fmt: skip
+        of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, p(gamma), ref(relu) if kind == "relu" else None)
+        yield ref(of), mean[0], p(pivot) if pivoted else None, Sums(p(total), p(dot), step)
         g = gradient(dy.numbers(), x.numbers(), kind, g64, mean, scale, shift)
         dots = (g - pivot * pivoted) * (x.numbers() - mean)
         for actual, each in ((total, g.sum(1)), (dot, dots.sum(1))):
@@ -264,8 +265,8 @@ def col_dots(t, rng, rows, n):
     for kind, pivoted in itertools.product(("", "relu"), (False, True)):
         relu = ReluMask(p(scale), p(shift))
         total, dot = np.ones(n), np.ones(n)
-        yield (x.rows, dy.rows, Block(rows, n), p(mean), p(pivot) if pivoted else None,
-               ref(relu) if kind else None, Sums(p(total), p(dot), 1))  # fmt: skip
+        of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, None, ref(relu) if kind else None)
+        yield ref(of), p(mean), p(pivot) if pivoted else None, Sums(p(total), p(dot), 1)
         g = gradient(dy.numbers(), x.numbers(), kind, None, mean, scale, shift)
         near(t, total, 1 + g.sum(0), stored=False, terms=rows)
         near(t, dot, 1 + ((g - pivot * pivoted) * (x.numbers() - mean)).sum(0), stored=False, terms=rows)
@@ -280,8 +281,9 @@ def row_dx(t, rng, rows, n):
         gamma, g64 = parameters(t, rng, n, "gamma" in kind)
         relu = ReluMask(p(scale), p(shift))
         line = Line(p(mean), p(pivot), p(factor), p(slope), p(constant), step)
-        yield (x.rows, dy.rows, dx.rows, Block(rows, n), ref(line), p(gamma), ref(relu) if kind == "relu" else None,
-               addend.rows if "addend" in kind else NONE)  # fmt: skip
+        more, mask = addend.rows if "addend" in kind else NONE, ref(relu) if kind == "relu" else None
+        of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, more, p(gamma), mask)
+        yield ref(of), ref(line)
         g = gradient(dy.numbers(), x.numbers(), kind.split(" ")[0], g64, mean, scale, shift)
         expected = factor[np.arange(rows) * step][:, None] * g + slope * (x.numbers() - mean) + constant
         near(t, dx.numbers(), expected + (addend.numbers() if "addend" in kind else 0))
@@ -296,7 +298,8 @@ def col_dx(t, rng, rows, n):
     for kind in ("", "relu"):
         relu = ReluMask(p(scale), p(shift))
         line = Line(p(mean), p(pivot), p(scale), p(slope), p(constant), 0)
-        yield x.rows, dy.rows, dx.rows, Block(rows, n), ref(line), ref(relu) if kind else None
+        of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, NONE, None, ref(relu) if kind else None)
+        yield ref(of), ref(line)
         g = gradient(dy.numbers(), x.numbers(), kind, None, mean, scale, shift)
         near(t, dx.numbers(), scale * g + slope * (x.numbers() - mean) + constant)
 
@@ -351,9 +354,9 @@ def layer_backward(t, rng, rows, n):
         dy = Memory(t, rng.normal(far * (np.arange(rows) % 2)[:, None], 1, (rows, n)), room=2)
         gamma, g = parameters(t, rng, n, "gamma" in kind)
         mean, rstd = statistics(x.numbers(), centred)
-        norm = Layer(centred, 0, p(gamma), None)
-        yield (x.rows, dy.rows, dx.rows, Block(rows, n), ref(norm), p(mean), p(rstd),
-               addend.rows if "addend" in kind else NONE)  # fmt: skip
+        more = addend.rows if "addend" in kind else NONE
+        of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, more, p(gamma), None)
+        yield ref(of), centred, p(mean), p(rstd)
         expected = backward(x.numbers(), dy.numbers() * (1 if g is None else g), mean, rstd, centred)
         expected = expected + (addend.numbers() if "addend" in kind else 0)
         near(t, dx.numbers(), expected, terms=n, scale=rstd.max() * np.abs(dy.numbers()).max())
@@ -363,7 +366,8 @@ def layer_parameters(t, rng, rows, n):
     x, dy = Memory(t, rng.normal(3, 1, (rows, n))), Memory(t, rng.normal(0, 1, (rows, n)), room=2)
     mean, rstd = statistics(x.numbers(), True)
     dbeta, dgamma = np.ones(n), np.ones(n)
-    yield x.rows, dy.rows, Block(rows, n), p(mean), p(rstd), p(dbeta), p(dgamma)
+    of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, None, None)
+    yield ref(of), p(mean), p(rstd), p(dbeta), p(dgamma)
     xhat = (x.numbers() - mean[:, None]) * rstd[:, None]
     near(t, dbeta, 1 + dy.numbers().sum(0), stored=False, terms=rows)
     near(t, dgamma, 1 + (dy.numbers() * xhat).sum(0), stored=False, terms=rows)

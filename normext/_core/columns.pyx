@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.call cimport GIVEN, Call, Job, gamma_of
 from normext._core.kernels cimport (
-    affines_of, ceil_div, nx_affine, nx_block, nx_constant, nx_finish_moments,
+    affines_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant, nx_finish_moments,
     nx_groups, nx_inverse_stds, nx_line, nx_merge, nx_merge_equal, nx_moments, nx_relu_mask,
     nx_rescale, nx_rescale_columns, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
@@ -44,7 +44,9 @@ cdef inline nx_block block_at(const Call *c, Chunk t, Py_ssize_t index) noexcept
 
 
 cdef inline nx_rows at(const Call *c, nx_groups a, Chunk t, Py_ssize_t block) noexcept nogil:
-    """The rows of a chunk's block in an array."""
+    """The rows of a chunk's block in an array; no data where there is none."""
+    if a.data == NULL:
+        return nx_rows(NULL, 0)
     cdef Py_ssize_t row = t.row + block * block_rows(c, t)
     return nx_rows(<char *> a.data + (row * a.row + t.col) * c.k.itemsize, a.row)
 
@@ -200,19 +202,30 @@ cdef int normalize_columns(const Call *c) noexcept nogil:
 # Backward ----------------------------------------------------------------------------------------
 
 
+cdef inline nx_backward backward_of(const Call *c, Chunk t, Py_ssize_t block,
+                                    const nx_relu_mask *relu) noexcept nogil:
+    """The backward pass of a chunk's block."""
+    cdef nx_backward of
+    of.block, of.x, of.dy = block_at(c, t, block), at(c, c.x, t, block), at(c, c.dy, t, block)
+    of.dx, of.addend = at(c, c.dx, t, block), nx_rows(NULL, 0)
+    of.gamma, of.relu = NULL, relu
+    return of
+
+
 cdef void chunk_dots(const Call *c, Chunk t, const double *pivots, nx_sums sums) noexcept nogil:
     """The sums of the chunk's columns, whose `pivots` may be NULL."""
     cdef double scale[COLUMNS]
     cdef double shift[COLUMNS]
     cdef nx_relu_mask mask = nx_relu_mask(&scale[0], &shift[0])
+    cdef nx_backward of
     cdef Py_ssize_t block, j
     for j in range(t.cols):
         sums.sum[j] = sums.dot[j] = 0
     if c.relu:
         affines_of(c.k, c.gamma, c.beta, t.col, t.cols, c.rstd + t.col, scale, shift)
     for block in range(block_count(c, t)):
-        c.k.col_dots(at(c, c.x, t, block), at(c, c.dy, t, block), block_at(c, t, block),
-                     c.mean + t.col, pivots, &mask if c.relu else NULL, sums)
+        of = backward_of(c, t, block, &mask if c.relu else NULL)
+        c.k.col_dots(&of, c.mean + t.col, pivots, sums)
 
 
 cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
@@ -230,6 +243,7 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
     cdef nx_relu_mask mask = nx_relu_mask(&factor[0], &shift[0])
     cdef nx_line line = nx_line(c.mean + t.col, &dy_mean[0], &factor[0], &slope[0], &constant[0], 1)
     cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1)
+    cdef nx_backward of
     cdef Py_ssize_t j, block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd, factor, shift)
     for j in range(t.cols):
@@ -237,12 +251,11 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
         dy_mean[j] = sums[j] * each if own else 0
         constant[j] = nx_constant(factor[j], dy_mean[j])
     for block in range(block_count(c, t) - 1, -1, -1):
+        of = backward_of(c, t, block, &mask if c.relu else NULL)
         if own or c.relu:
-            c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
-                       block_at(c, t, block), &line, &mask if c.relu else NULL)
+            c.k.col_dx(&of, &line)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
-            c.k.col_affine(at(c, c.dy, t, block), at(c, c.dx, t, block), block_at(c, t, block),
-                           &map, False)
+            c.k.col_affine(of.dy, of.dx, of.block, &map, False)
 
 
 cdef inline const double *pivots_of(const Call *c, Chunk t) noexcept nogil:
@@ -450,6 +463,7 @@ cdef void example_backward(const Call *c, Example e) noexcept nogil:
     cdef double sum, dot, r, n = <double> c.rows * <double> c.per_group
     cdef Py_ssize_t group, index, j, col, block
     cdef nx_line line
+    cdef nx_backward of
     cdef bint far = False
     cdef Chunk t
     cdef Call of_columns = c[0]
@@ -491,8 +505,8 @@ cdef void example_backward(const Call *c, Example e) noexcept nogil:
         affines_of(c.k, c.gamma, NULL, t.col, t.cols, rstd + t.col, factor, zero)
         line = nx_line(mean + t.col, pivots + t.col, &factor[0], slope + t.col, constant + t.col, 1)
         for block in range(block_count(c, t) - 1, -1, -1):
-            c.k.col_dx(at(c, c.x, t, block), at(c, c.dy, t, block), at(c, c.dx, t, block),
-                       block_at(c, t, block), &line, NULL)
+            of = backward_of(c, t, block, NULL)
+            c.k.col_dx(&of, &line)
 
 
 cdef void example_backward_task(const void *job, Py_ssize_t task) noexcept nogil:

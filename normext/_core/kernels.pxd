@@ -43,6 +43,12 @@ cdef extern from "kernels.h" nogil:
         const double *scale
         const double *shift
 
+    ctypedef struct nx_backward:
+        nx_block block
+        nx_rows x, dy, dx, addend
+        const void *gamma
+        const nx_relu_mask *relu
+
     ctypedef struct nx_sums:
         double *sum
         double *dot
@@ -98,23 +104,20 @@ cdef extern from "kernels.h" nogil:
                            double mean) noexcept nogil
         bint (*cols_are_far)(nx_rows dy, nx_block b, const double *sum, double count,
                              double *pivot) noexcept nogil
-        void (*row_dots)(nx_rows x, nx_rows dy, nx_block b, double mean, const double *pivot,
-                         const void *gamma, const nx_relu_mask *relu, nx_sums sums) noexcept nogil
-        void (*col_dots)(nx_rows x, nx_rows dy, nx_block b, const double *mean, const double *pivot,
-                         const nx_relu_mask *relu, nx_sums sums) noexcept nogil
-        void (*row_dx)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
-                       const void *gamma, const nx_relu_mask *relu, nx_rows addend) noexcept nogil
-        void (*col_dx)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b, const nx_line *line,
-                       const nx_relu_mask *relu) noexcept nogil
+        void (*row_dots)(const nx_backward *of, double mean, const double *pivot,
+                         nx_sums sums) noexcept nogil
+        void (*col_dots)(const nx_backward *of, const double *mean, const double *pivot,
+                         nx_sums sums) noexcept nogil
+        void (*row_dx)(const nx_backward *of, const nx_line *line) noexcept nogil
+        void (*col_dx)(const nx_backward *of, const nx_line *line) noexcept nogil
         void (*layer_statistics)(nx_rows x, nx_block b, bint centred, double eps, double *mean,
                                  double *rstd) noexcept nogil
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
-        void (*layer_backward)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b,
-                               const nx_layer *norm, const double *mean, const double *rstd,
-                               nx_rows addend) noexcept nogil
-        void (*layer_parameters)(nx_rows x, nx_rows dy, nx_block b, const double *mean,
-                                 const double *rstd, double *dbeta, double *dgamma) noexcept nogil
+        void (*layer_backward)(const nx_backward *of, bint centred, const double *mean,
+                               const double *rstd) noexcept nogil
+        void (*layer_parameters)(const nx_backward *of, const double *mean, const double *rstd,
+                                 double *dbeta, double *dgamma) noexcept nogil
         ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
                                     const double *mean, const double *rstd, double *dbeta,
                                     double *dgamma) noexcept nogil

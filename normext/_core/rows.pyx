@@ -20,11 +20,11 @@ from libc.stdlib cimport calloc, free, malloc
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.call cimport (
-    ABOUT_ZERO, ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
+    ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
 )
 from normext._core.kernels cimport (
-    affine_of, affines_of, ceil_div, nx_affine, nx_block, nx_constant,
-    nx_finish_moments, nx_grouping, nx_groups, nx_kernels, nx_layer, nx_line, nx_merge,
+    affine_of, affines_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant,
+    nx_finish_moments, nx_grouping, nx_groups, nx_layer, nx_line, nx_merge,
     nx_moments, nx_relu_mask, nx_rescale, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
 from normext._core.runtime cimport run_on, run_tasks, team_for
@@ -44,6 +44,10 @@ cdef struct Shape:
 # A block of a group, which are numbered row by row.
 cdef struct Block:
     Py_ssize_t row, rows, start, n
+
+# A group's blocks from first up to last.
+cdef struct Chunk:
+    Py_ssize_t group, first, last
 
 
 cdef inline Py_ssize_t block_count(Shape s, Py_ssize_t size) noexcept nogil:
@@ -95,6 +99,12 @@ cdef inline const char *along(const Call *c, const char *p, Block b) noexcept no
     return p + b.start * c.k.parameter_size
 
 
+cdef inline Chunk chunk_at(const Job *j, Py_ssize_t task) noexcept nogil:
+    cdef Py_ssize_t chunk = task % j.chunks
+    return Chunk(task // j.chunks, chunk * j.blocks // j.chunks,
+                 (chunk + 1) * j.blocks // j.chunks)
+
+
 cdef inline Py_ssize_t first_of(const Job *j, Py_ssize_t task, Py_ssize_t things) noexcept nogil:
     """Where the share of a task in so many things begins, and that of the one before ends."""
     return task * things // j.tasks
@@ -115,10 +125,8 @@ cdef void group_moments(const Call *c, Py_ssize_t group, Py_ssize_t chunk, Py_ss
                         m)
 
 
-cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first,
-                       Py_ssize_t last) noexcept nogil:
-    """y of the blocks first to last."""
-    cdef Py_ssize_t index, end, r, channel
+cdef void group_affine(const Call *c, Chunk t) noexcept nogil:
+    cdef Py_ssize_t index, end, r, channel, group = t.group
     cdef double zero = 0, mean = c.mean[group], rstd = c.rstd[group]
     cdef double scale[ROWS_AT_ONCE]
     cdef double shift[ROWS_AT_ONCE]
@@ -132,7 +140,7 @@ cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first,
         for r in range(min(<Py_ssize_t> ROWS_AT_ONCE, c.rows)):
             means[r] = mean
         map = nx_affine(&means[0], &scale[0], &shift[0], 1)
-    for index in range(last - 1, first - 1, -1):
+    for index in range(t.last - 1, t.first - 1, -1):
         b = block_at(shape_of(c), c.k.row_block, index)
         if c.parameters != PER_ROW:
             c.k.row_affine(at(c, c.x, group, b), at(c, c.y, group, b), nx_block(b.rows, b.n), &map,
@@ -165,7 +173,7 @@ cdef void normalize_group(const Call *c, Py_ssize_t group, Py_ssize_t blocks) no
             group_moments(c, group, 0, 1, scale, &m)
         finish_group(c, group, m, scale)
     if c.y.data != NULL:
-        group_affine(c, group, 0, blocks)
+        group_affine(c, Chunk(group, 0, blocks))
 
 
 cdef void group_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -193,7 +201,7 @@ cdef void short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
         c.k.layer_statistics(rows_at(c.x, c.k.itemsize, first), nx_block(end - first, c.rows * c.n),
                              c.statistics == CENTRED, c.eps, c.mean + first, c.rstd + first)
         for group in range(first, end):
-            group_affine(c, group, 0, j.blocks)
+            group_affine(c, Chunk(group, 0, j.blocks))
         first = end
 
 
@@ -206,9 +214,7 @@ cdef void moments_task(const void *job, Py_ssize_t task) noexcept nogil:
 
 cdef void affine_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    cdef Py_ssize_t chunk = task % j.chunks
-    group_affine(j.call, task // j.chunks, chunk * j.blocks // j.chunks,
-                 (chunk + 1) * j.blocks // j.chunks)
+    group_affine(j.call, chunk_at(j, task))
 
 
 cdef int moments_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
@@ -343,20 +349,33 @@ cdef int normalize_sums(const Call *c) noexcept nogil:
 # Backward ----------------------------------------------------------------------------------------
 
 
-cdef void group_dots(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last,
-                     const double *pivot, nx_sums sums) noexcept nogil:
-    """The sums of the blocks first to last."""
+cdef inline nx_backward backward_of(const Call *c, Py_ssize_t group, Block b,
+                                    const nx_relu_mask *relu) noexcept nogil:
+    """The backward pass of a block."""
+    return nx_backward(
+        nx_block(b.rows, b.n), at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
+        at(c, c.addend, group, b), along(c, c.gamma, b), relu,
+    )
+
+
+cdef void group_dots(const Call *c, Chunk t, const double *pivot, nx_sums sums) noexcept nogil:
     cdef Py_ssize_t index
     cdef Block b
+    cdef nx_backward of
     cdef double scale, shift
     cdef nx_relu_mask mask = nx_relu_mask(&scale, &shift)
+    cdef nx_relu_mask *relu = &mask if c.relu else NULL
+    cdef nx_rows none = nx_rows(NULL, 0)
     if c.parameters == PER_GROUP:
-        affine_of(c.k, c.gamma, c.beta, group, c.rstd[group], &scale, &shift)
+        affine_of(c.k, c.gamma, c.beta, t.group, c.rstd[t.group], &scale, &shift)
     sums.sum[0] = sums.dot[0] = 0
-    for index in range(first, last):
+    for index in range(t.first, t.last):
         b = block_at(shape_of(c), c.k.row_block, index)
-        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n),
-                     c.mean[group], pivot, along(c, c.gamma, b), &mask if c.relu else NULL, sums)
+        of = nx_backward(
+            nx_block(b.rows, b.n), at(c, c.x, t.group, b), at(c, c.dy, t.group, b), none, none,
+            along(c, c.gamma, b), relu,
+        )
+        c.k.row_dots(&of, c.mean[t.group], pivot, sums)
 
 
 cdef bint is_far(const Call *c, Py_ssize_t group, double mean) noexcept nogil:
@@ -367,14 +386,14 @@ cdef bint is_far(const Call *c, Py_ssize_t group, double mean) noexcept nogil:
     )
 
 
-cdef void group_dx(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t last, double sum,
-                   double dot) noexcept nogil:
-    """dx of the blocks first to last.
+cdef void group_dx(const Call *c, Chunk t, double sum, double dot) noexcept nogil:
+    """dx, with the sum and dot of the chunk's group.
 
     Statistics about zero have no mean to pass a gradient through: that of g counts as 0.
     """
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, group = t.group
     cdef Block b
+    cdef nx_backward of
     cdef double zero = 0, rstd = c.rstd[group], factor = rstd, shift, slope, constant
     cdef double g_mean = sum / c.count if c.statistics == CENTRED else 0
     cdef nx_relu_mask mask = nx_relu_mask(&factor, &shift)
@@ -384,48 +403,44 @@ cdef void group_dx(const Call *c, Py_ssize_t group, Py_ssize_t first, Py_ssize_t
         affine_of(c.k, c.gamma, c.beta, group, rstd, &factor, &shift)
     slope = 0 if c.statistics == GIVEN else nx_slope(factor, rstd, dot / c.count)
     constant = nx_constant(factor, g_mean)
-    for index in range(last - 1, first - 1, -1):
+    for index in range(t.last - 1, t.first - 1, -1):
         b = block_at(shape_of(c), c.k.row_block, index)
+        of = backward_of(c, group, b, &mask if c.relu else NULL)
         if c.statistics != GIVEN or c.relu:
-            c.k.row_dx(at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
-                       nx_block(b.rows, b.n), &line, along(c, c.gamma, b),
-                       &mask if c.relu else NULL, at(c, c.addend, group, b))
+            c.k.row_dx(&of, &line)
         else:  # the statistics are constants, and x does not matter
-            c.k.row_affine(at(c, c.dy, group, b), at(c, c.dx, group, b), nx_block(b.rows, b.n),
-                           &map, along(c, c.gamma, b), NULL, False)
+            c.k.row_affine(of.dy, of.dx, of.block, &map, of.gamma, NULL, False)
 
 
-cdef void backward_group(const Call *c, Py_ssize_t group, Py_ssize_t blocks,
-                         nx_sums sums) noexcept nogil:
+cdef void backward_group(const Call *c, Chunk whole, nx_sums sums) noexcept nogil:
     cdef double pivot
     if not c.given:
-        group_dots(c, group, 0, blocks, NULL if c.pivots == NULL else c.pivots + group, sums)
+        group_dots(c, whole, NULL if c.pivots == NULL else c.pivots + whole.group, sums)
         pivot = sums.sum[0] / c.count
-        if c.dx.data != NULL and is_far(c, group, pivot):
-            group_dots(c, group, 0, blocks, &pivot, sums)
+        if c.dx.data != NULL and is_far(c, whole.group, pivot):
+            group_dots(c, whole, &pivot, sums)
     if c.dx.data != NULL:
-        group_dx(c, group, 0, blocks, sums.sum[0], sums.dot[0])
+        group_dx(c, whole, sums.sum[0], sums.dot[0])
 
 
 cdef void backward_group_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    backward_group(j.call, task, j.blocks, nx_sums(j.call.sums + task, j.call.dots + task, 0))
+    backward_group(j.call, Chunk(task, 0, j.blocks),
+                   nx_sums(j.call.sums + task, j.call.dots + task, 0))
 
 
 cdef void dots_task(const void *job, Py_ssize_t task) noexcept nogil:
     """A chunk's sum and dot, into `partial`, about the group's pivot in `adjust` (NULL: none)."""
     cdef const Job *j = <const Job *> job
-    cdef Py_ssize_t group = task // j.chunks, chunk = task % j.chunks
-    group_dots(j.call, group, chunk * j.blocks // j.chunks, (chunk + 1) * j.blocks // j.chunks,
-               NULL if j.adjust == NULL else j.adjust + group,
+    group_dots(j.call, chunk_at(j, task),
+               NULL if j.adjust == NULL else j.adjust + task // j.chunks,
                nx_sums(j.partial + 2 * task, j.partial + 2 * task + 1, 0))
 
 
 cdef void dx_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    cdef Py_ssize_t group = task // j.chunks, chunk = task % j.chunks
-    group_dx(j.call, group, chunk * j.blocks // j.chunks, (chunk + 1) * j.blocks // j.chunks,
-             j.call.sums[group], j.call.dots[group])
+    cdef Chunk t = chunk_at(j, task)
+    group_dx(j.call, t, j.call.sums[t.group], j.call.dots[t.group])
 
 
 cdef int dots_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
@@ -486,21 +501,20 @@ cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, doub
     First the latter, since dx may be written over dy.
     """
     cdef Py_ssize_t row, blocks = block_count(shape_of(c), c.k.row_block), end, size = c.k.itemsize
-    cdef nx_layer norm = nx_layer(c.statistics == CENTRED, c.eps, c.gamma, NULL)
-    cdef nx_block b
+    cdef nx_backward of
     cdef double sum, dot
     while first < last:
         end = min(first + CHUNK_ROWS, last)
-        b = nx_block(end - first, c.n)
-        c.k.layer_parameters(rows_at(c.x, size, first), rows_at(c.dy, size, first), b,
-                             c.mean + first, c.rstd + first, dbeta, dgamma)
+        of = nx_backward(
+            nx_block(end - first, c.n), rows_at(c.x, size, first), rows_at(c.dy, size, first),
+            rows_at(c.dx, size, first), rows_at(c.addend, size, first), c.gamma, NULL,
+        )
+        c.k.layer_parameters(&of, c.mean + first, c.rstd + first, dbeta, dgamma)
         if blocks == 1:
-            c.k.layer_backward(rows_at(c.x, size, first), rows_at(c.dy, size, first),
-                               rows_at(c.dx, size, first), b, &norm, c.mean + first, c.rstd + first,
-                               rows_at(c.addend, size, first))
+            c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first)
         else:
             for row in range(first, end):
-                backward_group(c, row, blocks, nx_sums(&sum, &dot, 0))
+                backward_group(c, Chunk(row, 0, blocks), nx_sums(&sum, &dot, 0))
         first = end
 
 
@@ -517,14 +531,15 @@ cdef void parameters_task(const void *job, Py_ssize_t task) noexcept nogil:
     """The sums over all rows for some columns."""
     cdef const Call *c = (<const Job *> job).call
     cdef Py_ssize_t index, first, column = task * COLUMNS
-    cdef Py_ssize_t width = min(<Py_ssize_t> COLUMNS, c.n - column)
-    cdef Block b = Block(0, 1, column, width)
+    cdef Block b = Block(0, 1, column, min(<Py_ssize_t> COLUMNS, c.n - column))
+    cdef nx_backward of
     for index in range(ceil_div(c.groups, c.k.col_rows)):
         first = index * c.k.col_rows
-        c.k.layer_parameters(nx_rows(at(c, c.x, first, b).data, c.x.group),
-                             nx_rows(at(c, c.dy, first, b).data, c.dy.group),
-                             nx_block(min(c.k.col_rows, c.groups - first), width), c.mean + first,
-                             c.rstd + first, c.dbeta + column, c.dgamma + column)
+        of = backward_of(c, first, b, NULL)
+        of.block.rows = min(c.k.col_rows, c.groups - first)
+        of.x.stride, of.dy.stride = c.x.group, c.dy.group
+        c.k.layer_parameters(&of, c.mean + first, c.rstd + first, c.dbeta + column,
+                             c.dgamma + column)
 
 
 cdef int layer_backward(const Call *c) noexcept nogil:
@@ -570,13 +585,13 @@ cdef void row_dots_of_group(const Call *c, Py_ssize_t group, const double *pivot
                             nx_sums sums) noexcept nogil:
     cdef Py_ssize_t r, index
     cdef Block b
+    cdef nx_backward of
     for r in range(c.rows):
         sums.sum[r] = sums.dot[r] = 0
     for index in range(block_count(shape_of(c), c.k.row_block)):
         b = block_at(shape_of(c), c.k.row_block, index)
-        c.k.row_dots(at(c, c.x, group, b), at(c, c.dy, group, b), nx_block(b.rows, b.n),
-                     c.mean[group], pivot, NULL, NULL,
-                     nx_sums(sums.sum + b.row, sums.dot + b.row, 1))
+        of = backward_of(c, group, b, NULL)
+        c.k.row_dots(&of, c.mean[group], pivot, nx_sums(sums.sum + b.row, sums.dot + b.row, 1))
 
 
 cdef void row_deviations(const Call *c, Py_ssize_t group, double *deviations) noexcept nogil:
@@ -599,6 +614,7 @@ cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
     cdef double rstd = c.rstd[group], slope, constant
     cdef double factor[ROWS_AT_ONCE]
     cdef nx_line line = nx_line(c.mean + group, &pivot, &factor[0], &slope, &constant, 1)
+    cdef nx_backward of
     cdef Block b
     row_dots_of_group(c, group, NULL, sums)
     for r in range(c.rows):
@@ -620,8 +636,8 @@ cdef void backward_rows_of_group(const Call *c, Py_ssize_t group, nx_sums sums,
             b.rows = min(<Py_ssize_t> ROWS_AT_ONCE, end - b.row)
             for r in range(b.rows):
                 factor[r] = rstd * gamma_of(c, channel + b.row + r)
-            c.k.row_dx(at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
-                       nx_block(b.rows, b.n), &line, NULL, NULL, nx_rows(NULL, 0))
+            of = backward_of(c, group, b, NULL)
+            c.k.row_dx(&of, &line)
             b.row += b.rows
     for r in range(c.rows):
         sums.dot[r] *= rstd
