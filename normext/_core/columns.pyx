@@ -21,9 +21,11 @@ from normext._core.kernels cimport (
 from normext._core.runtime cimport run_on, run_tasks, team_for
 
 cdef enum:
-    CHUNKS = 32  # to split the work into
-    SPLIT = 1 << 16  # elements from which rows may be split
-    COLUMNS = 512  # of a task; their coefficients are on its stack
+    CHUNKS = 32  # as in rows.pyx
+    SPLIT = 1 << 16  # likewise
+    # Columns of a task, whose coefficients are on its stack: up to 5 arrays of 4 KiB, of which
+    # those that a kernel reads at a time fit the L1 cache.
+    COLUMNS = 512
 
 # Some rows of some columns.
 cdef struct Chunk:

@@ -30,12 +30,21 @@ from normext._core.kernels cimport (
 from normext._core.runtime cimport run_on, run_tasks, team_for
 
 cdef enum:
-    CHUNKS = 32  # to split the work into, where groups are few and large
-    SPLIT = 1 << 16  # elements from which a group may be split
-    CHUNK_ROWS = 32  # rows of layer norm whose x and dy are met twice, the second time in cache
-    COLUMNS = 256  # of a task that sums down all rows
-    ROWS_AT_ONCE = 64  # whose coefficients are held on the stack
-    GROUPS_AT_ONCE = 8  # whose statistics are taken together
+    # Into so many chunks the work is split where groups are few and large: two for each of 16
+    # threads. The bits depend on it, and so not on the machine.
+    CHUNKS = 32
+    # Elements from which a group may be split: what two threads are started for (runtime.pyx).
+    SPLIT = 1 << 16
+    # Rows of layer norm whose x and dy are met twice, the second time in cache: 2 * 32 rows of 1024
+    # floats are 256 KiB, and half of a second-level cache.
+    CHUNK_ROWS = 32
+    # Columns of a task that sums down all rows: 1 KiB of a row of floats, so that memory is read in
+    # stretches that its prefetcher follows, and 4 KiB of sums.
+    COLUMNS = 256
+    # Rows whose coefficients are held on the stack: 3 arrays of 512 bytes.
+    ROWS_AT_ONCE = 64
+    # Groups whose statistics are taken together: as many as the kernel interleaves.
+    GROUPS_AT_ONCE = 8
 
 # The rows of a group.
 cdef struct Shape:
