@@ -24,7 +24,8 @@ static int is_openmp(void *caller)
 static int fails(void *caller)
 {
     /* Disarmed it stays at 0 or below. */
-    if (atomic_load_explicit(&left, memory_order_relaxed) <= 0 || atomic_fetch_sub(&left, 1) != 1) return 0;
+    if (atomic_load_explicit(&left, memory_order_relaxed) <= 0 || atomic_fetch_sub(&left, 1) != 1)
+        return 0;
     if (is_openmp(caller)) {
         atomic_store(&left, 1); /* the next one, then */
         return 0;
@@ -56,9 +57,11 @@ int faults_disarm(void)
 /* Blocks of memory that were not given back. */
 long faults_live(void) { return atomic_load(&live); }
 
-void *malloc(size_t size) { return fails(__builtin_return_address(0)) ? NULL : counted(__libc_malloc(size)); }
+void *malloc(size_t size)
+{ return fails(__builtin_return_address(0)) ? NULL : counted(__libc_malloc(size)); }
 
-void *calloc(size_t n, size_t size) { return fails(__builtin_return_address(0)) ? NULL : counted(__libc_calloc(n, size)); }
+void *calloc(size_t n, size_t size)
+{ return fails(__builtin_return_address(0)) ? NULL : counted(__libc_calloc(n, size)); }
 
 void *realloc(void *memory, size_t size)
 {
@@ -88,8 +91,10 @@ void free(void *memory)
     __libc_free(memory);
 }
 
-int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument)
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *),
+                   void *argument)
 {
-    int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
+    int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) =
+        dlsym(RTLD_NEXT, "pthread_create");
     return fails(__builtin_return_address(0)) ? EAGAIN : create(thread, attributes, run, argument);
 }

@@ -35,7 +35,7 @@ enum {
     NORMEXT_BATCH_NORM, /* statistics of each channel, over all other axes */
     NORMEXT_GROUP_NORM, /* of a group of channels of an example; a group a channel: instance norm */
     NORMEXT_LAYER_NORM, /* of each row: `axis` and all axes after it, together */
-    NORMEXT_RMS_NORM    /* of each row, about zero: the mean is 0, the variance the mean square */
+    NORMEXT_RMS_NORM /* of each row, about zero: the mean is 0, the variance the mean square */
 };
 
 /* What is wrong: negative, by name. */
@@ -45,10 +45,10 @@ enum {
     NORMEXT_NO_MEMORY = -2,
     NORMEXT_BAD_KIND = -3,
     NORMEXT_BAD_TYPE = -4,
-    NORMEXT_BAD_SHAPE = -5,  /* too many axes or numbers, or a negative length */
-    NORMEXT_BAD_AXIS = -6,   /* it is not one of the axes; of group norm, also 0 */
+    NORMEXT_BAD_SHAPE = -5, /* too many axes or numbers, or a negative length */
+    NORMEXT_BAD_AXIS = -6, /* it is not one of the axes; of group norm, also 0 */
     NORMEXT_BAD_GROUPS = -7, /* they do not divide the channels */
-    NORMEXT_BAD_EPS = -8,    /* negative, or more than 1e300 */
+    NORMEXT_BAD_EPS = -8, /* negative, or more than 1e300 */
     NORMEXT_NO_CHANNELS = -9,
     NORMEXT_NO_NUMBERS = -10 /* nothing to take a mean of */
 };
@@ -62,16 +62,16 @@ typedef struct {
     const ptrdiff_t *shape; /* of these arrays */
     int axis; /* of the channels; of layer and RMS norm, the first that is normalized. From 0 on */
     ptrdiff_t groups; /* of group norm: they divide the channels */
-    int training;     /* 1: the statistics are those of x; 0 (batch norm only): they are given */
-    int relu;         /* batch norm: y = max(0, y) */
-    double eps;       /* added to the variance */
+    int training; /* 1: the statistics are those of x; 0 (batch norm only): they are given */
+    int relu; /* batch norm: y = max(0, y) */
+    double eps; /* added to the variance */
 } nx_norm;
 
 /* An array in the shape of x, at any address. */
 typedef struct {
     void *data;
     const ptrdiff_t *strides; /* of each axis, in bytes, of any sign; NULL where it is contiguous */
-    int swapped;              /* whether the bytes of a number are in the other order */
+    int swapped; /* whether the bytes of a number are in the other order */
 } nx_array;
 
 /* Running statistics of batch norm, a number for each channel, contiguous: in training
@@ -97,7 +97,7 @@ enum {
 typedef struct {
     nx_array x, y; /* forward; y.data may be NULL: the statistics alone */
     nx_array residual, sum; /* layer and RMS norm: what is normalized is sum = x + residual */
-    nx_array dy, dx;        /* backward, with the x (or sum) and the statistics of forward */
+    nx_array dy, dx; /* backward, with the x (or sum) and the statistics of forward */
     nx_array dsum; /* of layer and RMS norm: what came back to sum from elsewhere, is added to dx */
     const void *gamma, *beta;
     double *mean, *rstd; /* of a channel, row, or group of an example; 1 / sqrt(variance + eps) */
