@@ -69,6 +69,9 @@ class BuildExt(build_ext):
         openmp_compile_args, openmp_link_args = self.openmp_args()
         compile_args = OPTIMIZE[self.msvc] + openmp_compile_args
         settings = self.settings_file(compile_args, openmp_link_args)
+        # What is up to date, is decided here: setuptools compares whole seconds, in which a module may be built and a
+        # file of it changed again.
+        self.everything, self.force = self.force, True
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
             # what takes longest
             kernels = [pool.submit(self.compile_kernels, isa, type, settings) for isa in VARIANTS for type in TYPES]
@@ -80,7 +83,7 @@ class BuildExt(build_ext):
                 if ext.name == RUNTIME:
                     ext.extra_objects = [path for job in kernels for path in job.result()]
                     ext.depends += ext.extra_objects
-                if self.force or is_older(self.get_ext_fullpath(ext.name), *ext.sources, *ext.depends):
+                if self.everything or is_older(self.get_ext_fullpath(ext.name), *ext.sources, *ext.depends):
                     ext.sources = self.in_c(ext)
                     jobs.append(pool.submit(self.build_extension, ext))
             for job in jobs:
@@ -97,7 +100,7 @@ class BuildExt(build_ext):
         folder = os.path.join(self.build_temp, isa, type)
         objects = self.compiler.object_filenames(["src_c/kernels.c"], output_dir=folder)
         sources = [settings, *(path for path in Path("src_c").iterdir() if path.name != "dispatch.c")]
-        if self.force or any(is_older(path, *sources) for path in objects):
+        if self.everything or any(is_older(path, *sources) for path in objects):
             self.compiler.compile(
                 ["src_c/kernels.c"],
                 output_dir=folder,
