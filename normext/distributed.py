@@ -656,6 +656,7 @@ def abort_on_error(comm: MPI.Intracomm | None = None) -> Iterator[None]:
         # In one piece, so that the lines of several ranks do not mix.
         sys.stderr.write(f"rank {comm.rank} of {comm.size} ends the job:\n{traceback.format_exc()}")
         sys.stderr.flush()
+        time.sleep(0.2)  # for mpiexec to pass it on: what it has not read when the job ends is lost
         comm.Abort(1)
 
 
