@@ -6,8 +6,9 @@ from libc.string cimport memset
 
 from normext cimport (
     NORMEXT_API_VERSION, NORMEXT_APPLY, NORMEXT_BAD_ARGUMENT, NORMEXT_BATCH_NORM,
-    NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, NORMEXT_NO_MEMORY, NORMEXT_OK, NORMEXT_RMS_NORM,
-    NORMEXT_SUMS, NORMEXT_WHOLE, normext_api, nx_array, nx_io, nx_norm,
+    NORMEXT_FLOAT32, NORMEXT_FLOAT64, NORMEXT_GROUP_NORM, NORMEXT_LAYER_NORM, NORMEXT_NO_MEMORY,
+    NORMEXT_OK, NORMEXT_RMS_NORM, NORMEXT_SUMS, NORMEXT_WHOLE, normext_api, nx_array, nx_io,
+    nx_norm,
 )
 from normext._core cimport norms
 from normext._core.sizes cimport is_row_norm, numbers_of
@@ -82,7 +83,7 @@ cdef inline nx_io io_of(const void *x, const void *gamma, const double *mean,
 
 
 cdef inline Py_ssize_t size_of(int type) noexcept nogil:
-    return 4 if type == 0 else 8 if type == 1 else 2
+    return 4 if type == NORMEXT_FLOAT32 else 8 if type == NORMEXT_FLOAT64 else 2
 
 
 cdef int normalize_rows(

@@ -21,7 +21,9 @@ from normext cimport (
     nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
-from normext._core.sizes cimport is_group_norm, numbers_of, statistics_of
+from normext._core.sizes cimport (
+    is_group_norm, is_row_norm, numbers_of, parameters_of, statistics_of,
+)
 
 cdef enum:
     LITTLE = 1 << 15  # elements, some 10 microseconds: up to there letting go of the GIL would show
@@ -37,21 +39,17 @@ cdef bint debugging = os.environ.get("NORMEXT_DEBUG", "0") not in ("", "0")
 # What a norm is ----------------------------------------------------------------------------------
 
 
-cdef int bfloat16 = -1  # its type number, once an array of ml_dtypes' has come by
-
-cdef dict kinds = {
+KINDS = {
     "batch_norm": NORMEXT_BATCH_NORM,
     "layer_norm": NORMEXT_LAYER_NORM,
     "rms_norm": NORMEXT_RMS_NORM,
     "group_norm": NORMEXT_GROUP_NORM,
     "instance_norm": NORMEXT_GROUP_NORM,
 }
-KINDS = kinds  # for who calls the loops by another door than the functions here
 
 
 cdef int element_type(object dtype) except -1:
     cdef int number = dtype.num
-    global bfloat16
     if number == cnp.NPY_FLOAT:
         return NORMEXT_FLOAT32
     if number == cnp.NPY_DOUBLE:
@@ -59,7 +57,6 @@ cdef int element_type(object dtype) except -1:
     if number == cnp.NPY_FLOAT16:
         return NORMEXT_FLOAT16
     if dtype.name == "bfloat16":
-        bfloat16 = number
         return NORMEXT_BFLOAT16
     raise TypeError(
         f"dtype must be float32, float64, float16 or bfloat16, got {dtype}"
@@ -126,8 +123,8 @@ cdef class Norm:
     def __init__(self, kind, shape, dtype, *, axis=None, groups=1, eps=None, training=True,
                  activation=None):
         cdef Py_ssize_t[64] dims
-        if kind not in kinds:
-            raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind!r}")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         by_row = kind in ("layer_norm", "rms_norm")
         if len(shape) > 64:
             raise ValueError(f"shape must have at most 64 axes, got {len(shape)}")
@@ -180,8 +177,9 @@ cdef class Norm:
     @property
     def parameter_shape(self):
         """Of gamma and beta."""
-        shape, axis = self.shape, self.c.axis
-        return shape[axis:] if self.kind in ("layer_norm", "rms_norm") else shape[axis:axis + 1]
+        cdef const Py_ssize_t *dims
+        cdef int ndim = parameter_axes(self, &dims)
+        return shape_of(ndim, dims)
 
     @property
     def statistics(self):
@@ -228,7 +226,7 @@ cdef int describe(Norm norm, tuple how, int ndim, const Py_ssize_t *dims, int ty
     cdef size_t size = ndim * sizeof(Py_ssize_t)
     cdef int wrong
     kind, axis, groups, eps, training, activation = how
-    norm.kind, norm.c.kind, norm.c.type, norm.c.ndim = kind, kinds[kind], type, ndim
+    norm.kind, norm.c.kind, norm.c.type, norm.c.ndim = kind, KINDS[kind], type, ndim
     norm.c.axis = checked_axis(axis, ndim)  # a number has none: from here on there are dims
     norm.c.shape = &norm.few[0] if ndim <= 6 else <Py_ssize_t *> PyMem_Malloc(size)
     if norm.c.shape == NULL:
@@ -368,13 +366,6 @@ cdef dict checksums_of(Cache c):
     return checksums
 
 
-cdef Cache finished(Cache c):
-    """The cache when all that it refers to has been written."""
-    if debugging and not c.in_place:
-        c.checksums = checksums_of(c)
-    return c
-
-
 cpdef Cache checked_cache(object cache, str kind):
     """The cache, if it is of that norm and still has its x."""
     cdef Cache c
@@ -440,13 +431,11 @@ cdef cnp.ndarray as_array(object a, str name):
 
 cdef cnp.ndarray floating_array(object a, str name):
     """a as an array of floats, of any strides: itself if it is one, integers as float64."""
-    global bfloat16
     cdef cnp.ndarray array = a if cnp.PyArray_CheckExact(a) else as_array(a, name)
     cdef int number = cnp.PyArray_TYPE(array)
     if number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE or number == cnp.NPY_FLOAT16:
         return array
     if array.dtype.name == "bfloat16":
-        bfloat16 = number
         return array
     if array.dtype.kind in "iub":
         return array.astype(np.float64)
@@ -583,15 +572,15 @@ cdef bint overlaps(cnp.ndarray a, cnp.ndarray b) except -1:
         return True
 
 
-cdef int check_own_memory(cnp.ndarray array, str name) except -1:
-    """That what is written has memory for every element."""
+cdef int check_own_memory(cnp.ndarray out) except -1:
+    """That it has memory for every element."""
     cdef int i
-    for i in range(cnp.PyArray_NDIM(array)):
-        if (cnp.PyArray_STRIDE(array, i) == 0 and cnp.PyArray_DIM(array, i) > 1
-                and cnp.PyArray_SIZE(array) > 0):
+    for i in range(cnp.PyArray_NDIM(out)):
+        if (cnp.PyArray_STRIDE(out, i) == 0 and cnp.PyArray_DIM(out, i) > 1
+                and cnp.PyArray_SIZE(out) > 0):
             raise ValueError(
-                f"{name} must have its own memory for every element, got strides "
-                f"{(<object> array).strides}"
+                "out must have its own memory for every element, got strides "
+                f"{(<object> out).strides}"
             )
     return 0
 
@@ -624,7 +613,7 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
         raise ValueError(f"out must have shape {np.shape(x)}, got {np.shape(array)}")
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError("out must be writable, but it is read-only")
-    check_own_memory(array, "out")
+    check_own_memory(array)
     if not same_memory(array, over) and overlaps(array, over):
         raise ValueError(
             f"out must be {over_name} itself or share no memory with it, but it overlaps "
@@ -820,9 +809,7 @@ cdef Norm norm_for(object norm, cnp.ndarray x):
 cdef inline int parameter_axes(Norm norm, const Py_ssize_t **dims) noexcept:
     """Those of gamma and beta."""
     dims[0] = norm.c.shape + norm.c.axis
-    if norm.c.kind == NORMEXT_LAYER_NORM or norm.c.kind == NORMEXT_RMS_NORM:
-        return norm.c.ndim - norm.c.axis
-    return 1
+    return norm.c.ndim - norm.c.axis if is_row_norm(&norm.c) else 1
 
 
 cdef cnp.ndarray new_statistics(Norm norm):
@@ -889,7 +876,8 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
     run(&n.c, &io, False, cnp.PyArray_SIZE(x_))
     if copies is not None and n.c.training:
         store_running(running, copies)
-    finished(cache)
+    if debugging and not cache.in_place:
+        cache.checksums = checksums_of(cache)  # now that all it refers to has been written
     return result
 
 
@@ -935,8 +923,8 @@ cpdef tuple backward(object dy, object cache, str kind, object dsum, object out)
     cdef Cache c = checked_cache(cache, kind)
     cdef cnp.ndarray dy_ = like_x(dy, "dy", c.x), dsum_ = None, dx
     cdef const Py_ssize_t *dims
-    cdef int i, ndim = parameter_axes(c.norm, &dims)
-    cdef Py_ssize_t n = 1
+    cdef int ndim = parameter_axes(c.norm, &dims)
+    cdef Py_ssize_t n = parameters_of(&c.norm.c)
     cdef double few[2 * FEW]
     cdef double *sums = &few[0]
     cdef nx_io io
@@ -946,8 +934,6 @@ cpdef tuple backward(object dy, object cache, str kind, object dsum, object out)
     set_backward(&io, c, dy_, dx)
     if dsum_ is not None:
         set_array(&io.dsum, dsum_)
-    for i in range(ndim):
-        n *= dims[i]
     if n > FEW:
         sums = <double *> PyMem_Malloc(2 * n * sizeof(double))
         if sums == NULL:

@@ -129,8 +129,7 @@ cdef Py_ssize_t distance(Py_ssize_t stride) noexcept nogil:
     return -stride if stride < 0 else stride
 
 
-cdef void sort_by_stride(const nx_norm *norm, const Py_ssize_t *strides, int *axes,
-                         int count) noexcept nogil:
+cdef void sort_by_stride(const Py_ssize_t *strides, int *axes, int count) noexcept nogil:
     """The axes with the largest strides first; of equals, the first."""
     cdef int i, j, axis
     for i in range(1, count):
@@ -162,7 +161,7 @@ cdef Way batch_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
             if axis != norm.axis:
                 axes[count] = axis
                 count += 1
-        sort_by_stride(norm, a.strides[0], axes, count)
+        sort_by_stride(a.strides[0], axes, count)
         merge_axes(norm, a, axes, count, &m)
         outer = inner = 1
         if m.count > 0 and all_are(a, &m, m.count - 1, itemsize):
@@ -230,7 +229,7 @@ cdef Way group_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
     cdef Py_ssize_t pixels = numbers_of(norm, 0, norm.ndim) // (N * channels)
     cdef int i
     cdef int order[MAX_NDIM]
-    cdef Way way = BLOCKS
+    cdef Way way
     if all_contiguous(a, itemsize) and (norm.axis == 1 or pixels == 1):
         way = ONE_PIXEL if pixels == 1 and not a.copies else CHANNELS_FIRST
     else:
@@ -256,12 +255,10 @@ cdef Way group_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
     else:
         c.groups, c.rows, c.n = N, 1, c.per_group
     for i in range(a.count):
-        if way == CHANNELS_FIRST:
-            a.to[i][0] = nx_groups(a.of[i].data, c.rows * c.n, c.n)
-        elif way == CHANNELS_LAST:
-            a.to[i][0] = nx_groups(a.of[i].data, c.rows * c.n, c.n)
-        else:
+        if way == ONE_PIXEL:
             a.to[i][0] = nx_groups(a.of[i].data, channels, 0)
+        else:
+            a.to[i][0] = nx_groups(a.of[i].data, c.rows * c.n, c.n)
     return way
 
 

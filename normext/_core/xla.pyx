@@ -23,16 +23,14 @@ from normext cimport (
     NORMEXT_FLOAT16,
     NORMEXT_FLOAT32,
     NORMEXT_FLOAT64,
-    NORMEXT_LAYER_NORM,
     NORMEXT_MAX_NDIM,
     NORMEXT_NO_MEMORY,
     NORMEXT_OK,
-    NORMEXT_RMS_NORM,
     nx_io,
     nx_norm,
 )
 from normext._core.norms cimport backward, check, forward
-from normext._core.sizes cimport parameters_of, statistics_of
+from normext._core.sizes cimport is_row_norm, parameters_of, statistics_of
 
 # XLA's foreign function interface, as xla/ffi/api/c_api.h in jaxlib declares it: so much of its
 # versions 0.1 to 0.3 as is used here. Structs of versions 0.x only grow at their ends. They are
@@ -228,7 +226,7 @@ cdef bint read_call(const XLA_FFI_CallFrame *frame, int args, int rets, Batch *b
     b.norm.ndim, b.norm.shape, b.norm.axis = ndim, &b.shape[1], axis
     for i in range(ndim):
         b.shape[1 + i] = y.dims[b.axes + i]
-    if b.norm.kind == NORMEXT_LAYER_NORM or b.norm.kind == NORMEXT_RMS_NORM:
+    if is_row_norm(&b.norm):
         # With an axis before all others, as an item may be one row: so they too can become one.
         b.shape[0] = 1
         b.norm.ndim, b.norm.shape, b.norm.axis = ndim + 1, b.shape, axis + 1
