@@ -174,7 +174,7 @@ typedef struct {
  * each (step 1); down columns, one for each column. */
 typedef struct {
     const double *mean, *scale, *shift;
-    ptrdiff_t step;
+    ptrdiff_t step, ahead; /* of x: see nx_backward */
 } nx_affine;
 
 /* The relu behind such a map: a backward pass that is given it takes dy for 0 where y, found again
@@ -184,12 +184,18 @@ typedef struct {
 } nx_relu_mask;
 
 /* What a backward pass reads and writes of a block: gamma runs along the rows, and it or the relu
- * may be NULL, or both; dx has data unless sums alone are made, addend where it is added to dx. */
+ * may be NULL, or both; dx has data unless sums alone are made, addend where it is added to dx.
+ *
+ * Numbers are gone through twice, the second time in cache. So that memory is not idle meanwhile,
+ * what is to come, so many elements further on, is asked for `ahead`: x while sums are made and dy
+ * while dx is; nothing where that is 0. Of 32 MiB of rows of 768 floats, layer norm forward took
+ * 8.5 ms without and 3.2 with it, as long as a copy; backward 14.9 and 8.7. */
 typedef struct {
     nx_block block;
     nx_rows x, dy, dx, addend;
     const void *gamma;
     const nx_relu_mask *relu;
+    ptrdiff_t ahead;
 } nx_backward;
 
 /* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are
@@ -274,5 +280,9 @@ extern const nx_isa nx_isas[];
 extern const int nx_isa_count;
 
 const char *nx_compiler(void);
+
+/* Bytes of the second- or third-level cache that this core has, or shares, as the processor tells;
+ * where it does not, 1 or 16 MiB. The system's own answer can be the sum over all sockets. */
+ptrdiff_t nx_cache(int level);
 
 #endif

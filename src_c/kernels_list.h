@@ -35,18 +35,21 @@ NX_WRITER(row_dx, void, (const nx_backward *of, const nx_line *line))
 NX_WRITER(col_dx, void, (const nx_backward *of, const nx_line *line))
 
 /* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments,
- * then also row_affine, and as row_dots and row_dx, one after the other, but without what calling
- * them a row at a time costs. */
+ * then also row_affine, but without what calling them a row at a time costs. */
 NX_KERNEL(layer_statistics, void,
           (nx_rows x, nx_block b, int centred, double eps, double *mean, double *rstd))
 NX_WRITER(layer_forward, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean, double *rstd))
+/* Adds a row's sums of g and of g * xhat to sum[r] and dot[r], and those of dy and of dy * xhat over
+ * the rows to dbeta[j] and dgamma[j]. xhat is (x - mean[r]) * rstd[r]. Rows that are not centred
+ * have no sums, and no dbeta. */
+NX_KERNEL(layer_dots, void,
+          (const nx_backward *of, int centred, const double *mean, const double *rstd, nx_sums sums,
+           double *dbeta, double *dgamma))
+/* The same of rows that are each one block, whose sums are not wanted, and their dx. */
 NX_WRITER(layer_backward, void,
-          (const nx_backward *of, int centred, const double *mean, const double *rstd))
-/* Adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j], dgamma[j]. */
-NX_KERNEL(layer_parameters, void,
-          (const nx_backward *of, const double *mean, const double *rstd, double *dbeta,
-           double *dgamma))
+          (const nx_backward *of, int centred, const double *mean, const double *rstd,
+           double *dbeta, double *dgamma))
 /* Likewise groups of rows, one block each. The sum of dy over a row goes to *dbeta, that of
  * dy * (x - mean) * rstd to *dgamma, and so on row by row. Stops at a group whose dy is far from
  * zero, and returns how many came before it. */

@@ -30,6 +30,7 @@ enum {
      * loops here have, keep both units that add busy for that long. */
     LANES = 2 * WIDEST,
     NV = LANES / W,
+    HALF_NV = NV / 2, /* of sums that are made for several rows at a time */
     /* Sums are made on two levels; so many numbers are added up on the first. A lane then makes 8
      * additions there and, in a block of rows, 16 on the second level, with the rounding errors of
      * 24 additions and not of 128. These may not even cancel: numbers that are multiples of some
@@ -139,12 +140,12 @@ NX_INLINE nx_backward with(nx_backward of, const void *gamma, const nx_relu_mask
 
 /* Rows ------------------------------------------------------------------------------------- */
 
-/* The sum of all lanes of NV vectors, by halves; the loops are of constant lengths, so that the
+/* The sum of all lanes of some vectors, by halves; the loops are of constant lengths, so that the
  * compiler unrolls them and keeps the vectors in registers. */
-NX_INLINE C sum_lanes(V *lanes)
+NX_INLINE C sum_lanes(V *lanes, int vectors)
 {
-#define ADD_HALF(half) \
-    if (NV > half)     \
+#define ADD_HALF(half)  \
+    if (vectors > half) \
         for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half])
     ADD_HALF(16);
     ADD_HALF(8);
@@ -168,7 +169,22 @@ NX_INLINE double row_mean(nx_rows x, nx_block b, C scale)
         for (int k = 0; k < NV && i < b.n; k++, i += W)
             s[k] = mul_add(some(row + i, b.n - i, b.n - i >= W, zero), factor, s[k]);
     }
-    return (double)sum_lanes(s) / ((double)b.rows * (double)b.n) / scale;
+    return (double)sum_lanes(s, NV) / ((double)b.rows * (double)b.n) / scale;
+}
+
+/* The mean of a sample of a block: of the numbers at four places, a vector's worth at each. */
+NX_INLINE double sample_mean(nx_rows x, nx_block b, C scale)
+{
+    const ptrdiff_t width = b.n < WIDEST ? b.n : WIDEST;
+    V s[HALF_NV], factor = splat(scale);
+    if (b.rows * b.n <= 4 * WIDEST) return row_mean(x, b, scale);
+    for (int k = 0; k < HALF_NV; k++) s[k] = ZERO;
+    for (ptrdiff_t place = 0; place < 4; place++) {
+        const T *p = rows_at(x, place * b.rows / 4, place * (b.n - width) / 3).data;
+        for (ptrdiff_t k = 0, i = 0; k < HALF_NV && i < width; k++, i += W)
+            s[k] = mul_add(some(p + i, width - i, width - i >= W, ZERO), factor, s[k]);
+    }
+    return (double)sum_lanes(s, HALF_NV) / (4 * (double)width) / scale;
 }
 
 /* How many rows of n numbers the first level of sums adds up. */
@@ -216,8 +232,8 @@ NX_INLINE void row_powers(nx_rows x, nx_block b, C pivot, C scale, double *sum, 
             first_moments(rows_at(x, 0, i), first, p, factor, offset, s, q);
         }
     }
-    *sum = sum_lanes(s);
-    *squares = sum_lanes(q);
+    *sum = sum_lanes(s, NV);
+    *squares = sum_lanes(q, NV);
 }
 
 /* Moments of x * scale, from powers about a pivot, or about zero. */
@@ -229,19 +245,38 @@ NX_INLINE nx_moments moments(double count, int centred, C pivot, C scale, double
     return (nx_moments){count, (double)pivot * scale + mean, m2 < 0 ? 0 : m2};
 }
 
-/* Adds a block's moments to m. Squares are taken about a pivot near the mean: those of 10000 +- 1
- * would have no digit left for the variance. The first block's pivot is its own mean, roughly, for
- * which it is gone through twice. Later blocks take the mean of all before. Where that is a
- * distance d from their own mean, their squares are about it and too large by d * d, which is
- * subtracted again and leaves a rounding error that is small beside d * d; and the merged m2 has a
- * share of d * d in it, whatever the pivot. */
+/* Squares are taken about a pivot near the mean: those of 10000 +- 1 would have no digit left for
+ * the variance. That of a block is guessed from a sample. Where the guess is a distance d from the
+ * mean, the squares are too large by d * d, which is subtracted again and leaves a rounding error
+ * that is small beside d * d. Up to the standard deviation that does not matter; where it is more (a
+ * wild outlier was in the sample), the block is gone through once more, about the mean found. */
+NX_INLINE int missed(nx_moments m, double pivot)
+{
+    double distance = m.mean - pivot;
+    return distance * distance * m.count > m.m2;
+}
+
+NX_OUTLINE nx_moments moments_about(nx_rows x, nx_block b, C pivot, C scale)
+{
+    double sum, squares;
+    row_powers(x, b, pivot, scale, &sum, &squares);
+    return moments((double)b.rows * (double)b.n, 1, pivot, scale, sum, squares);
+}
+
+/* Adds a block's moments to m. For later blocks the mean of all before is the pivot: the merged m2
+ * has a share of the square of their distance in it, whatever the pivot. */
 NX_INLINE void add_moments(nx_rows x, nx_block b, int centred, C scale, nx_moments *m)
 {
-    double count = (double)b.rows * (double)b.n, sum, squares;
+    const int first = m->count == 0;
+    double sum, squares;
+    nx_moments added;
     C pivot = 0;
-    if (centred) pivot = (C)(m->count > 0 ? m->mean / scale : row_mean(x, b, scale));
+    if (centred) pivot = (C)(first ? sample_mean(x, b, scale) : m->mean / scale);
     row_powers(x, b, pivot, scale, &sum, &squares);
-    nx_merge(m, moments(count, centred, pivot, scale, sum, squares));
+    added = moments((double)b.rows * (double)b.n, centred, pivot, scale, sum, squares);
+    if (centred && first && missed(added, (double)pivot * scale))
+        added = moments_about(x, b, (C)(added.mean / scale), scale);
+    nx_merge(m, added);
 }
 
 NX_OUTLINE void row_moments(nx_rows x, nx_block b, int centred, double scale, nx_moments *m)
@@ -303,6 +338,12 @@ NX_OUTLINE void affine_far_out(const T *x, T *y, ptrdiff_t n, const nx_affine *m
     }
 }
 
+NX_INLINE nx_affine map_at(nx_affine map, ptrdiff_t r)
+{
+    map.mean += r * map.step, map.scale += r * map.step, map.shift += r * map.step;
+    return map;
+}
+
 /* The affine map under a relu, about its pivot: a gradient passes where the map's result, found
  * again from x as it was found in the forward pass, is above zero. */
 typedef struct {
@@ -361,6 +402,7 @@ NX_INLINE void first_dots(nx_backward of, V p, const V *minus_pivot, const relu_
         ptrdiff_t i = 0;
         for (; i + LANES <= b.n; i += LANES)
             for (int k = 0; k < NV; k++) {
+                if (of.ahead) NX_PREFETCH(x + i + k * W + of.ahead);
                 V d = sub(load(x + i + k * W), p);
                 if (gamma) c = load(gamma + i + k * W);
                 V g = load(dy + i + k * W);
@@ -405,9 +447,9 @@ NX_INLINE void dots_loop(nx_backward of, double mean, const double *pivot, nx_su
         }
         of = sums_part(of, count, 0, b);
         if (!sums.step && count < left) continue;
-        double block_sum = sum_lanes(s);
+        double block_sum = sum_lanes(s, NV);
         *sums.sum += pivot ? numbers * g_pivot + block_sum : block_sum;
-        *sums.dot += sum_lanes(q) - (mean - x_pivot) * block_sum;
+        *sums.dot += sum_lanes(q, NV) - (mean - x_pivot) * block_sum;
         for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
         sums.sum += sums.step;
         sums.dot += sums.step;
@@ -457,38 +499,173 @@ NX_INLINE ptrdiff_t rows_interleaved(ptrdiff_t left, ptrdiff_t n, ptrdiff_t most
     return left < rows ? left : rows;
 }
 
+/* The statistics of a row whose pivot was missed, or that needs another scale than 1. */
+NX_OUTLINE void statistics_again(nx_rows x, ptrdiff_t n, int centred, double eps, double *mean,
+                                 double *rstd)
+{
+    nx_moments m = {0, 0, 0};
+    double scale;
+    row_moments(x, (nx_block){1, n}, centred, 1, &m);
+    scale = nx_rescale(&range, m);
+    if (scale != 1) {
+        m = (nx_moments){0, 0, 0};
+        row_moments(x, (nx_block){1, n}, centred, scale, &m);
+    }
+    nx_finish_moments(m, scale, eps, mean, rstd, NULL);
+}
+
 NX_OUTLINE void statistics_interleaved(nx_rows x, nx_block b, int centred, double eps, double *mean,
                                        double *rstd)
 {
-    C pivot[INTERLEAVED];
-    double sum[INTERLEAVED], squares[INTERLEAVED];
+    C pivot[INTERLEAVED] = {0};
+    double sum[INTERLEAVED] = {0}, squares[INTERLEAVED] = {0}, offset[INTERLEAVED], m2[INTERLEAVED],
+           wrong[INTERLEAVED], inverse[INTERLEAVED], any = 0;
     const nx_block row = {1, b.n};
-    for (ptrdiff_t r = 0; r < b.rows; r++)
-        pivot[r] = centred ? (C)row_mean(rows_at(x, r, 0), row, 1) : 0;
+    const double n = (double)b.n, each = 1 / n;
+    if (centred)
+        for (ptrdiff_t r = 0; r < b.rows; r++) pivot[r] = (C)sample_mean(rows_at(x, r, 0), row, 1);
     for (ptrdiff_t r = 0; r < b.rows; r++)
         row_powers(rows_at(x, r, 0), row, pivot[r], 1, sum + r, squares + r);
+    /* Without a branch, and of a constant length, these become vectors: as nx_finish_moments. */
+    for (int r = 0; r < INTERLEAVED; r++) {
+        offset[r] = centred ? sum[r] * each : 0;
+        m2[r] = squares[r] - offset[r] * sum[r];
+        m2[r] = m2[r] < 0 ? 0 : m2[r];
+        wrong[r] = (m2[r] <= DBL_MAX ? 0.0 : 1.0) + (m2[r] < range.tiny * n ? 1.0 : 0.0) +
+                   (offset[r] * offset[r] * n > m2[r] ? 1.0 : 0.0);
+        inverse[r] = m2[r] * each + eps;
+    }
+    for (int r = 0; r < INTERLEAVED; r++) inverse[r] = 1 / sqrt(inverse[r]);
+    for (int r = 0; r < INTERLEAVED; r++) any += wrong[r];
     for (ptrdiff_t r = 0; r < b.rows; r++) {
-        nx_moments m = moments((double)b.n, centred, pivot[r], 1, sum[r], squares[r]);
-        double scale = nx_rescale(&range, m);
-        if (scale != 1) {
-            m = (nx_moments){0, 0, 0};
-            row_moments(rows_at(x, r, 0), row, centred, scale, &m);
-        }
-        nx_finish_moments(m, scale, eps, mean + r, rstd + r, NULL);
+        mean[r] = pivot[r] + offset[r];
+        rstd[r] = inverse[r];
+    }
+    for (ptrdiff_t r = 0; r < b.rows && any != 0; r++)
+        if (wrong[r] != 0)
+            statistics_again(rows_at(x, r, 0), b.n, centred, eps, mean + r, rstd + r);
+}
+
+/* Rows of a backward pass that go through its first step together: gamma and the sums down the
+ * columns are loaded once for all of them. With 4 rows, their sums and coefficients are 16
+ * registers. */
+enum { ROWS_TOGETHER = 4 };
+
+/* Adds the part of `rows` rows from i on, a vector each at most: g and g * xhat to the rows' sums
+ * and dots, dy and dy * xhat to those of the columns. */
+NX_INLINE void layer_dots_vector(nx_backward of, ptrdiff_t rows, int centred, ptrdiff_t i,
+                                 ptrdiff_t left, int whole, const V *p, const V *scale,
+                                 const V *shift, V *sum, V *dot, C *col_sum, C *col_dot)
+{
+    V c = ZERO, s = ZERO, q = ZERO;
+    if (of.gamma) c = coefficients((const C *)of.gamma + i, left, whole);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const T *x = (const T *)of.x.data + r * of.x.stride + i;
+        const T *dy = (const T *)of.dy.data + r * of.dy.stride + i;
+        if (of.ahead) NX_PREFETCH(x + of.ahead);
+        V xhat = mul_add(sub(some(x, left, whole, p[r]), p[r]), scale[r], shift[r]);
+        V g = some(dy, left, whole, ZERO);
+        g = hold(g);
+        if (centred) s = r ? add(s, g) : g;
+        q = r ? mul_add(g, xhat, q) : mul(g, xhat);
+        if (of.gamma) g = mul(g, c);
+        if (centred) sum[r] = add(sum[r], g);
+        dot[r] = mul_add(g, xhat, dot[r]);
+    }
+    if (centred) store(col_sum + i, add(load(col_sum + i), s));
+    store(col_dot + i, add(load(col_dot + i), q));
+}
+
+/* The sums of g and of g * xhat of each of `rows` rows, and of all of them down the columns, added
+ * to col_sum and col_dot, which are padded to whole vectors. About zero no sum of g is needed. */
+NX_INLINE void layer_dots_rows(nx_backward of, ptrdiff_t rows, int centred, const double *mean,
+                               const double *rstd, double *sum, double *dot, C *col_sum, C *col_dot)
+{
+    V p[ROWS_TOGETHER], scale[ROWS_TOGETHER], shift[ROWS_TOGETHER];
+    V s[HALF_NV][ROWS_TOGETHER], q[HALF_NV][ROWS_TOGETHER];
+    V all_s[ROWS_TOGETHER][HALF_NV], all_q[ROWS_TOGETHER][HALF_NV];
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        C pivot = (C)mean[r];
+        p[r] = splat(pivot);
+        scale[r] = splat((C)rstd[r]);
+        shift[r] = splat((C)((pivot - mean[r]) * rstd[r]));
+        for (int k = 0; k < HALF_NV; k++) all_s[r][k] = all_q[r][k] = ZERO;
+    }
+#define VECTOR(k, i, left, whole)                                                              \
+    layer_dots_vector(of, rows, centred, i, left, whole, p, scale, shift, s[k], q[k], col_sum, \
+                      col_dot)
+    for (ptrdiff_t first = 0; first < of.block.n; first += FIRST_SUM) {
+        const ptrdiff_t end = of.block.n - first < FIRST_SUM ? of.block.n : first + FIRST_SUM;
+        ptrdiff_t i = first;
+        for (int k = 0; k < HALF_NV; k++)
+            for (ptrdiff_t r = 0; r < rows; r++) s[k][r] = q[k][r] = ZERO;
+        for (; i + WIDEST <= end; i += WIDEST)
+            for (int k = 0; k < HALF_NV; k++) VECTOR(k, i + k * W, W, 1);
+        for (int k = 0; k < HALF_NV && i < end; k++, i += W) VECTOR(k, i, end - i, end - i >= W);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (int k = 0; k < HALF_NV; k++) {
+                all_s[r][k] = add(all_s[r][k], s[k][r]);
+                all_q[r][k] = add(all_q[r][k], q[k][r]);
+            }
+    }
+#undef VECTOR
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        if (centred) sum[r] += sum_lanes(all_s[r], HALF_NV);
+        dot[r] += sum_lanes(all_q[r], HALF_NV);
     }
 }
 
-/* The sums of each row about its mean. */
-NX_OUTLINE void dots_interleaved(const nx_backward *of, const double *mean, double *sum,
-                                 double *dot)
+/* The same of any number of rows; one loop for each case. */
+NX_INLINE void layer_dots_of(nx_backward of, int centred, const double *mean, const double *rstd,
+                             double *sum, double *dot, C *col_sum, C *col_dot)
 {
-    for (ptrdiff_t r = 0; r < of->block.rows; r++) {
-        const nx_backward row = sums_part(*of, r, 0, (nx_block){1, of->block.n});
-        const nx_sums sums = {sum + r, dot + r, 0};
-        sum[r] = dot[r] = 0;
-        if (row.gamma) dots_loop(with(row, row.gamma, NULL, none), mean[r], NULL, sums);
-        else dots_loop(with(row, NULL, NULL, none), mean[r], NULL, sums);
-    }
+    ptrdiff_t r = 0;
+    for (; r + ROWS_TOGETHER <= of.block.rows; r += ROWS_TOGETHER)
+        layer_dots_rows(sums_part(of, r, 0, of.block), ROWS_TOGETHER, centred, mean + r, rstd + r,
+                        sum + r, dot + r, col_sum, col_dot);
+    for (; r < of.block.rows; r++)
+        layer_dots_rows(sums_part(of, r, 0, of.block), 1, centred, mean + r, rstd + r, sum + r,
+                        dot + r, col_sum, col_dot);
+}
+
+NX_OUTLINE void layer_dots_any(const nx_backward *of, int centred, const double *mean,
+                               const double *rstd, double *sum, double *dot, C *col_sum, C *col_dot)
+{
+#define DOTS(gamma, centred) \
+    layer_dots_of(with(*of, gamma, NULL, none), centred, mean, rstd, sum, dot, col_sum, col_dot)
+    if (of->gamma && centred) DOTS(of->gamma, 1);
+    else if (of->gamma) DOTS(of->gamma, 0);
+    else if (centred) DOTS(NULL, 1);
+    else DOTS(NULL, 0);
+#undef DOTS
+}
+
+/* Sums down columns, which are added up as C first, on their way to those in double. */
+NX_INLINE void add_to(double *NX_RESTRICT sum, const C *NX_RESTRICT some, ptrdiff_t n)
+{
+    for (ptrdiff_t j = 0; j < n; j++) sum[j] += some[j];
+}
+
+static void layer_dots(const nx_backward *of, int centred, const double *mean, const double *rstd,
+                       nx_sums sums, double *dbeta, double *dgamma)
+{
+    C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
+    const ptrdiff_t n = of->block.n;
+    memset(s, 0, (n + WIDEST) * sizeof(C));
+    memset(q, 0, (n + WIDEST) * sizeof(C));
+    layer_dots_any(of, centred, mean, rstd, sums.sum, sums.dot, s, q);
+    if (centred) add_to(dbeta, s, n);
+    add_to(dgamma, q, n);
+}
+
+/* Rows of a backward pass whose x and dy are met twice, the second time in the L1 cache where that
+ * holds several of them. */
+enum { MOST_TOGETHER = 32 };
+NX_INLINE ptrdiff_t rows_together(ptrdiff_t left, ptrdiff_t n)
+{
+    ptrdiff_t rows = ROW_BLOCK / n / ROWS_TOGETHER * ROWS_TOGETHER;
+    rows = rows < ROWS_TOGETHER ? ROWS_TOGETHER : rows < MOST_TOGETHER ? rows : MOST_TOGETHER;
+    return left < rows ? left : rows;
 }
 
 static void layer_statistics(nx_rows x, nx_block b, int centred, double eps, double *mean,
@@ -790,53 +967,6 @@ static int cols_are_far(nx_rows dy_, nx_block b, const double *sum, double count
         }
     }
     return any;
-}
-
-NX_INLINE void layer_parameters_rows(nx_rows x, nx_rows dy, nx_block b, const double *mean,
-                                     const double *rstd, C *s, C *q)
-{
-    V p[ROWS_AT_ONCE], scale[ROWS_AT_ONCE], shift[ROWS_AT_ONCE];
-    for (ptrdiff_t r = 0; r < b.rows; r++) {
-        C pivot = (C)mean[r];
-        p[r] = splat(pivot);
-        scale[r] = splat((C)rstd[r]);
-        shift[r] = splat((C)((pivot - mean[r]) * rstd[r]));
-    }
-    for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, dot = ZERO;
-        for (ptrdiff_t r = 0; r < b.rows; r++) {
-            const T *xr = (const T *)x.data + r * x.stride + j;
-            const T *gr = (const T *)dy.data + r * dy.stride + j;
-            V v = b.n - j >= W ? load(xr) : load_n(xr, b.n - j, p[r]);
-            V g = b.n - j >= W ? load(gr) : load_n(gr, b.n - j, ZERO);
-            sum = add(sum, g);
-            dot = mul_add(g, mul_add(sub(v, p[r]), scale[r], shift[r]), dot);
-        }
-        store(s + j, add(load(s + j), sum));
-        store(q + j, add(load(q + j), dot));
-    }
-}
-
-static void layer_parameters(const nx_backward *of, const double *mean, const double *rstd,
-                             double *dbeta, double *dgamma)
-{
-    const nx_block b = of->block;
-    C s[COLS_AT_ONCE], q[COLS_AT_ONCE];
-    EACH_COLUMNS(j0, width)
-    {
-        nx_fold folded = {1, width, b.rows, 0};
-        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded);
-        for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
-#define PARAMETERS_ROWS(i, rows, n)                                                           \
-    layer_parameters_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, mean + i, \
-                          rstd + i, s, q)
-        EACH_ROWS(folded, PARAMETERS_ROWS);
-#undef PARAMETERS_ROWS
-        for (ptrdiff_t j = 0; j < width; j++) {
-            dbeta[j0 + j] += s[j];
-            dgamma[j0 + j] += q[j];
-        }
-    }
 }
 
 #ifdef T_INT

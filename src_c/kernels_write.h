@@ -31,41 +31,59 @@ NX_INLINE void WR(put)(T *p, ptrdiff_t left, int whole, V v)
         if (i_ < (n)) f(i_, (n) - i_, 0);            \
     } while (0)
 
-NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V p, V a, V b,
-                                 const C *gamma, const C *beta, int relu)
+/* A vector of each of `rows` rows, which share gamma and beta. */
+NX_INLINE void WR(affine_vector)(nx_rows x, nx_rows y, ptrdiff_t rows, ptrdiff_t i, ptrdiff_t left,
+                                 int whole, const V *p, const V *scale, const V *shift,
+                                 const C *gamma, const C *beta, int relu, ptrdiff_t ahead)
 {
-    V v = mul_add(sub(some(x, left, whole, p), p), a, b), c = ZERO, d = ZERO;
-    if (gamma) c = coefficients(gamma, left, whole);
-    if (beta) d = coefficients(beta, left, whole);
-    if (gamma && beta) v = mul_add(v, c, d);
-    else if (gamma) v = mul(v, c);
-    else if (beta) v = add(v, d);
-    WR(put)(y, left, whole, relu ? greater(ZERO, v) : v);
+    V c = ZERO, d = ZERO;
+    if (gamma) c = coefficients(gamma + i, left, whole);
+    if (beta) d = coefficients(beta + i, left, whole);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const T *from = (const T *)x.data + r * x.stride + i;
+        if (ahead) NX_PREFETCH(from + ahead);
+        V v = mul_add(sub(some(from, left, whole, p[r]), p[r]), scale[r], shift[r]);
+        if (gamma && beta) v = mul_add(v, c, d);
+        else if (gamma) v = mul(v, c);
+        else if (beta) v = add(v, d);
+        WR(put)((T *)y.data + r * y.stride + i, left, whole, relu ? greater(ZERO, v) : v);
+    }
 }
 
-NX_INLINE void WR(affine_loop)(nx_rows x_, nx_rows y_, nx_block b, nx_affine map, const C *gamma,
+NX_INLINE void WR(affine_rows)(nx_rows x, nx_rows y, ptrdiff_t rows, ptrdiff_t n, nx_affine map,
+                               const C *gamma, const C *beta, int relu)
+{
+    V p[2], scale[2], shift[2];
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const nx_affine of_row = map_at(map, r);
+        p[r] = splat((C)*of_row.mean);
+        scale[r] = splat((C)*of_row.scale);
+        shift[r] = splat(pivot_shift(*of_row.mean, *of_row.scale, *of_row.shift));
+    }
+#define VECTOR(i, left, whole) \
+    WR(affine_vector)(x, y, rows, i, left, whole, p, scale, shift, gamma, beta, relu, map.ahead)
+    EACH_VECTOR((T *)y.data, n, VECTOR);
+#undef VECTOR
+}
+
+/* Two rows at a time, where their vectors are aligned alike: gamma and beta are loaded once. */
+NX_INLINE void WR(affine_loop)(nx_rows x, nx_rows y, nx_block b, nx_affine map, const C *gamma,
                                const C *beta, int relu)
 {
-    const T *x = x_.data;
-    T *y = y_.data;
-    V p = ZERO, scale = ZERO, shift = ZERO;
-    for (ptrdiff_t r = 0; r < b.rows; r++, x += x_.stride, y += y_.stride) {
-        if (far_out(*map.mean, *map.scale)) {
-            affine_far_out(x, y, b.n, &(nx_affine){map.mean, map.scale, map.shift, 0}, gamma, beta,
-                           relu);
+    const int alike = !STREAM || y.stride % W == 0;
+    for (ptrdiff_t r = 0; r < b.rows;) {
+        const nx_affine here = map_at(map, r), next = map_at(map, r + 1);
+        const nx_rows from = rows_at(x, r, 0), to = rows_at(y, r, 0);
+        if (far_out(*here.mean, *here.scale)) {
+            affine_far_out(from.data, to.data, b.n, &here, gamma, beta, relu);
+            r += 1;
+        } else if (alike && r + 1 < b.rows && !far_out(*next.mean, *next.scale)) {
+            WR(affine_rows)(from, to, 2, b.n, here, gamma, beta, relu);
+            r += 2;
         } else {
-            if (r == 0 || map.step) {
-                p = splat((C)*map.mean);
-                scale = splat((C)*map.scale);
-                shift = splat(pivot_shift(*map.mean, *map.scale, *map.shift));
-            }
-#define VECTOR(i, left, whole)                                                              \
-    WR(affine_vector)(x + i, y + i, left, whole, p, scale, shift, gamma ? gamma + i : NULL, \
-                      beta ? beta + i : NULL, relu)
-            EACH_VECTOR(y, b.n, VECTOR);
-#undef VECTOR
+            WR(affine_rows)(from, to, 1, b.n, here, gamma, beta, relu);
+            r += 1;
         }
-        map.mean += map.step, map.scale += map.step, map.shift += map.step;
     }
 }
 
@@ -88,6 +106,7 @@ NX_INLINE void WR(dx_vector)(nx_backward of, ptrdiff_t i, ptrdiff_t left, int wh
     const T *x = of.x.data, *dy = of.dy.data, *addend = of.addend.data;
     const C *gamma = of.gamma;
     const relu_mask *mask = of.relu ? &line->mask : NULL;
+    if (of.ahead) NX_PREFETCH(dy + i + of.ahead);
     V d = sub(some(x + i, left, whole, ZERO), line->x_pivot), c = ZERO;
     if (gamma) c = coefficients(gamma + i, left, whole);
     V g = some(dy + i, left, whole, ZERO);
@@ -129,65 +148,108 @@ NX_OUTLINE void WR(row_dx)(const nx_backward *of, const nx_line *line)
     else WR(dx_loop)(with(*of, NULL, NULL, none), *line, 1);
 }
 
+#if STREAM
+/* Short rows that lie one after the other are made in a buffer, and go around the caches as one run
+ * of numbers: by themselves, they would each end in lines of which they are a part. */
+enum { SHORT_RUN = 512 };
+static void stream_run(const T *from, T *to, ptrdiff_t n)
+{
+#define VECTOR(i, left, whole) WR(put)(to + i, left, whole, some(from + i, left, whole, ZERO))
+    EACH_VECTOR(to, n, VECTOR);
+#undef VECTOR
+}
+#endif
+
 static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd)
 {
     static const double zeros[INTERLEAVED];
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
         count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
-        const nx_rows some_x = rows_at(x, first, 0);
+        const nx_rows some_x = rows_at(x, first, 0), some_y = rows_at(y, first, 0);
         const nx_block some = {count, b.n};
-        const nx_affine map = {mean + first, rstd + first, zeros, 1};
+        const nx_affine map = {mean + first, rstd + first, zeros, 1, STREAM ? count * x.stride : 0};
         statistics_interleaved(some_x, some, norm->centred, norm->eps, mean + first, rstd + first);
-        WR(row_affine)(some_x, rows_at(y, first, 0), some, &map, norm->gamma, norm->beta, 0);
+#if STREAM
+        if (b.n < SHORT_RUN && y.stride == b.n) {
+            T run[ROW_BLOCK];
+            row_affine(some_x, (nx_rows){run, b.n}, some, &map, norm->gamma, norm->beta, 0);
+            stream_run(run, some_y.data, count * b.n);
+            continue;
+        }
+#endif
+        WR(row_affine)(some_x, some_y, some, &map, norm->gamma, norm->beta, 0);
     }
 }
 
-NX_INLINE void WR(layer_backward_loop)(nx_backward of, int centred, const double *mean,
-                                       const double *rstd)
+/* dx of rows whose sums are known, the dots being those of xhat. */
+NX_INLINE void WR(layer_dx)(nx_backward of, int centred, const double *mean, const double *rstd,
+                            const double *sum, const double *dot)
 {
-    double sums[INTERLEAVED], dots[INTERLEAVED], each = 1 / (double)of.block.n;
     const ptrdiff_t rows = of.block.rows, n = of.block.n;
-    for (ptrdiff_t count, first = 0; first < rows; first += count) {
-        count = rows_interleaved(rows - first, n, ROW_BLOCK * 2 / 3);
-        const nx_backward some = sums_part(of, first, 0, (nx_block){count, n});
-        dots_interleaved(&some, mean + first, sums, dots);
-        for (ptrdiff_t i = 0; i < count; i++) {
-            const ptrdiff_t r = first + i;
-            const nx_backward row = rows_part(of, r, (nx_block){1, n});
-            double sum = sums[i], dot = dots[i], g_mean = centred ? sum * each : 0;
-            const int far = is_far(row.dy.data, n, row.gamma, g_mean);
-            if (far) {
-                const nx_backward far_row = row;
-                sum = dot = 0;
-                dots_about(&far_row, mean[r], &g_mean, (nx_sums){&sum, &dot, 0});
-                g_mean = sum * each;
-            }
-            const double slope = nx_slope(rstd[r], rstd[r], dot * each);
-            const double constant = nx_constant(rstd[r], g_mean);
-            const nx_line line = {mean + r, &g_mean, rstd + r, &slope, &constant, 0};
-            if (far) {
-                const nx_backward far_row = row;
-                WR(row_dx)(&far_row, &line);
-            } else {
-                WR(dx_loop)(row, line, 0);
-            }
+    const double each = 1 / (double)n;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const nx_backward row = rows_part(of, r, (nx_block){1, n});
+        double g_mean = centred ? sum[r] * each : 0, slope = nx_slope(1, rstd[r], dot[r] * each);
+        const int far = is_far(row.dy.data, n, row.gamma, g_mean);
+        if (far) {
+            const nx_backward far_row = row;
+            double far_sum = 0, far_dot = 0;
+            dots_about(&far_row, mean[r], &g_mean, (nx_sums){&far_sum, &far_dot, 0});
+            g_mean = far_sum * each;
+            slope = nx_slope(rstd[r], rstd[r], far_dot * each);
+        }
+        const double constant = nx_constant(rstd[r], g_mean);
+        const nx_line line = {mean + r, &g_mean, rstd + r, &slope, &constant, 0};
+        if (far) {
+            const nx_backward far_row = row;
+            WR(row_dx)(&far_row, &line);
+        } else {
+            WR(dx_loop)(row, line, 0);
         }
     }
 }
 
-static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
-                               const double *rstd)
+/* One loop for each case. */
+NX_OUTLINE void WR(layer_dx_any)(const nx_backward *of, int centred, const double *mean,
+                                 const double *rstd, const double *sum, const double *dot)
 {
     const void *gamma = of->gamma;
-    const nx_rows addend = of->addend;
-#define BACKWARD(gamma, addend) \
-    WR(layer_backward_loop)(with(*of, gamma, NULL, addend), centred, mean, rstd)
-    if (gamma && addend.data) BACKWARD(gamma, addend);
-    else if (gamma) BACKWARD(gamma, none);
-    else if (addend.data) BACKWARD(NULL, addend);
-    else BACKWARD(NULL, none);
-#undef BACKWARD
+#define DX(gamma, addend) \
+    WR(layer_dx)(with(*of, gamma, NULL, addend), centred, mean, rstd, sum, dot)
+    if (gamma && of->addend.data) DX(gamma, of->addend);
+    else if (gamma) DX(gamma, none);
+    else if (of->addend.data) DX(NULL, of->addend);
+    else DX(NULL, none);
+#undef DX
+}
+
+static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
+                               const double *rstd, double *dbeta, double *dgamma)
+{
+    C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
+    const ptrdiff_t rows = of->block.rows, n = of->block.n;
+    memset(s, 0, (n + WIDEST) * sizeof(C));
+    memset(q, 0, (n + WIDEST) * sizeof(C));
+    for (ptrdiff_t count, first = 0; first < rows; first += count) {
+        count = rows_together(rows - first, n);
+        nx_backward some = rows_part(*of, first, (nx_block){count, n});
+        double sum[MOST_TOGETHER] = {0}, dot[MOST_TOGETHER] = {0};
+        some.ahead = STREAM ? count * some.x.stride : 0; /* dy most often lies alike */
+        layer_dots_any(&some, centred, mean + first, rstd + first, sum, dot, s, q);
+#if STREAM
+        if (n < SHORT_RUN && of->dx.stride == n) {
+            T run[ROW_BLOCK], *to = some.dx.data;
+            some.dx.data = run;
+            layer_dx_any(&some, centred, mean + first, rstd + first, sum, dot);
+            stream_run(run, to, count * n);
+            continue;
+        }
+#endif
+        WR(layer_dx_any)(&some, centred, mean + first, rstd + first, sum, dot);
+    }
+    if (centred) add_to(dbeta, s, n);
+    add_to(dgamma, q, n);
 }
 
 static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
@@ -248,7 +310,7 @@ static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *
     for (ptrdiff_t j0 = 0, width; j0 < b.n; j0 += width) {
         width = ordinary(mean + j0, scale + j0, b.n - j0 < COLS_AT_ONCE ? b.n - j0 : COLS_AT_ONCE);
         if (width == 0) {
-            const nx_affine far = {mean + j0, scale + j0, shift + j0, 0};
+            const nx_affine far = {mean + j0, scale + j0, shift + j0, 0, 0};
             width = 1;
             for (ptrdiff_t r = 0; r < b.rows; r++)
                 affine_far_out(rows_at(x_, r, j0).data, rows_at(y_, r, j0).data, 1, &far, NULL,

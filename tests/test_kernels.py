@@ -33,9 +33,9 @@ def struct(name, fields, **nested):
 Rows = struct("nx_rows", "p data; z stride")
 Groups = struct("nx_groups", "p data; z group row")
 Block = struct("nx_block", "z rows n")
-Affine = struct("nx_affine", "p mean scale shift; z step")
+Affine = struct("nx_affine", "p mean scale shift; z step ahead")
 ReluMask = struct("nx_relu_mask", "p scale shift")
-Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu", block=Block, rows=Rows)
+Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu; z ahead", block=Block, rows=Rows)
 Sums = struct("nx_sums", "p sum dot; z step")
 Line = struct("nx_line", "p mean pivot factor slope constant; z step")
 Layer = struct("nx_layer", "i centred; d eps; p gamma beta")
@@ -347,30 +347,47 @@ def backward(x, g, mean, rstd, centred=True):
     return rstd[..., None] * (g - g_mean - xhat * (g * xhat).mean(-1, keepdims=True))
 
 
+def parameter_gradients(t, x, dy, mean, rstd, centred, dbeta, dgamma):
+    """Whether the sums over rows were added to ones; about zero there is no dbeta."""
+    products = dy.numbers() * (x.numbers() - mean[:, None]) * rstd[:, None]
+    near(t, dgamma, 1 + products.sum(0), stored=False, terms=len(products), scale=np.abs(products).max())
+    if centred:
+        each = dy.numbers()
+        near(t, dbeta, 1 + each.sum(0), stored=False, terms=len(each), scale=np.abs(each).max())
+
+
 def layer_backward(t, rng, rows, n):
     x, addend = Memory(t, rng.normal(3, 1, (rows, n))), Memory(t, rng.normal(0, 1, (rows, n)), room=1)
-    dx = Memory(t, np.zeros((rows, n)), room=4)
+    dx, one_run = Memory(t, np.zeros((rows, n)), room=4), Memory(t, np.zeros((rows, n)), room=0)
     for centred, kind, far in itertools.product((True, False), ("", "gamma", "addend", "gamma addend"), (0, 100)):
         dy = Memory(t, rng.normal(far * (np.arange(rows) % 2)[:, None], 1, (rows, n)), room=2)
         gamma, g = parameters(t, rng, n, "gamma" in kind)
         mean, rstd = statistics(x.numbers(), centred)
         more = addend.rows if "addend" in kind else NONE
-        of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, more, p(gamma), None)
-        yield ref(of), centred, p(mean), p(rstd)
         expected = backward(x.numbers(), dy.numbers() * (1 if g is None else g), mean, rstd, centred)
         expected = expected + (addend.numbers() if "addend" in kind else 0)
-        near(t, dx.numbers(), expected, terms=n, scale=rstd.max() * np.abs(dy.numbers()).max())
+        for into in (dx, one_run):
+            of = Backward(Block(rows, n), x.rows, dy.rows, into.rows, more, p(gamma), None)
+            dbeta, dgamma = np.ones(n), np.ones(n)
+            yield ref(of), centred, p(mean), p(rstd), p(dbeta), p(dgamma)
+            parameter_gradients(t, x, dy, mean, rstd, centred, dbeta, dgamma)
+            near(t, into.numbers(), expected, terms=n, scale=rstd.max() * np.abs(dy.numbers()).max())
 
 
-def layer_parameters(t, rng, rows, n):
+def layer_dots(t, rng, rows, n):
     x, dy = Memory(t, rng.normal(3, 1, (rows, n))), Memory(t, rng.normal(0, 1, (rows, n)), room=2)
-    mean, rstd = statistics(x.numbers(), True)
-    dbeta, dgamma = np.ones(n), np.ones(n)
-    of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, None, None)
-    yield ref(of), p(mean), p(rstd), p(dbeta), p(dgamma)
-    xhat = (x.numbers() - mean[:, None]) * rstd[:, None]
-    near(t, dbeta, 1 + dy.numbers().sum(0), stored=False, terms=rows)
-    near(t, dgamma, 1 + (dy.numbers() * xhat).sum(0), stored=False, terms=rows)
+    for centred, with_gamma in itertools.product((True, False), (False, True)):
+        gamma, g = parameters(t, rng, n, with_gamma)
+        mean, rstd = statistics(x.numbers(), centred)
+        dbeta, dgamma, sums, dots = np.ones(n), np.ones(n), np.ones(rows), np.ones(rows)
+        of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, p(gamma), None, ahead=n)
+        yield ref(of), centred, p(mean), p(rstd), Sums(p(sums), p(dots), 1), p(dbeta), p(dgamma)
+        parameter_gradients(t, x, dy, mean, rstd, centred, dbeta, dgamma)
+        g = dy.numbers() * (1 if g is None else g)
+        xhat = (x.numbers() - mean[:, None]) * rstd[:, None]
+        near(t, dots, 1 + (g * xhat).sum(1), stored=False, terms=n, scale=np.abs(g * xhat).max())
+        if centred:
+            near(t, sums, 1 + g.sum(1), stored=False, terms=n, scale=np.abs(g).max())
 
 
 def group_backward(t, rng, rows, n):

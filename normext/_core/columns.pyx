@@ -110,7 +110,7 @@ cdef void chunk_affine(const Call *c, Chunk t, const double *mean,
     """y of a chunk; mean and rstd are those of the array's columns."""
     cdef double scale[COLUMNS]
     cdef double shift[COLUMNS]
-    cdef nx_affine map = nx_affine(mean + t.col, &scale[0], &shift[0], 1)
+    cdef nx_affine map = nx_affine(mean + t.col, &scale[0], &shift[0], 1, 0)
     cdef Py_ssize_t block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd + t.col, scale, shift)
     for block in range(block_count(c, t) - 1, -1, -1):
@@ -210,7 +210,7 @@ cdef inline nx_backward backward_of(const Call *c, Chunk t, Py_ssize_t block,
     cdef nx_backward of
     of.block, of.x, of.dy = block_at(c, t, block), at(c, c.x, t, block), at(c, c.dy, t, block)
     of.dx, of.addend = at(c, c.dx, t, block), nx_rows(NULL, 0)
-    of.gamma, of.relu = NULL, relu
+    of.gamma, of.relu, of.ahead = NULL, relu, 0
     return of
 
 
@@ -244,7 +244,7 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
     cdef bint own = c.statistics != GIVEN
     cdef nx_relu_mask mask = nx_relu_mask(&factor[0], &shift[0])
     cdef nx_line line = nx_line(c.mean + t.col, &dy_mean[0], &factor[0], &slope[0], &constant[0], 1)
-    cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1)
+    cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1, 0)
     cdef nx_backward of
     cdef Py_ssize_t j, block
     affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd, factor, shift)

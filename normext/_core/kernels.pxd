@@ -37,7 +37,7 @@ cdef extern from "kernels.h" nogil:
         const double *mean
         const double *scale
         const double *shift
-        ptrdiff_t step
+        ptrdiff_t step, ahead
 
     ctypedef struct nx_relu_mask:
         const double *scale
@@ -48,6 +48,7 @@ cdef extern from "kernels.h" nogil:
         nx_rows x, dy, dx, addend
         const void *gamma
         const nx_relu_mask *relu
+        ptrdiff_t ahead
 
     ctypedef struct nx_sums:
         double *sum
@@ -114,10 +115,11 @@ cdef extern from "kernels.h" nogil:
                                  double *rstd) noexcept nogil
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
+        void (*layer_dots)(const nx_backward *of, bint centred, const double *mean,
+                           const double *rstd, nx_sums sums, double *dbeta,
+                           double *dgamma) noexcept nogil
         void (*layer_backward)(const nx_backward *of, bint centred, const double *mean,
-                               const double *rstd) noexcept nogil
-        void (*layer_parameters)(const nx_backward *of, const double *mean, const double *rstd,
-                                 double *dbeta, double *dgamma) noexcept nogil
+                               const double *rstd, double *dbeta, double *dgamma) noexcept nogil
         ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
                                     const double *mean, const double *rstd, double *dbeta,
                                     double *dgamma) noexcept nogil
@@ -143,6 +145,7 @@ cdef extern from "kernels.h" nogil:
 
     const nx_isa nx_isas[]
     const int nx_isa_count
+    ptrdiff_t nx_cache(int level)
     const char *nx_compiler()
 
 

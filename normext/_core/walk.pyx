@@ -19,7 +19,8 @@ from normext._core.columns cimport (
 )
 from normext._core.kernels cimport nx_groups
 from normext._core.rows cimport (
-    affine_rows, grouped_backward, layer_backward, normalize_rows, normalize_sums, rows_backward,
+    affine_rows, grouped_backward, layer_backward, look_ahead, normalize_rows, normalize_sums,
+    rows_backward,
 )
 from normext._core.runtime cimport kernels_for, norm_kernels
 from normext._core.sizes cimport is_group_norm, numbers_of
@@ -286,9 +287,16 @@ cdef void begin(const nx_norm *norm, const nx_io *io, Call *c) noexcept nogil:
             c.statistics = ABOUT_ZERO
 
 
-cdef inline void choose(const nx_norm *norm, Call *c, const void *read,
-                        const void *written) noexcept nogil:
-    c.k = norm_kernels(norm.type, numbers_of(norm, 0, norm.ndim), c.n, read, written)
+cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_groups read,
+                        nx_groups written) noexcept nogil:
+    """The kernels for a call that reads and writes so many arrays."""
+    cdef Py_ssize_t numbers = numbers_of(norm, 0, norm.ndim), together = c.n
+    if way == LAYERS and written.group == c.n:
+        together = numbers
+    c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
+    if c.k != kernels_for(norm.type, False) and (way == LAYERS or way == ROWS
+                                                 or way == CHANNELS_FIRST):
+        look_ahead(c, arrays - 1)
 
 
 cdef inline void step_to(nx_groups *a, Py_ssize_t bytes) noexcept nogil:
@@ -348,7 +356,7 @@ cdef int walk_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept no
     w.way = layout(norm, &a, &c)
     if w.way == BLOCKS:
         return NORMEXT_OK
-    choose(norm, &c, NULL if io.residual.data != NULL else c.x.data, c.y.data)
+    choose(norm, &c, w.way, 2, c.sum if io.residual.data != NULL else c.x, c.y)
     if w.way == COLUMNS:
         return normalize_columns(&c)
     if w.way == ROWS and c.statistics == GIVEN:
@@ -381,7 +389,7 @@ cdef int walk_backward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept n
     w.way = layout(norm, &a, &c)
     if w.way == BLOCKS:
         return NORMEXT_OK
-    choose(norm, &c, c.dy.data, c.dx.data)
+    choose(norm, &c, w.way, 3, c.dy, c.dx)
     if norm.kind == NORMEXT_BATCH_NORM:
         c.sums, c.dots, c.given = io.dbeta, io.dgamma, io.part == NORMEXT_APPLY
         c.count = io.count
