@@ -41,9 +41,12 @@ NX_KERNEL(layer_statistics, void,
           (nx_rows x, nx_block b, int centred, double eps, double *mean, double *rstd))
 NX_WRITER(layer_forward, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean, double *rstd))
+/* Also adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j], dgamma[j]:
+ * x and dy are read once. */
 NX_WRITER(layer_backward, void,
-          (const nx_backward *of, int centred, const double *mean, const double *rstd))
-/* Adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j], dgamma[j]. */
+          (const nx_backward *of, int centred, const double *mean, const double *rstd,
+           double *dbeta, double *dgamma))
+/* These sums alone. */
 NX_KERNEL(layer_parameters, void,
           (const nx_backward *of, const double *mean, const double *rstd, double *dbeta,
            double *dgamma))

@@ -491,9 +491,15 @@ NX_OUTLINE void dots_interleaved(const nx_backward *of, const double *mean, doub
     }
 }
 
+#include "kernels_short.h"
+
 static void layer_statistics(nx_rows x, nx_block b, int centred, double eps, double *mean,
                              double *rstd)
 {
+    if (b.n <= SHORT) {
+        short_statistics(x, b, centred, eps, mean, rstd);
+        return;
+    }
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
         count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
         statistics_interleaved(rows_at(x, first, 0), (nx_block){count, b.n}, centred, eps,

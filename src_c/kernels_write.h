@@ -133,6 +133,10 @@ static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *
                               double *rstd)
 {
     static const double zeros[INTERLEAVED];
+    if (b.n <= SHORT) {
+        short_forward(x, y, b, norm, mean, rstd, STREAM);
+        return;
+    }
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
         count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
         const nx_rows some_x = rows_at(x, first, 0);
@@ -177,10 +181,15 @@ NX_INLINE void WR(layer_backward_loop)(nx_backward of, int centred, const double
 }
 
 static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
-                               const double *rstd)
+                               const double *rstd, double *dbeta, double *dgamma)
 {
     const void *gamma = of->gamma;
     const nx_rows addend = of->addend;
+    if (of->block.n <= SHORT) {
+        short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
+        return;
+    }
+    layer_parameters(of, mean, rstd, dbeta, dgamma);
 #define BACKWARD(gamma, addend) \
     WR(layer_backward_loop)(with(*of, gamma, NULL, addend), centred, mean, rstd)
     if (gamma && addend.data) BACKWARD(gamma, addend);

@@ -347,6 +347,13 @@ def backward(x, g, mean, rstd, centred=True):
     return rstd[..., None] * (g - g_mean - xhat * (g * xhat).mean(-1, keepdims=True))
 
 
+def parameter_gradients(t, x, dy, mean, rstd, dbeta, dgamma):
+    """Whether the sums over rows were added to ones."""
+    products = dy.numbers() * (x.numbers() - mean[:, None]) * rstd[:, None]
+    for actual, each in ((dbeta, dy.numbers()), (dgamma, products)):
+        near(t, actual, 1 + each.sum(0), stored=False, terms=len(each), scale=np.abs(each).max())
+
+
 def layer_backward(t, rng, rows, n):
     x, addend = Memory(t, rng.normal(3, 1, (rows, n))), Memory(t, rng.normal(0, 1, (rows, n)), room=1)
     dx = Memory(t, np.zeros((rows, n)), room=4)
@@ -356,7 +363,9 @@ def layer_backward(t, rng, rows, n):
         mean, rstd = statistics(x.numbers(), centred)
         more = addend.rows if "addend" in kind else NONE
         of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, more, p(gamma), None)
-        yield ref(of), centred, p(mean), p(rstd)
+        dbeta, dgamma = np.ones(n), np.ones(n)
+        yield ref(of), centred, p(mean), p(rstd), p(dbeta), p(dgamma)
+        parameter_gradients(t, x, dy, mean, rstd, dbeta, dgamma)
         expected = backward(x.numbers(), dy.numbers() * (1 if g is None else g), mean, rstd, centred)
         expected = expected + (addend.numbers() if "addend" in kind else 0)
         near(t, dx.numbers(), expected, terms=n, scale=rstd.max() * np.abs(dy.numbers()).max())
@@ -368,9 +377,7 @@ def layer_parameters(t, rng, rows, n):
     dbeta, dgamma = np.ones(n), np.ones(n)
     of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, None, None)
     yield ref(of), p(mean), p(rstd), p(dbeta), p(dgamma)
-    xhat = (x.numbers() - mean[:, None]) * rstd[:, None]
-    near(t, dbeta, 1 + dy.numbers().sum(0), stored=False, terms=rows)
-    near(t, dgamma, 1 + (dy.numbers() * xhat).sum(0), stored=False, terms=rows)
+    parameter_gradients(t, x, dy, mean, rstd, dbeta, dgamma)
 
 
 def group_backward(t, rng, rows, n):

@@ -115,7 +115,7 @@ cdef extern from "kernels.h" nogil:
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
         void (*layer_backward)(const nx_backward *of, bint centred, const double *mean,
-                               const double *rstd) noexcept nogil
+                               const double *rstd, double *dbeta, double *dgamma) noexcept nogil
         void (*layer_parameters)(const nx_backward *of, const double *mean, const double *rstd,
                                  double *dbeta, double *dgamma) noexcept nogil
         ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,

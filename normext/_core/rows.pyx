@@ -512,10 +512,7 @@ cdef int rows_backward(const Call *c) noexcept nogil:
 
 cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, double *dbeta,
                           double *dgamma) noexcept nogil:
-    """dx of some rows, and their sums added to dbeta and dgamma.
-
-    First the latter, since dx may be written over dy.
-    """
+    """dx of some rows, and their sums added to dbeta and dgamma."""
     cdef Py_ssize_t row, blocks = block_count(shape_of(c), c.k.row_block), end, size = c.k.itemsize
     cdef nx_backward of
     cdef double sum, dot
@@ -525,10 +522,11 @@ cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, doub
             nx_block(end - first, c.n), rows_at(c.x, size, first), rows_at(c.dy, size, first),
             rows_at(c.dx, size, first), rows_at(c.addend, size, first), c.gamma, NULL,
         )
-        c.k.layer_parameters(&of, c.mean + first, c.rstd + first, dbeta, dgamma)
         if blocks == 1:
-            c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first)
-        else:
+            c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, dbeta,
+                               dgamma)
+        else:  # first the sums, since dx may be written over dy
+            c.k.layer_parameters(&of, c.mean + first, c.rstd + first, dbeta, dgamma)
             for row in range(first, end):
                 backward_group(c, Chunk(row, 0, blocks), nx_sums(&sum, &dot, 0))
         first = end
