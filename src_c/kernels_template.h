@@ -521,19 +521,19 @@ NX_OUTLINE void statistics_interleaved(nx_rows x, nx_block b, int centred, doubl
     double sum[INTERLEAVED] = {0}, squares[INTERLEAVED] = {0}, offset[INTERLEAVED], m2[INTERLEAVED],
            wrong[INTERLEAVED], inverse[INTERLEAVED], any = 0;
     const nx_block row = {1, b.n};
-    const double n = (double)b.n, each = 1 / n;
+    const double n = (double)b.n;
     if (centred)
         for (ptrdiff_t r = 0; r < b.rows; r++) pivot[r] = (C)sample_mean(rows_at(x, r, 0), row, 1);
     for (ptrdiff_t r = 0; r < b.rows; r++)
         row_powers(rows_at(x, r, 0), row, pivot[r], 1, sum + r, squares + r);
     /* Without a branch, and of a constant length, these become vectors: as nx_finish_moments. */
     for (int r = 0; r < INTERLEAVED; r++) {
-        offset[r] = centred ? sum[r] * each : 0;
-        m2[r] = squares[r] - offset[r] * sum[r];
+        offset[r] = centred ? sum[r] / n : 0;
+        m2[r] = squares[r] - sum[r] * offset[r];
         m2[r] = m2[r] < 0 ? 0 : m2[r];
         wrong[r] = (m2[r] <= DBL_MAX ? 0.0 : 1.0) + (m2[r] < range.tiny * n ? 1.0 : 0.0) +
                    (offset[r] * offset[r] * n > m2[r] ? 1.0 : 0.0);
-        inverse[r] = m2[r] * each + eps;
+        inverse[r] = m2[r] / n + eps;
     }
     for (int r = 0; r < INTERLEAVED; r++) inverse[r] = 1 / sqrt(inverse[r]);
     for (int r = 0; r < INTERLEAVED; r++) any += wrong[r];
@@ -668,9 +668,15 @@ NX_INLINE ptrdiff_t rows_together(ptrdiff_t left, ptrdiff_t n)
     return left < rows ? left : rows;
 }
 
+#include "kernels_short.h"
+
 static void layer_statistics(nx_rows x, nx_block b, int centred, double eps, double *mean,
                              double *rstd)
 {
+    if (b.n <= SHORT) {
+        short_statistics(x, b, centred, eps, mean, rstd);
+        return;
+    }
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
         count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
         statistics_interleaved(rows_at(x, first, 0), (nx_block){count, b.n}, centred, eps,

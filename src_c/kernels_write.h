@@ -164,6 +164,10 @@ static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *
                               double *rstd)
 {
     static const double zeros[INTERLEAVED];
+    if (b.n <= SHORT) {
+        short_forward(x, y, b, norm, mean, rstd, STREAM);
+        return;
+    }
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
         count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
         const nx_rows some_x = rows_at(x, first, 0), some_y = rows_at(y, first, 0);
@@ -229,6 +233,10 @@ static void WR(layer_backward)(const nx_backward *of, int centred, const double 
 {
     C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
     const ptrdiff_t rows = of->block.rows, n = of->block.n;
+    if (n <= SHORT) {
+        short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
+        return;
+    }
     memset(s, 0, (n + WIDEST) * sizeof(C));
     memset(q, 0, (n + WIDEST) * sizeof(C));
     for (ptrdiff_t count, first = 0; first < rows; first += count) {

@@ -130,8 +130,8 @@ cdef inline Py_ssize_t first_of(const Job *j, Py_ssize_t task, Py_ssize_t things
 cdef void look_ahead(Call *c, int arrays) noexcept nogil:
     """Set `ahead` to the distance from a group, as far as it is one piece of work, to the next.
 
-    Of a large call whose groups, so many arrays of them, stay in cache between the two passes. Where
-    x alone is read, and row by row, the processor itself looks ahead as well.
+    Of a large call whose groups, so many arrays of them, stay in cache between the two passes.
+    Where x alone is read, and row by row, the processor itself looks ahead as well.
     """
     cdef Py_ssize_t groups = 1
     if c.parameters == ALONG_ROW:
@@ -571,9 +571,9 @@ cdef void dots_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows, Py_ssiz
 
 
 cdef inline Py_ssize_t rows_at_once(const Call *c) noexcept nogil:
-    """Rows of layer norm's backward pass that are gone through together: long ones stay in cache."""
+    """Rows of layer norm's backward pass that go together; long ones stay in cache."""
     if c.n <= c.k.row_block:
-        return CHUNK_ROWS
+        return max(<Py_ssize_t> CHUNK_ROWS, c.k.row_block // c.n)
     return max(1, min(<Py_ssize_t> CHUNK_ROWS, CACHED // (2 * c.n * c.k.itemsize)))
 
 
@@ -633,8 +633,8 @@ cdef void strip_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
     cdef const Call *c = j.call
     cdef Py_ssize_t chunk = task // j.blocks, strip = task % j.blocks, row, start = strip * STRIP
-    cdef Py_ssize_t first = chunk * CHUNK_ROWS, rows = min(<Py_ssize_t> CHUNK_ROWS, c.groups - first)
-    cdef Py_ssize_t end = min(start + STRIP, c.n)
+    cdef Py_ssize_t first = chunk * CHUNK_ROWS, end = min(start + STRIP, c.n)
+    cdef Py_ssize_t rows = min(<Py_ssize_t> CHUNK_ROWS, c.groups - first)
     cdef double *dbeta = parameters_of(j, chunk)
     cdef double *sums = j.adjust + 2 * strip * c.groups
     memset(dbeta + start, 0, (end - start) * sizeof(double))

@@ -32,11 +32,11 @@ cdef int chosen_isa
 cdef int num_threads
 cdef int openmp_threads  # OpenMP's own number, at import
 
-# Bytes that a call reads and writes from which on its result goes around the caches. Stores into the
-# last cache read a line from it, or from memory, before they write over it: measured on a processor
-# with 1 and 32 MiB of second and last cache, results around them take as long from some 4 MiB on,
-# and half as long from 12 MiB on, also if they are read again next. A last cache that many cores
-# share, is another's too.
+# Bytes that a call reads and writes from which on its result goes around the caches. Stores into
+# the last cache first read the line that they write over. Measured with 1 and 32 MiB of second and
+# last cache: from results of 4 MiB on it takes no longer around them, from 12 MiB on half as long,
+# also if they are read again next. A last cache that many cores share is not one's own: so the
+# second counts too.
 cdef Py_ssize_t streamed = min(nx_cache(3) // 2, 12 * nx_cache(2))
 
 
@@ -46,11 +46,11 @@ cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept nogil
 
 cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ssize_t n,
                                     bint fresh) noexcept nogil:
-    """Those for a call that reads and writes so many elements, whose result has n that lie together.
+    """Those for a call that reads and writes so many elements; n of its result lie together.
 
     A large result goes around the caches, unless it is written over what was just read into them
-    (and so is not fresh), or in pieces so short that much of it lies in cache lines that it fills in
-    part only.
+    (and so is not fresh), or in pieces so short that much of it lies in cache lines that it fills
+    in part only.
     """
     cdef const nx_kernels *kernels = kernels_for(element_type, False)
     if fresh and elements * kernels.itemsize >= streamed and n >= STREAMED_ROW:
