@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import normext
 from bench import models
-from bench.cases import BOTH
 from bench.timing import available_cores, private_cache
 from normext.studies.report_text import table
 
@@ -24,9 +23,12 @@ __all__ = ["BEGIN", "END", "machine", "write", "write_readme"]
 Record = dict[str, Any]
 
 BEGIN, END = "<!-- benchmark -->", "<!-- end of benchmark -->"  # what stands between them in README.md is written here
-LARGE = 32 << 20  # bytes of x from which on a case counts as large
+# Bytes of x up to which a case is of the class.
+SIZES = {"up to 32 KiB": 1 << 15, "to 1 MiB": 1 << 20, "to 32 MiB": 1 << 25, "beyond": math.inf}
+AHEAD = 1.2  # of PyTorch: where the ratio is smaller, the case is named
 PARALLEL = 1 << 20  # bytes of x from which on threads should pay
 
+BESIDE_LIMIT = ("normext", "normext out=", "PyTorch")
 ORDER = ("PyTorch", "PyTorch out=", "PyTorch autograd", "JAX", "numba", "NumPy")
 
 # Colours that the colour-blind tell apart (M. Okabe and K. Ito, "Color Universal Design", 2008).
@@ -91,8 +93,7 @@ def ratios_by_peer(records: Iterable[Record]) -> dict[tuple[str, int], list[tupl
     found: dict[tuple[str, int], list[tuple[float, str]]] = {}
     for record in records:
         for peer, ratio in record["ratios"].items():
-            if peer != "limit":
-                found.setdefault((peer, record["threads"]), []).append((ratio["median"], record["name"]))
+            found.setdefault((peer, record["threads"]), []).append((ratio["median"], record["name"]))
     return found
 
 
@@ -100,8 +101,13 @@ def mean_and_worst(ratios: Sequence[float]) -> str:
     return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else ""
 
 
-def times_of_limit(record: Record) -> float:
-    return 1 / record["ratios"]["limit"]["median"]
+def over_limit(records: Iterable[Record], side: str) -> list[float]:
+    """How many times the limit a side takes, in the cases that it took part in."""
+    return [r["over_limit"][side]["median"] for r in records if side in r["over_limit"]]
+
+
+def mean_and_largest(times: Sequence[float]) -> str:
+    return f"{geometric_mean(times):.2f} ({max(times):.2f})" if times else ""
 
 
 def kind(record: Record) -> str:
@@ -117,8 +123,20 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
     return groups
 
 
+def subsets(records: list[Record], operation: Callable[[Record], str]) -> dict[str, list[Record]]:
+    """All, and by seed, size class and operation."""
+    seeds = grouped(records, lambda r: r["seed"])
+    sizes = grouped(records, lambda r: next(name for name, most in SIZES.items() if nbytes(r) <= most))
+    return {
+        "all": records,
+        **({f"seed {seed}": of for seed, of in seeds.items()} if len(seeds) > 1 else {}),
+        **{name: sizes[name] for name in SIZES if name in sizes},
+        **grouped(records, operation),
+    }
+
+
 def summary(records: list[Record]) -> list[str]:
-    """A line for each dtype, peer and number of threads."""
+    """A line for each dtype, peer and number of threads, and one for each side beside the limit."""
     lines = []
     for dtype, of in grouped(records, lambda r: r["dtype"]).items():
         for (peer, threads), ratios in ratios_by_peer(of).items():
@@ -127,6 +145,11 @@ def summary(records: list[Record]) -> list[str]:
                 f"{dtype}, threads {threads}: {peer} takes {geometric_mean(r for r, _ in ratios):.2f} times as long "
                 f"(geometric mean of {len(ratios)}); the smallest ratio is {worst:.2f}, {name}"
             )
+        for threads, some in grouped(of, lambda r: r["threads"]).items():
+            means = {side: over_limit(some, side) for side in BESIDE_LIMIT}
+            if any(means.values()):
+                told = ", ".join(f"{side} {mean_and_largest(times)}" for side, times in means.items() if times)
+                lines.append(f"{dtype}, threads {threads}: times the limit, geometric mean (largest): {told}")
     return lines
 
 
@@ -146,7 +169,7 @@ def with_spread(ratio: dict[str, float]) -> str:
 
 def peers_of(records: Iterable[Record]) -> list[str]:
     """Those that take part, in their order, which is that of the first measurements for those that have none."""
-    there = dict.fromkeys(peer for record in records for peer in record["ratios"] if peer != "limit")
+    there = dict.fromkeys(peer for record in records for peer in record["ratios"])
     return sorted(there, key=lambda peer: ORDER.index(peer) if peer in ORDER else len(ORDER))
 
 
@@ -154,14 +177,13 @@ def all_cases(records: list[Record]) -> str:
     """A row for each case."""
     peers = peers_of(records)
     ours = [name for name in ("normext", "normext out=") if any(name in r["times"] for r in records)]
-    limit = any("limit" in r["ratios"] for r in records)
+    limited = [side for side in BESIDE_LIMIT if over_limit(records, side)]
     rows = []
     for r in records:
         row = [r["name"], *(duration(r["times"][name]["median"]) if name in r["times"] else "" for name in ours)]
-        if limit:
-            row.append(f"{times_of_limit(r):.2f}" if "limit" in r["ratios"] else "")
+        row += [limit_text(r, side) for side in limited]
         rows.append(row + [with_spread(r["ratios"][peer]) if peer in r["ratios"] else "" for peer in peers])
-    return table(["case", *ours, *(["limit"] if limit else []), *peers], rows)
+    return table(["case", *ours, *(f"{side} / limit" for side in limited), *peers], rows)
 
 
 def plain_text(records: list[Record]) -> str:
@@ -179,9 +201,9 @@ def plain_text(records: list[Record]) -> str:
 def norms_text(records: list[Record]) -> str:
     """The report of the norms."""
     sections = [
-        "Results are fresh arrays on both sides; *out=* is into memory that is there. *Limit* is how many times "
-        "as long normext takes with out= as a plain copy that moves the bytes which must move; below 1 it is where "
-        "normext writes past the caches and the copy does not."
+        "Results are fresh arrays on both sides; *out=* is into memory that is there. The *limit* is the time of a "
+        "plain copy of x into memory that is there, times the bytes that must move beside those of the copy "
+        "(`copies_to_move` in bench/cases.py). Below it is where normext writes past the caches and the copy does not."
     ]
     for dtype, of in grouped(records, lambda r: r["dtype"]).items():
         compared = [r for r in of if not r["series"]]
@@ -190,7 +212,8 @@ def norms_text(records: list[Record]) -> str:
             overview = by_operation(compared, peers_of(compared), kind)
             sections += [f"## {dtype}", "Geometric mean of the ratios, and the smallest:", overview]
             sections.append("\n".join(f"- {line}" for line in summary(compared)))
-        sections += [text for text in (beside_limit(of), more_threads(of), powers_of_two(series)) if text]
+        sections += [text for text in (beside_limit(compared), hardly_ahead(compared)) if text]
+        sections += [text for text in (more_threads(of), powers_of_two(series)) if text]
         for title, part in (("All cases", compared), ("Growth with size", series)):
             for threads, some in grouped(part, lambda r: r["threads"]).items():
                 sections.append(f"### {title}: {dtype}, threads {threads}\n\n{all_cases(some)}")
@@ -198,32 +221,48 @@ def norms_text(records: list[Record]) -> str:
 
 
 def by_operation(records: list[Record], peers: list[str], operation: Callable[[Record], str]) -> str:
-    """Rows: operations; columns: peers and numbers of threads; cells: geometric mean (smallest)."""
+    """Rows: all, sizes and operations; columns: peers and numbers of threads; cells: geometric mean (smallest)."""
     columns = [(peer, threads) for peer in peers for threads in sorted({r["threads"] for r in records})]
     rows = []
-    for name, of in {"all": records, **grouped(records, operation)}.items():
+    for name, of in subsets(records, operation).items():
         ratios = ratios_by_peer(of)
         rows.append([name, *(mean_and_worst([r for r, _ in ratios.get(column, [])]) for column in columns)])
     return table(["", *(f"{peer}, {threads} thr." for peer, threads in columns)], rows)
 
 
 def beside_limit(records: list[Record]) -> str:
-    large = [r for r in records if "limit" in r["ratios"] and r["step"] != BOTH and nbytes(r) >= LARGE]
-    if not large:
+    """Rows: all, sizes and operations; columns: sides and numbers of threads; cells: geometric mean (largest)."""
+    threads = sorted({r["threads"] for r in records})
+    columns = [(side, number) for side in BESIDE_LIMIT if over_limit(records, side) for number in threads]
+    if not columns:
         return ""
-    counts = sorted({r["threads"] for r in large})
     rows = []
-    for name, of in grouped(large, kind).items():
-        by_threads = grouped(of, lambda r: r["threads"])
-        cells = []
-        for threads in counts:
-            times = [times_of_limit(r) for r in by_threads.get(threads, [])]
-            cells.append(f"{geometric_mean(times):.2f} ({max(times):.2f})" if times else "")
-        rows.append([name, *cells])
-    return (
-        f"Times of the limit, with out=, of arrays from {LARGE >> 20} MiB: geometric mean, and the largest.\n\n"
-        + table(["", *(f"{threads} thr." for threads in counts)], rows)
+    for name, of in subsets(records, kind).items():
+        some = grouped(of, lambda r: r["threads"])
+        rows.append([name, *(mean_and_largest(over_limit(some.get(number, []), side)) for side, number in columns)])
+    return "Times the limit: geometric mean, and the largest.\n\n" + table(
+        ["", *(f"{side}, {number} thr." for side, number in columns)], rows
     )
+
+
+def hardly_ahead(records: list[Record]) -> str:
+    """The cases that PyTorch takes less than `AHEAD` times as long for, and how near to the limit either is there."""
+    there = [r for r in records if "PyTorch" in r["ratios"]]
+    slow = sorted((r["ratios"]["PyTorch"]["median"], r["threads"], r["name"], r) for r in there)
+    slow = [(ratio, r) for ratio, *_, r in slow if ratio < AHEAD]
+    if not there:
+        return ""
+    text = f"PyTorch takes less than {AHEAD} times as long in {len(slow)} of {len(there)} cases."
+    if not slow:
+        return text
+    rows = [
+        [r["name"], r["threads"], f"{ratio:.2f}", *(limit_text(r, side) for side in BESIDE_LIMIT)] for ratio, r in slow
+    ]
+    return f"{text}\n\n" + table(["case", "threads", "PyTorch", *(f"{side} / limit" for side in BESIDE_LIMIT)], rows)
+
+
+def limit_text(record: Record, side: str) -> str:
+    return f"{record['over_limit'][side]['median']:.2f}" if side in record["over_limit"] else ""
 
 
 def more_threads(records: list[Record]) -> str:
@@ -352,7 +391,7 @@ def charts(records: list[Record]) -> "dict[str, Figure]":
         title = f"{dtype}, threads: {threads}"
         if peers_of(compared):
             figures[f"ratios-{suffix}"] = ratio_chart(compared, title)
-        limited = [r for r in of if "limit" in r["ratios"] and r["step"] != BOTH]
+        limited = [r for r in of if r["over_limit"]]
         if limited:
             figures[f"limit-{suffix}"] = limit_chart(limited, title)
         if series:
@@ -400,20 +439,20 @@ def ratio_chart(records: list[Record], title: str) -> "Figure":
 
 
 def limit_chart(records: list[Record], title: str) -> "Figure":
-    """How many times the limit normext takes with out=, against the working set: a plot for each step."""
+    """How many times the limit normext takes, fresh results, against the bytes of x: a plot for each step."""
     from matplotlib.figure import Figure
 
     steps = list(dict.fromkeys(r["step"] for r in records))
     norms = list(dict.fromkeys((r["norm"], r["layout"]) for r in records))
     figure = Figure(figsize=(5 * len(steps), 4.4), layout="constrained")
     axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
-    highest = max(map(times_of_limit, records))
+    highest = max(over_limit(records, "normext"))
     for ax, step in zip(axes, steps):
         for i, (norm, layout) in enumerate(norms):
             of = [r for r in records if (r["step"], r["norm"], r["layout"]) == (step, norm, layout)]
             ax.scatter(
-                [r["working_set"] for r in of],
-                list(map(times_of_limit, of)),
+                [nbytes(r) for r in of],
+                over_limit(of, "normext"),
                 s=22,
                 marker="osD^vP*X"[i % 8],
                 color=COLOURS[i % len(COLOURS)],
@@ -430,11 +469,11 @@ def limit_chart(records: list[Record], title: str) -> "Figure":
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_title(step)
-        ax.set_xlabel("bytes of all arrays")
+        ax.set_xlabel("bytes of x")
         ax.grid(color="0.9")
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("normext (out=) over a copy of the same bytes")
+    axes[0].set_ylabel("normext over the limit")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(norms), frameon=False)
     figure.suptitle(f"Times of the limit; {title}")
     return figure

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from itertools import count
 from pathlib import Path
 
@@ -17,10 +18,15 @@ sys.path.append(str(ROOT))  # bench is not installed
 
 from bench import peers, report, timing, training, windows, worker  # noqa: E402
 from bench.__main__ import main  # noqa: E402
-from bench.cases import BOTH, Case, cases, traffic  # noqa: E402
+from bench.cases import BOTH, Case, cases, copies_to_move, data_of, drawn  # noqa: E402
 
 STEPS = ("forward", "backward", BOTH)
 FILTER = "rms norm forward"
+DRAWN_FIRST = [
+    "batch norm backward 11575x922 float32 seed 1",
+    "rms norm forward 4x1609 float32 seed 1",
+    "instance norm NHWC backward 5x9x9x358 float32 seed 1",
+]
 SMALL = [
     *[Case("batch", step, "ND", (12, 10), "float32") for step in (*STEPS, "evaluation")],
     *[Case("batch", step, "NCHW", (3, 4, 5, 5), "float32") for step in (*STEPS, "evaluation")],
@@ -29,7 +35,9 @@ SMALL = [
     *[Case("layer", step, "ND", (12, 10), "float16") for step in STEPS],
     *[Case("rms", step, "ND", (12, 10), "float32") for step in STEPS],
     *[Case("group", step, "NCHW", (3, 4, 5, 5), "float32") for step in STEPS],
+    *[Case("group", step, "NHWC", (3, 5, 5, 12), "float32") for step in STEPS],
     *[Case("instance", step, "NCHW", (3, 4, 5, 5), "float32") for step in STEPS],
+    *[Case("instance", step, "NHWC", (3, 5, 5, 4), "float32") for step in STEPS],
 ]
 
 
@@ -78,6 +86,52 @@ def test_a_series_has_a_power_of_two_and_its_neighbours_at_the_same_number_of_ro
     rows = {width: [c.shape[0] for c in of if c.shape[1] == width] for width in (1023, 1024, 1025)}
     assert rows[1023] == rows[1024] == rows[1025]
     assert max(rows[1024]) * 1024 * 4 == 256 << 20
+
+
+# Drawn ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_draws_the_same_cases_everywhere():
+    names = [case.name for case in drawn([1], ["float32"])]
+    assert names[:3] == DRAWN_FIRST
+    assert names == [case.name for case in drawn([1], ["float32"])]
+    assert names != [case.name for case in drawn([2], ["float32"])]
+    assert [case.name for case in drawn([1, 2], ["float32"])][:60] == names
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_every_norm_layout_and_step_is_drawn(dtype):
+    for seed in range(3):
+        counts = Counter((case.norm, case.layout, case.step) for case in drawn([seed], [dtype]))
+        assert sum(counts.values()) == 60 and set(counts.values()) == {2, 3}
+        assert {"batch", "layer", "rms", "group", "instance"} == {norm for norm, *_ in counts}
+        assert {("batch", "NHWC", "evaluation"), ("group", "NHWC", "backward")} <= set(counts)
+
+
+def test_sizes_and_widths_are_drawn_within_their_bounds_and_all_over_them():
+    found = drawn(range(20), ["float32"])
+    sizes = np.array([case.nbytes for case in found])
+    assert 1 << 10 <= sizes.min() < 1 << 11 and 1 << 27 < sizes.max() <= 256 << 20
+    assert 0.4 < np.mean(sizes < 1 << 19) < 0.6  # half of 1 KiB to 256 MiB
+    widths = np.array([case.shape[-1] for case in found if case.layout == "ND"])
+    assert widths.min() == 1 and 50_000 < widths.max() <= 100_000
+    images = [case.shape for case in found if case.layout == "NCHW"]
+    assert all(height == width and height * width <= 100_000 for *_, height, width in images)
+    assert max(channels for _, channels, *_ in images) > 10_000 and max(shape[-1] for shape in images) > 200
+
+
+def test_every_other_width_that_is_drawn_is_odd():
+    for i, case in enumerate(drawn(range(3), ["float32"])):
+        _, *widths = case.shape  # of images the channels or the side
+        assert any(width % 2 == i % 2 for width in widths)
+        if case.layout == "ND":
+            assert case.shape[1] % 2 == i % 2
+
+
+def test_two_numbers_or_more_share_a_statistic_where_pytorch_refuses_one():
+    for case in drawn(range(20), ["float32"]):
+        assert case.size // case.plan.statistics >= (1 if case.norm in ("layer", "rms") else 2)
+        assert case.norm != "group" or case.channels % case.plan.groups == 0
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -140,64 +194,59 @@ def test_a_side_that_computes_something_else_is_found():
     assert list(worker.disagreements(sides, "float32")) == ["wrong", "nan", "shape"]
 
 
-# Bytes ----------------------------------------------------------------------------------------------------------------
-
-
-def test_layer_norm_moves_x_and_y_once_while_a_row_fits():
-    case = Case("layer", "forward", "ND", (100, 1000), "float32")
-    array, parameters, statistics = 400_000, 2 * 4000, 2 * 400
-    assert traffic(case, cache=4000) == (2 * array + parameters + statistics,) * 2
-    assert traffic(case, cache=3999).moved == 3 * array + parameters + statistics
-
-
-def test_layer_norm_backward_moves_three_arrays():
-    case = Case("layer", "backward", "ND", (100, 1000), "float64")
-    array, parameters, statistics = 800_000, 3 * 8000, 2 * 800  # gamma read, dgamma and dbeta written
-    assert traffic(case, cache=16_000) == (3 * array + parameters + statistics,) * 2
-    assert traffic(case, cache=15_999).moved == 5 * array + parameters + statistics
+# The limit ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "layout, shape, least_cache",
+    "norm, layout, shape, together",
     [
-        ("ND", (4096, 1024), 4096 * 64),  # a cache line of channels
-        ("ND", (1000, 3), 1000 * 12),  # all channels are less than a cache line
-        ("NHWC", (4, 8, 8, 64), 256 * 64),
-        ("NCHW", (4, 64, 8, 8), 256 * 4),  # a channel
+        ("layer", "ND", (100, 1000), 4000),  # a row
+        ("rms", "ND", (100, 1000), 4000),
+        ("group", "NCHW", (3, 64, 8, 8), 2 * 64 * 4),  # 32 groups of two channels
+        ("group", "NHWC", (3, 8, 8, 64), 2 * 64 * 4),
+        ("instance", "NCHW", (3, 64, 8, 8), 64 * 4),
+        ("batch", "ND", (100, 1000), 400_000),  # all of x
+        ("batch", "NCHW", (3, 64, 8, 8), 3 * 64 * 64 * 4),
     ],
 )
-def test_batch_norm_reads_x_twice_where_what_one_statistic_needs_does_not_fit(layout, shape, least_cache):
-    case = Case("batch", "forward", layout, shape, "float32")
-    array, parameter = 4 * case.size, 4 * case.channels
-    # gamma, beta, the running statistics (read and written), and the batch's
-    assert traffic(case, cache=least_cache).moved == 2 * array + 8 * parameter
-    assert traffic(case, cache=least_cache - 1).moved == 3 * array + 8 * parameter
-    evaluation = Case("batch", "evaluation", layout, shape, "float32")
-    assert traffic(evaluation, cache=0).moved == 2 * array + 4 * parameter
+def test_what_the_cache_does_not_hold_is_read_twice(norm, layout, shape, together):
+    forward, backward, both = (Case(norm, step, layout, shape, "float32") for step in STEPS)
+    assert copies_to_move(forward, cache=together) == 1  # x read, y written, as a copy does
+    assert copies_to_move(forward, cache=together - 1) == 1.5
+    assert copies_to_move(backward, cache=2 * together) == 1.5  # x, dy, dx
+    assert copies_to_move(backward, cache=2 * together - 1) == 2.5
+    assert copies_to_move(both, cache=0) == 4
 
 
-def test_sixteen_bits_move_half_the_bytes():
-    wide, narrow = (traffic(Case("rms", "forward", "ND", (10_000, 100), d), 10**6) for d in ("float32", "float16"))
-    assert wide.moved - narrow.moved == 2 * 1_000_000 * 2  # x and y; parameters and statistics stay float32
+def test_an_evaluation_reads_once():
+    assert copies_to_move(Case("batch", "evaluation", "ND", (100, 1000), "float32"), cache=0) == 1
 
 
-def test_a_step_of_training_moves_what_its_passes_move():
-    forward, backward, both = (traffic(Case("group", s, "NCHW", (2, 4, 8, 8), "float32"), 10**6) for s in STEPS)
-    assert both.moved == forward.moved + backward.moved
-    assert both.working_set == forward.working_set + 2 * 2048
+def test_sixteen_bits_take_half_the_cache():
+    wide, narrow = (Case("rms", "forward", "ND", (100, 1000), dtype) for dtype in ("float32", "float16"))
+    assert copies_to_move(wide, cache=2000) == 1.5 and copies_to_move(narrow, cache=2000) == 1
+
+
+def test_the_limit_is_a_copy_as_often_as_must_be_moved():
+    case = Case("layer", "backward", "ND", (12, 10), "float32")
+    limit = peers.entrants(case, ["limit"], threads=1)["limit"]
+    assert limit.scale == 1.5
+    limit.call()
+    np.testing.assert_array_equal(limit.call.target.view(np.float32), data_of(case).x.reshape(-1))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 63, 64, 1000, 100_001])
 def test_the_copy_copies_every_byte(size, threads):
-    copy = timing.Copy(2 * size, threads)
-    copy.source[:] = np.arange(size) % 251
+    array = (np.arange(size) % 251).astype(np.uint8)
+    copy = timing.Copy(array, threads)
     copy.target[:] = 255
-    for source, target in ((target, source) for target, source in copy.parts):
-        assert source.size == target.size
     copy()
-    np.testing.assert_array_equal(copy.target, copy.source)
-    assert len(copy.source) == size and sum(target.size for target, _ in copy.parts) == size
+    np.testing.assert_array_equal(copy.target, array)
+    copy.target[:] = 255
+    for part in copy.parts:  # which a little copy does not go by
+        np.copyto(*part)
+    np.testing.assert_array_equal(copy.target, array)
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
@@ -235,14 +284,14 @@ def test_results_for_machines(results):
     wanted = [case.name for case in cases(True, ["float32"]) if FILTER in case.name]
     assert [record["name"] for record in found["records"]] == wanted
     for record in found["records"]:
-        assert {"norm", "step", "layout", "shape", "dtype", "series", "size", "moved", "working_set"} <= set(record)
+        assert {"norm", "step", "layout", "shape", "dtype", "series", "seed", "size", "copies"} <= set(record)
         assert record["threads"] == 1 and record["disagreements"] == {}
         sides = {"normext", "normext out=", "limit"} | (set() if record["series"] else {"NumPy"})
         assert set(record["times"]) == sides
-        assert set(record["ratios"]) == sides - {"normext", "normext out="}
-        for times in [*record["times"].values(), *record["ratios"].values()]:
-            assert 0 < times["q1"] <= times["median"] <= times["q3"] and times["turns"] >= timing.FEWEST_TURNS
-        assert record["ratios"]["limit"]["of"] == "normext out="
+        assert set(record["ratios"]) == sides - {"normext", "normext out=", "limit"}
+        assert set(record["over_limit"]) == sides - {"limit"}
+        for times in [*record["times"].values(), *record["ratios"].values(), *record["over_limit"].values()]:
+            assert 0 < times["q1"] <= times["median"] <= times["q3"] and times["turns"] >= timing.ENOUGH_TURNS
 
 
 def test_results_for_people(results):
