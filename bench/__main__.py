@@ -5,7 +5,7 @@
     python -m bench norms --draw 1,2  # norms on shapes that nobody chose, 60 for each seed
     python -m bench models            # whole models in PyTorch, before and after normext.torch.accelerate
     python -m bench distributed       # batch norm and training on several ranks of MPI
-    python -m bench readme            # the figures of the last run into README.md and docs/pytorch.md
+    python -m bench readme            # the figures of the last run into bench/measured, README.md and docs/pytorch.md
 
 A ratio is the peer's time over ours. Results are written into --out: JSON, a table (Markdown), charts (PNG).
 """
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import distributed, models, report
+from bench import distributed, models, readme, report
 from bench.timing import available_cores
 from bench.worker import PARTS, selected
 from normext._version import how_to_install
@@ -34,9 +34,9 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     if options.part == "readme":
-        report.write_readme(Path("README.md"), options.out)
+        readme.write(Path("README.md"), options.out)
         if (options.out / "models.json").exists():
-            report.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
+            readme.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
         return 0
     if options.part == "distributed":
         distributed.main(options.out, options.quick)

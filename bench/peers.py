@@ -124,7 +124,9 @@ class PyTorch:
             before()
             call = partial(backward, forward())
             without_autograd()
-            return {"PyTorch": Entrant(call, result, before)}
+            # It adds dgamma and dbeta of 16-bit data up in 16 bits: of many rows no digit is right.
+            compared = slice(1) if case.itemsize == 2 else slice(None)
+            return {"PyTorch": Entrant(call, lambda r: result(r[compared]), before)}
         if case.step == BOTH:
             module = self.module(case, arrays)
             before = with_autograd if case.norm == "rms" else without_autograd

@@ -1,4 +1,4 @@
-"""What is made of the measurements: JSON for machines; tables, charts and the README's figures for people."""
+"""What is made of the measurements: JSON for machines; tables and charts for people."""
 
 import importlib.metadata
 import json
@@ -6,28 +6,34 @@ import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import normext
 from bench import models
+from bench.cases import BOTH
 from bench.timing import available_cores, private_cache
 from normext.studies.report_text import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BEGIN", "END", "machine", "write", "write_readme"]
+__all__ = ["Record", "grouped", "nbytes", "over_limit", "processor", "ratios_by_peer", "size_text", "subsets", "write"]
 
 Record = dict[str, Any]
 
-BEGIN, END = "<!-- benchmark -->", "<!-- end of benchmark -->"  # what stands between them in README.md is written here
 # Bytes of x up to which a case is of the class.
 SIZES = {"up to 32 KiB": 1 << 15, "to 1 MiB": 1 << 20, "to 32 MiB": 1 << 25, "beyond": math.inf}
 AHEAD = 1.2  # of PyTorch: where the ratio is smaller, the case is named
 PARALLEL = 1 << 20  # bytes of x from which on threads should pay
 
+WORDS = {  # in the order of tables
+    "norm": ("batch", "layer", "rms", "group", "instance"),
+    "layout": ("ND", "NCHW", "NHWC"),
+    "step": ("forward", "backward", "evaluation", BOTH),
+}
 BESIDE_LIMIT = ("normext", "normext out=", "PyTorch")
 ORDER = ("PyTorch", "PyTorch out=", "PyTorch autograd", "JAX", "numba", "NumPy")
 
@@ -40,6 +46,8 @@ def write(folder: Path, part: str, records: list[Record], quick: bool, load: flo
     folder.mkdir(parents=True, exist_ok=True)
     results = {"format": 1, "part": part, "quick": quick, "machine": {**machine(), "load": load}, "records": records}
     (folder / f"{part}.json").write_text(json.dumps(results, indent=1) + "\n")
+    if part == "norms":
+        records = sorted(records, key=in_order)
     tables = {"norms": norms_text, "models": models.text}.get(part, plain_text)(records)
     (folder / f"{part}.md").write_text(f"# normext beside its peers: {part}\n\n{described(results)}\n\n{tables}\n")
     print("", *summary(records), f"written to {folder}/{part}.*", sep="\n")
@@ -55,10 +63,8 @@ def write(folder: Path, part: str, records: list[Record], quick: bool, load: flo
 
 def machine() -> dict[str, Any]:
     """What was measured on, as far as figures depend on it."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (model := re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M)):
-        processor = model[1]
+    name = processor(cpuinfo.read_text()) if cpuinfo.exists() else ""
     versions = {}
     for package in ("numpy", "torch", "jax", "numba"):
         try:
@@ -66,10 +72,29 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        **{"processor": processor, "cores": len(available_cores()), "own_cache": private_cache()},
+        **{"date": date.today().isoformat(), "processor": name or platform.processor() or platform.machine()},
+        **{"cores": len(available_cores()), "own_cache": private_cache()},
         **{"system": platform.system(), "python": platform.python_version()},
         "versions": {"normext": normext.__version__, **versions},
     }
+
+
+def processor(cpuinfo: str) -> str:
+    """The processor by its name and what tells its generation, which virtual machines leave out of the name.
+
+    Examples
+    --------
+    >>> processor("cpu family : 6\\nmodel : 143\\nmodel name : Intel(R) Xeon(R) Processor\\nflags : sse2 avx2 avx512f")
+    'Intel Xeon Processor (family 6 model 143, AVX-512)'
+    """
+    facts = dict(re.findall(r"^(\S[^:]*?)\s*:\s*(.*)$", cpuinfo, re.M))
+    if "model name" not in facts:  # other processors than x86
+        return ""
+    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    flags = facts.get("flags", "").split()
+    vectors = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags]
+    told = [" ".join(f"{word} {facts[key]}" for word, key in numbers.items() if key in facts), *vectors[:1]]
+    return f"{re.sub(r'[(](R|TM)[)]', '', facts['model name'])} ({', '.join(told)})"
 
 
 def described(results: dict[str, Any]) -> str:
@@ -123,6 +148,14 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
     return groups
 
 
+def in_order(record: Record) -> tuple[int, ...]:
+    """By operation, then by size: for `sorted`."""
+    return (
+        *(words.index(record[what]) for what, words in WORDS.items()),
+        nbytes(record),
+    )
+
+
 def subsets(records: list[Record], operation: Callable[[Record], str]) -> dict[str, list[Record]]:
     """All, and by seed, size class and operation."""
     seeds = grouped(records, lambda r: r["seed"])
@@ -131,7 +164,7 @@ def subsets(records: list[Record], operation: Callable[[Record], str]) -> dict[s
         "all": records,
         **({f"seed {seed}": of for seed, of in seeds.items()} if len(seeds) > 1 else {}),
         **{name: sizes[name] for name in SIZES if name in sizes},
-        **grouped(records, operation),
+        **grouped(sorted(records, key=in_order), operation),
     }
 
 
@@ -144,6 +177,7 @@ def summary(records: list[Record]) -> list[str]:
             lines.append(
                 f"{dtype}, threads {threads}: {peer} takes {geometric_mean(r for r, _ in ratios):.2f} times as long "
                 f"(geometric mean of {len(ratios)}); the smallest ratio is {worst:.2f}, {name}"
+                + (f"; below {AHEAD}: {sum(r < AHEAD for r, _ in ratios)}" if peer == "PyTorch" else "")
             )
         for threads, some in grouped(of, lambda r: r["threads"]).items():
             means = {side: over_limit(some, side) for side in BESIDE_LIMIT}
@@ -212,7 +246,7 @@ def norms_text(records: list[Record]) -> str:
             overview = by_operation(compared, peers_of(compared), kind)
             sections += [f"## {dtype}", "Geometric mean of the ratios, and the smallest:", overview]
             sections.append("\n".join(f"- {line}" for line in summary(compared)))
-        sections += [text for text in (beside_limit(compared), hardly_ahead(compared)) if text]
+        sections += [text for text in (beside_limit(compared), hardly_ahead_text(compared)) if text]
         sections += [text for text in (more_threads(of), powers_of_two(series)) if text]
         for title, part in (("All cases", compared), ("Growth with size", series)):
             for threads, some in grouped(part, lambda r: r["threads"]).items():
@@ -245,20 +279,20 @@ def beside_limit(records: list[Record]) -> str:
     )
 
 
-def hardly_ahead(records: list[Record]) -> str:
-    """The cases that PyTorch takes less than `AHEAD` times as long for, and how near to the limit either is there."""
-    there = [r for r in records if "PyTorch" in r["ratios"]]
-    slow = sorted((r["ratios"]["PyTorch"]["median"], r["threads"], r["name"], r) for r in there)
-    slow = [(ratio, r) for ratio, *_, r in slow if ratio < AHEAD]
-    if not there:
-        return ""
-    text = f"PyTorch takes less than {AHEAD} times as long in {len(slow)} of {len(there)} cases."
-    if not slow:
-        return text
+def hardly_ahead(records: list[Record]) -> list[tuple[float, Record]]:
+    """The cases that PyTorch takes less than `AHEAD` times as long for, with the ratio, the smallest first."""
+    ratios = [(r["ratios"]["PyTorch"]["median"], r) for r in records if "PyTorch" in r["ratios"]]
+    return sorted((pair for pair in ratios if pair[0] < AHEAD), key=lambda pair: pair[0])
+
+
+def hardly_ahead_text(records: list[Record]) -> str:
+    """They, and how near to the limit either side is there."""
     rows = [
-        [r["name"], r["threads"], f"{ratio:.2f}", *(limit_text(r, side) for side in BESIDE_LIMIT)] for ratio, r in slow
+        [r["name"], r["threads"], f"{ratio:.2f}", *(limit_text(r, side) for side in BESIDE_LIMIT)]
+        for ratio, r in hardly_ahead(records)
     ]
-    return f"{text}\n\n" + table(["case", "threads", "PyTorch", *(f"{side} / limit" for side in BESIDE_LIMIT)], rows)
+    header = ["case", "threads", "PyTorch", *(f"{side} / limit" for side in BESIDE_LIMIT)]
+    return f"PyTorch takes less than {AHEAD} times as long:\n\n{table(header, rows)}" if rows else ""
 
 
 def limit_text(record: Record, side: str) -> str:
@@ -316,67 +350,6 @@ def powers_of_two(series: list[Record]) -> str:
 
 def nbytes(record: Record) -> int:
     return record["size"] * {"float64": 8, "float32": 4}.get(record["dtype"], 2)
-
-
-# README ---------------------------------------------------------------------------------------------------------------
-
-
-def write_readme(readme: Path, folder: Path) -> None:
-    """Put the figures of the results in the folder between `BEGIN` and `END` in the README.
-
-    Raises
-    ------
-    ValueError
-        If the README does not have both marks once, in this order.
-    FileNotFoundError
-        If there are no results of norms.
-    """
-    write_between(readme, BEGIN, END, readme_figures(folder))
-
-
-def write_between(page: Path, begin: str, end: str, figures: str) -> None:
-    """Put figures between two marks of a page, which must be there once, in this order."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{page} must have the lines {begin} and {end} once, in this order")
-    before, after = text[: text.index(begin)], text[text.index(end) :]
-    page.write_text(f"{before}{begin}\n{figures}\n{after}", encoding="utf-8")
-
-
-def readme_figures(folder: Path) -> str:
-    results = json.loads((folder / "norms.json").read_text())
-    records = [r for r in results["records"] if r["dtype"] == "float32" and not r["series"]]
-    if not records:
-        raise ValueError(f"{folder / 'norms.json'} has no float32 cases")
-    on = results["machine"]
-    packages = {"PyTorch": "torch", "JAX": "jax", "numba": "numba", "NumPy": "numpy"}
-    versions = ", ".join(f"{p} {on['versions'][v]}" for p, v in packages.items() if v in on["versions"])
-    sizes = sorted(map(nbytes, records))
-    sections = [
-        f"How many times as long the others take: float32, fresh results, x from {size_text(sizes[0])} to "
-        f"{size_text(sizes[-1])}; geometric mean of the cases, and the smallest ratio in brackets. "
-        f"{on['processor']}; {versions}.{' A quick run.' if results['quick'] else ''}",
-        by_operation(
-            records,
-            [peer for peer in peers_of(records) if not peer.endswith(" out=")],
-            lambda r: f"{r['norm']} norm, {r['step']}",
-        ),
-    ]
-    training = folder / "training.json"
-    if training.exists():
-        of = [r for r in json.loads(training.read_text())["records"] if r["dtype"] == "float32"]
-        sections += ["Steps a second of training the assignment's net of six layers, and the others' time over ours:"]
-        rows = [
-            [
-                {"batchnorm": "batch norm", "layernorm": "layer norm", None: "no norm"}[r["normalization"]]
-                + f", batch {r['batch']}, threads {r['threads']}",
-                f"{1 / r['times']['normext']['median']:.0f}",
-                *(f"{r['ratios'][peer]['median']:.2f}" if peer in r["ratios"] else "" for peer in peers_of(of)),
-            ]
-            for r in of
-        ]
-        sections.append(table(["", "normext", *peers_of(of)], rows))
-    return "\n\n".join(sections)
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------

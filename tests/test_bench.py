@@ -16,7 +16,7 @@ import normext
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # bench is not installed
 
-from bench import peers, report, timing, training, windows, worker  # noqa: E402
+from bench import peers, readme, report, timing, training, windows, worker  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.cases import BOTH, Case, cases, copies_to_move, data_of, drawn  # noqa: E402
 
@@ -48,20 +48,41 @@ def torch():
     module.set_grad_enabled(True)  # the benchmark switches it as it needs
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The folder of a small run, from the command line."""
+def run(folder, *options):
+    """A small run from the command line, into the folder."""
     for package in ("tqdm", "matplotlib"):
         pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("bench")
-    command = ["norms", "--quick", "--filter", FILTER, "--peers", "numpy,limit", "--threads", "1", "--out"]
+    command = [
+        *options,
+        "--quick",
+        "--filter",
+        FILTER,
+        "--peers",
+        "numpy,limit",
+        "--threads",
+        "1",
+        "--out",
+        str(folder),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, "-m", "bench", *command, str(folder)],
+        [sys.executable, "-m", "bench", "norms", *command],
         **{"cwd": ROOT, "env": environment, "capture_output": True, "text": True},
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of a small run."""
+    return run(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def drawn_results(tmp_path_factory):
+    """The folder of a run of what two seeds draw: seeds whose cases of the filter are small."""
+    return run(tmp_path_factory.mktemp("drawn"), "--draw", "1,6")
 
 
 # What is compared -----------------------------------------------------------------------------------------------------
@@ -304,27 +325,150 @@ def test_results_for_people(results):
     assert all((results / chart).read_bytes().startswith(b"\x89PNG") for chart in charts)
 
 
-def test_figures_go_between_the_marks_of_the_readme(results, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# One\n\n{report.BEGIN}\nold\n{report.END}\n\n## Two\n")
-    report.write_readme(readme, results)
-    text = readme.read_text()
-    assert text.startswith(f"# One\n\n{report.BEGIN}\n") and text.endswith(f"\n{report.END}\n\n## Two\n")
-    assert "old" not in text and "| rms norm, forward |" in text and "NumPy, 1 thr." in text
-    assert "x from 8 KiB to 16 MiB" in text and "A quick run." in text
-    report.write_readme(readme, results)
-    assert readme.read_text() == text
+def test_drawn_results_are_told_by_seed_size_and_operation(drawn_results):
+    found = json.loads((drawn_results / "norms.json").read_text())["records"]
+    wanted = [case.name for case in drawn([1, 6], ["float32"]) if FILTER in case.name]
+    assert [record["name"] for record in found] == wanted and len(wanted) == 6
+    assert [record["seed"] for record in found] == [1, 1, 1, 6, 6, 6]
+    text = (drawn_results / "norms.md").read_text()
+    for name in ("all", "seed 1", "seed 6", "up to 32 KiB", "to 1 MiB", "rms norm forward"):
+        assert text.count(f"\n| {name} |") == 2  # beside the peers, and beside the limit
+    assert "\n| beyond |" not in text
+    assert "\n|  | normext, 1 thr. | normext out=, 1 thr. |\n" in text
+
+
+def told(norm, step, size, ratio, ours, theirs, **more):
+    """A record of PyTorch and the limit, as far as the tables use it."""
+    over = {"normext": ours, "normext out=": ours - 0.1, "PyTorch": theirs}
+    return {
+        **{"norm": norm, "step": step, "layout": "ND", "shape": [1, size], "size": size, "dtype": "float32"},
+        **{"series": "", "seed": 3, "threads": 1, "name": f"{norm} norm {step} 1x{size}", "times": {}},
+        "ratios": {"PyTorch": {"of": "normext", "median": ratio, "q1": ratio, "q3": ratio}},
+        "over_limit": {side: {"median": times, "q1": times, "q3": times} for side, times in over.items()},
+        **more,
+    }
+
+
+TOLD = [
+    told("layer", "forward", 1000, 4.0, 2.0, 8.0),
+    told("batch", "forward", 20_000, 1.1, 1.0, 1.1),
+    told("layer", "backward", 100_000_000, 0.5, 8.0, 4.0),
+]
+
+
+def test_times_the_limit_are_geometric_means_and_the_largest():
+    lines = report.beside_limit(TOLD).splitlines()
+    assert "| all | 2.52 (8.00) | 2.38 (7.90) | 3.28 (8.00) |" in lines
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][2:] == [
+        *("| all", "| up to 32 KiB", "| to 1 MiB", "| beyond"),
+        *("| batch norm forward", "| layer norm forward", "| layer norm backward"),
+    ]
+
+
+def test_cases_hardly_ahead_of_pytorch_are_named_the_slowest_first():
+    rows = report.hardly_ahead_text(TOLD).splitlines()[4:]
+    assert rows == [
+        "| layer norm backward 1x100000000 | 1 | 0.50 | 8.00 | 7.90 | 4.00 |",
+        "| batch norm forward 1x20000 | 1 | 1.10 | 1.00 | 0.90 | 1.10 |",
+    ]
+    assert "below 1.2: 2" in report.summary(TOLD)[0]
+    assert report.hardly_ahead_text(TOLD[:1]) == ""
 
 
 @pytest.mark.parametrize(
-    "text", ["none", report.BEGIN, f"{report.END} {report.BEGIN}", 2 * (report.BEGIN + report.END)]
+    "cpuinfo, name",
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+            "flags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\n",
+            "AMD EPYC (family 25 model 17 stepping 1, AVX-512)",
+        ),
+        (
+            "cpu family\t: 6\nmodel\t\t: 79\nmodel name\t: Intel(R) Core(TM) i7\nflags\t\t: sse2 avx2\n",
+            "Intel Core i7 (family 6 model 79, AVX2)",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 243\nFeatures\t: fp asimd\nCPU part\t: 0xd40\n", ""),  # an ARM
+    ],
+)
+def test_a_processor_is_named_by_what_tells_its_generation(cpuinfo, name):
+    assert report.processor(cpuinfo) == name
+
+
+# The README -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"# One\n\n{readme.BEGIN}\nold\n{readme.END}\n\n## Two\n")
+    return page
+
+
+def test_figures_go_between_the_marks_of_the_readme(drawn_results, page, tmp_path):
+    readme.write(page, drawn_results, tmp_path / "measured")
+    text = page.read_text()
+    assert text.startswith(f"# One\n\n{readme.BEGIN}\n") and text.endswith(f"\n{readme.END}\n\n## Two\n")
+    assert "old" not in text and "| rms norm, forward |" in text and "The others, by threads: NumPy " in text
+    assert "6 cases drawn by seeds 1 and 6, x from 2 KiB to 263 KiB; a quick run." in text
+    readme.write(page, drawn_results, tmp_path / "measured")
+    assert page.read_text() == text
+
+
+def test_the_figures_of_other_processors_are_kept(drawn_results, results, page, tmp_path):
+    measured = tmp_path / "measured"
+    readme.write(page, drawn_results, measured)
+    (path,) = measured.iterdir()
+    other = json.loads(path.read_text())
+    (measured / "other.json").write_text(json.dumps({**other, "processor": "Another", "seeds": [], "cases": 17}))
+    readme.write(page, results, measured)
+    assert len(list(measured.iterdir())) == 2
+    text = page.read_text()
+    assert text.count("| rms norm, forward |") == 2
+    assert "**Another**" in text and "; 17 cases, x from 2 KiB" in text
+    assert f"**{other['processor']}**" in text and "drawn by" not in text  # what the last run there measured
+
+
+def test_a_table_of_the_readme_has_a_row_for_each_operation(tmp_path):
+    machine = {"processor": "P", "cores": 2, "date": "2026-01-31", "versions": {"torch": "2.13", "normext": "1"}}
+    two = [{**r, "threads": 2, "over_limit": {}} for r in TOLD[:1]]
+    half = {**told("rms", "forward", 1000, 3.0, 1.5, 4.5), "dtype": "float16"}
+    series = told("rms", "forward", 1000, 0.1, 1.5, 4.5, series="D = 1000")
+    norms = {"machine": machine, "quick": False, "records": [*TOLD, *two, half, series]}
+    (tmp_path / "norms.json").write_text(json.dumps(norms))
+    net = {"normalization": "batchnorm", "batch": 50, "threads": 1, "dtype": "float32"}
+    net |= {"times": {"normext": {"median": 0.0025}}, "ratios": {"PyTorch": {"median": 1.5}}}
+    (tmp_path / "training.json").write_text(json.dumps({"records": [net]}))
+    lines = readme.figures([readme.summary(tmp_path)]).splitlines()
+    assert lines[2] == "**P**, 2 cores, 2026-01-31; PyTorch 2.13; 3 cases drawn by seed 3, x from 3 KiB to 381 MiB."
+    assert lines[4:] == [
+        "|  | PyTorch, 1 thr. | PyTorch, 2 thr. | limit, 1 thr. | limit, 2 thr. |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| all | 1.30 (0.50) | 4.00 (4.00) | 2.52 / 3.28 |  |",
+        "| up to 32 KiB | 4.00 (4.00) | 4.00 (4.00) | 2.00 / 8.00 |  |",
+        "| to 1 MiB | 1.10 (1.10) |  | 1.00 / 1.10 |  |",
+        "| beyond | 0.50 (0.50) |  | 8.00 / 4.00 |  |",
+        "| batch norm, forward | 1.10 (1.10) |  | 1.00 / 1.10 |  |",
+        "| layer norm, forward | 4.00 (4.00) | 4.00 (4.00) | 2.00 / 8.00 |  |",
+        "| layer norm, backward | 0.50 (0.50) |  | 8.00 / 4.00 |  |",
+        "| float16 | 3.00 (3.00) |  | 1.50 / 4.50 |  |",
+        "",
+        "Steps of training the assignment's net of six layers, and the others' time over ours:",
+        "",
+        "|  | steps/s, 1 thr. | PyTorch, 1 thr. |",
+        "| --- | ---: | ---: |",
+        "| batch norm, batch 50 | 400 | 1.50 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["none", readme.BEGIN, f"{readme.END} {readme.BEGIN}", 2 * (readme.BEGIN + readme.END)]
 )
 def test_a_readme_without_its_marks_is_left_alone(text, results, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+    page, measured = tmp_path / "README.md", tmp_path / "measured"
+    page.write_text(text)
     with pytest.raises(ValueError, match="once, in this order"):
-        report.write_readme(readme, results)
-    assert readme.read_text() == text
+        readme.write(page, results, measured)
+    assert page.read_text() == text and not measured.exists()
 
 
 def test_training_and_windows_are_reported(tmp_path):
@@ -334,11 +478,19 @@ def test_training_and_windows_are_reported(tmp_path):
     assert "## Threads: 1" in text and "| net |" in text and "Steps of training a second" in text
 
 
-@pytest.mark.parametrize("option", [["--peers", "numpy,torch"], ["--threads", "0"], ["--dtype", "int8"], ["convs"]])
+@pytest.mark.parametrize(
+    "option", [["--peers", "numpy,torch"], ["--threads", "0"], ["--dtype", "int8"], ["--draw", "1,one"], ["convs"]]
+)
 def test_an_unknown_word_is_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(option)
     assert option[-1].split(",")[-1] in capsys.readouterr().err
+
+
+def test_only_norms_are_drawn(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["windows", "--draw", "1"])
+    assert "python -m bench norms --draw" in capsys.readouterr().err
 
 
 def test_a_filter_that_fits_nothing_is_told(capsys, tmp_path):
