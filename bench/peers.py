@@ -301,10 +301,11 @@ class JAX:
         if case.norm in ("layer", "rms"):
             stat_axes = (case.plan.axis,)
         elif case.norm in ("group", "instance"):
-            members = case.channels // case.plan.groups
-            view = (case.shape[0], case.plan.groups, members, *case.shape[2:])
-            parameter = (1, case.plan.groups, members, *[1] * (ndim - 2))
-            stat_axes, param_axes = tuple(range(2, ndim + 1)), (0, *range(3, ndim + 1))
+            at = case.plan.axis
+            groups = (case.plan.groups, case.channels // case.plan.groups)
+            view, parameter = ((*s[:at], *groups, *s[at + 1 :]) for s in (case.shape, (1,) * ndim))
+            param_axes = tuple(i for i in range(ndim + 1) if i not in (at, at + 1))
+            stat_axes = (*param_axes[1:], at + 1)
         computing = jnp.float64 if case.dtype == "float64" else jnp.float32
 
         def wide(a: Any) -> Any:
@@ -396,4 +397,4 @@ class Limit:
         self.threads = threads
 
     def entrants(self, case: Case, data: Data) -> dict[str, Entrant]:
-        return {"limit": Entrant(Copy(data.x, self.threads), scale=copies_to_move(case))}
+        return {"limit": Entrant(Copy(data.x, self.threads).call, scale=copies_to_move(case))}

@@ -80,14 +80,8 @@ def machine() -> dict[str, Any]:
 
 
 def processor(cpuinfo: str) -> str:
-    """The processor by its name and what tells its generation, which virtual machines leave out of the name.
-
-    Examples
-    --------
-    >>> processor("cpu family : 6\\nmodel : 143\\nmodel name : Intel(R) Xeon(R) Processor\\nflags : sse2 avx2 avx512f")
-    'Intel Xeon Processor (family 6 model 143, AVX-512)'
-    """
-    facts = dict(re.findall(r"^(\S[^:]*?)\s*:\s*(.*)$", cpuinfo, re.M))
+    """The processor by its name and what tells its generation, which virtual machines leave out of the name."""
+    facts = dict(re.findall(r"^(\S[^:]*?)[ \t]*:[ \t]*(.*)$", cpuinfo, re.M))
     if "model name" not in facts:  # other processors than x86
         return ""
     numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}

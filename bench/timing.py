@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from timeit import Timer
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 __all__ = ["ENOUGH_TURNS", "Copy", "Entrant", "available_cores", "private_cache", "quartiles", "take_turns"]
 
 ENOUGH_TURNS = 5
-LONG = 5e-3  # seconds, in which a call goes through more than the caches hold
+LONG = 2e-2  # seconds, in which a call goes through more than the caches hold
 
 
 class Entrant(NamedTuple):
@@ -79,33 +79,33 @@ class Copy:
 
     `np.copyto` of contiguous bytes is the C library's memcpy. On several threads each copies its part (`np.copyto`
     releases the GIL), unless one thread alone is faster, as it is with little data.
+
+    Attributes
+    ----------
+    call : callable
+        Copies; on one thread it is `np.copyto` itself.
     """
 
     def __init__(self, array: np.ndarray, threads: int) -> None:
-        self.source = array.reshape(-1).view(np.uint8)
-        self.target = np.zeros_like(self.source)
-        size = self.source.size
+        source = array.reshape(-1).view(np.uint8)
+        self.target = np.zeros_like(source)
         # A part ends at a cache line.
-        cuts = [size * i // threads // 64 * 64 for i in range(threads)] + [size]
-        self.parts = [(self.target[a:b], self.source[a:b]) for a, b in zip(cuts, cuts[1:])]
-        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
-        if self.pool is not None:
-            together, alone = (min(Timer(copy).repeat(5, 1)) for copy in (self, self._alone))
-            if together > alone:
+        cuts = [source.size * i // threads // 64 * 64 for i in range(threads)] + [source.size]
+        self.parts = [(self.target[a:b], source[a:b]) for a, b in zip(cuts, cuts[1:])]
+        self.call: Callable[[], Any] = partial(np.copyto, self.target, source)
+        if threads > 1:
+            self.pool = ThreadPoolExecutor(threads - 1)
+            together, alone = (min(Timer(copy).repeat(5, 1)) for copy in (self._together, self.call))
+            if together < alone:
+                self.call = self._together
+            else:
                 self.pool.shutdown()
-                self.pool = None
 
-    def __call__(self) -> None:
-        if self.pool is None:
-            self._alone()
-            return
+    def _together(self) -> None:
         others = [self.pool.submit(np.copyto, *part) for part in self.parts[1:]]
         np.copyto(*self.parts[0])
         for other in others:
             other.result()
-
-    def _alone(self) -> None:
-        np.copyto(self.target, self.source)
 
 
 @cache
