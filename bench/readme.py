@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from bench.report import Record, grouped, nbytes, over_limit, ratios_by_peer, size_text, subsets
+from bench.report import ORDER, Record, grouped, nbytes, over_limit, ratios_by_peer, size_text, subsets
 from normext.studies.report_text import listed, table
 
 __all__ = ["BEGIN", "END", "MEASURED", "figures", "summary", "write", "write_between"]
@@ -110,8 +110,8 @@ def figures(summaries: Iterable[Summary]) -> str:
         [
             "*PyTorch* is how many times as long it takes: the geometric mean of the cases, and the smallest in "
             "brackets. *Limit* is how many times as long normext / PyTorch take as a plain copy of x, times the bytes "
-            "that must move beside those of the copy: a backward pass reads dy too, and all of them read again what a "
-            "core's own cache has not kept from the statistics to the results. Fresh results; float32, unless the row "
+            "that must move beside those of the copy: a backward pass reads dy too, and what a core's own cache has "
+            "not kept from the statistics to the results is read again. Fresh results; float32, unless the row "
             "says something else.",
             *map(_section, summaries),
         ]
@@ -167,20 +167,20 @@ def _others(by_threads: dict[str, Any]) -> str:
 def _nets(nets: dict[str, Any]) -> str:
     if not nets:
         return ""
-    columns = [(threads, peer) for threads, cell in next(iter(nets.values())).items() for peer in cell["ratios"]]
-    threads = list(dict.fromkeys(number for number, _ in columns))
+    columns = dict.fromkeys(
+        (peer, n) for cells in nets.values() for n, cell in cells.items() for peer in cell["ratios"]
+    )
+    columns = sorted(columns, key=lambda column: ORDER.index(column[0]))
+    threads = list(dict.fromkeys(number for cells in nets.values() for number in cells))
     rows = [
         [
             name,
-            *(f"{cells[number]['steps']}" for number in threads),
-            *(f"{cells[number]['ratios'][peer]:.2f}" for number, peer in columns),
+            *(cells[n]["steps"] if n in cells else "" for n in threads),
+            *(f"{cells[n]['ratios'][peer]:.2f}" if n in cells else "" for peer, n in columns),
         ]
         for name, cells in nets.items()
     ]
-    header = [
-        *(f"steps/s, {number} thr." for number in threads),
-        *(f"{peer}, {number} thr." for number, peer in columns),
-    ]
+    header = [*(f"steps/s, {n} thr." for n in threads), *(f"{peer}, {n} thr." for peer, n in columns)]
     return "Steps of training the assignment's net of six layers, and the others' time over ours:\n\n" + table(
         ["", *header], rows
     )

@@ -20,7 +20,18 @@ from normext.studies.report_text import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Record", "grouped", "nbytes", "over_limit", "processor", "ratios_by_peer", "size_text", "subsets", "write"]
+__all__ = [
+    "ORDER",
+    "Record",
+    "grouped",
+    "nbytes",
+    "over_limit",
+    "processor",
+    "ratios_by_peer",
+    "size_text",
+    "subsets",
+    "write",
+]
 
 Record = dict[str, Any]
 
@@ -144,10 +155,7 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
 
 def in_order(record: Record) -> tuple[int, ...]:
     """By operation, then by size: for `sorted`."""
-    return (
-        *(words.index(record[what]) for what, words in WORDS.items()),
-        nbytes(record),
-    )
+    return *(words.index(record[what]) for what, words in WORDS.items()), nbytes(record)
 
 
 def subsets(records: list[Record], operation: Callable[[Record], str]) -> dict[str, list[Record]]:
@@ -240,7 +248,7 @@ def norms_text(records: list[Record]) -> str:
             overview = by_operation(compared, peers_of(compared), kind)
             sections += [f"## {dtype}", "Geometric mean of the ratios, and the smallest:", overview]
             sections.append("\n".join(f"- {line}" for line in summary(compared)))
-        sections += [text for text in (beside_limit(compared), hardly_ahead_text(compared)) if text]
+        sections += [text for text in (beside_limit(compared), hardly_ahead(compared)) if text]
         sections += [text for text in (more_threads(of), powers_of_two(series)) if text]
         for title, part in (("All cases", compared), ("Growth with size", series)):
             for threads, some in grouped(part, lambda r: r["threads"]).items():
@@ -273,20 +281,21 @@ def beside_limit(records: list[Record]) -> str:
     )
 
 
-def hardly_ahead(records: list[Record]) -> list[tuple[float, Record]]:
-    """The cases that PyTorch takes less than `AHEAD` times as long for, with the ratio, the smallest first."""
+def hardly_ahead(records: list[Record]) -> str:
+    """The cases that PyTorch takes less than `AHEAD` times as long for, and how near to the limit either side is."""
     ratios = [(r["ratios"]["PyTorch"]["median"], r) for r in records if "PyTorch" in r["ratios"]]
-    return sorted((pair for pair in ratios if pair[0] < AHEAD), key=lambda pair: pair[0])
-
-
-def hardly_ahead_text(records: list[Record]) -> str:
-    """They, and how near to the limit either side is there."""
-    rows = [
-        [r["name"], r["threads"], f"{ratio:.2f}", *(limit_text(r, side) for side in BESIDE_LIMIT)]
-        for ratio, r in hardly_ahead(records)
-    ]
+    slow = sorted((pair for pair in ratios if pair[0] < AHEAD), key=lambda pair: pair[0])
+    if not slow:
+        return ""
+    near = sum(times < AHEAD for times in over_limit((r for _, r in slow), "PyTorch"))
     header = ["case", "threads", "PyTorch", *(f"{side} / limit" for side in BESIDE_LIMIT)]
-    return f"PyTorch takes less than {AHEAD} times as long:\n\n{table(header, rows)}" if rows else ""
+    rows = [
+        [r["name"], r["threads"], f"{ratio:.2f}", *(limit_text(r, side) for side in BESIDE_LIMIT)] for ratio, r in slow
+    ]
+    return (
+        f"PyTorch takes less than {AHEAD} times as long in {len(slow)} of {len(ratios)} cases, in {near} of which it is"
+        f" itself within {AHEAD} of the limit:\n\n{table(header, rows)}"
+    )
 
 
 def limit_text(record: Record, side: str) -> str:
