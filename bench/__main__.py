@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.part == "readme":
         readme.write(Path("README.md"), options.out)
         if (options.out / "models.json").exists():
-            readme.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
+            report.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
         return 0
     if options.part == "distributed":
         distributed.main(options.out, options.quick)

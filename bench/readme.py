@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from bench.report import ORDER, Record, grouped, nbytes, over_limit, ratios_by_peer, size_text, subsets
+from bench.report import ORDER, Record, grouped, nbytes, over_limit, ratios_by_peer, size_text, subsets, write_between
 from normext.studies.report_text import listed, table
 
-__all__ = ["BEGIN", "END", "MEASURED", "figures", "summary", "write", "write_between"]
+__all__ = ["BEGIN", "END", "MEASURED", "figures", "summary", "write"]
 
 Summary = dict[str, Any]
 
@@ -35,15 +35,6 @@ def write(readme: Path, results: Path, measured: Path = MEASURED) -> None:
     write_between(readme, BEGIN, END, figures(kept[name] for name in sorted(kept)))
     measured.mkdir(exist_ok=True)
     (measured / f"{name}.json").write_text(json.dumps(new, indent=1) + "\n")
-
-
-def write_between(page: Path, begin: str, end: str, text: str) -> None:
-    """Put a text between two marks of a page, which must be there once, in this order."""
-    old = page.read_text(encoding="utf-8")
-    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise ValueError(f"{page} must have the lines {begin} and {end} once, in this order")
-    before, after = old[: old.index(begin)], old[old.index(end) :]
-    page.write_text(f"{before}{begin}\n{text}\n{after}", encoding="utf-8")
 
 
 # What is kept ---------------------------------------------------------------------------------------------------------

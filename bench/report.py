@@ -31,6 +31,7 @@ __all__ = [
     "size_text",
     "subsets",
     "write",
+    "write_between",
 ]
 
 Record = dict[str, Any]
@@ -70,6 +71,15 @@ def write(folder: Path, part: str, records: list[Record], quick: bool, load: flo
             return
         for name, figure in charts(records).items():
             figure.savefig(folder / f"{part}-{name}.png", dpi=100)
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two marks of a page, which must be there once, in this order."""
+    old = page.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{page} must have the lines {begin} and {end} once, in this order")
+    before, after = old[: old.index(begin)], old[old.index(end) :]
+    page.write_text(f"{before}{begin}\n{text}\n{after}", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
