@@ -451,7 +451,7 @@ def limit_chart(records: list[Record], title: str) -> "Figure":
         ticks = [2**k for k in range(10, 31, 4)]
         ax.set_xticks(ticks, [size_text(t) for t in ticks])
         ax.set_yscale("log")
-        ticks = [t for t in (0.5, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50) if t <= highest * 1.2]
+        ticks = [t for t in (0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if t <= highest * 1.2]
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_title(step)
@@ -460,7 +460,9 @@ def limit_chart(records: list[Record], title: str) -> "Figure":
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("normext over the limit")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(norms), frameon=False)
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+    columns = min(len(norms), 2 * len(steps))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"Times of the limit; {title}")
     return figure
 
