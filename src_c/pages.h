@@ -28,16 +28,24 @@ static int nx_around_forks(void (*before)(void), void (*after)(void))
 { return pthread_atfork(before, after, after); }
 #endif
 
-/* Linux's huge pages: 512 faults less each, and MADV_FREE, which lets the system take them while
- * they are idle, should memory be short, costs half a microsecond each. Of small pages it would
- * cost as much as to write them. What they hold is then lost; whoever writes them has them again.
- * A system that knows neither says no, and nothing is lost. */
+/* Linux's huge pages take 512 faults less each, where they are asked for before the first write:
+ * so not of malloc, whose memory may have been used before. And while they are idle the system may
+ * take them if memory is short: to say so (MADV_FREE) costs half a microsecond each, of small pages
+ * as much as to write them. Then their numbers are lost; whoever writes to them has them again. */
 #if defined(MADV_HUGEPAGE) && defined(MADV_FREE)
-static void nx_want_huge_pages(void *pages, size_t size) { madvise(pages, size, MADV_HUGEPAGE); }
-static void nx_leave_pages(void *pages, size_t size) { madvise(pages, size, MADV_FREE); }
-#else
-static void nx_want_huge_pages(void *pages, size_t size) { (void)pages, (void)size; }
-static void nx_leave_pages(void *pages, size_t size) { (void)pages, (void)size; }
+static void *nx_map(size_t size)
+{
+    void *pages = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return pages == MAP_FAILED ? NULL : pages;
+}
+static void nx_unmap(void *pages, size_t size) { munmap(pages, size); }
+static void nx_make_huge(void *pages, size_t size) { madvise(pages, size, MADV_HUGEPAGE); }
+static void nx_leave(void *pages, size_t size) { madvise(pages, size, MADV_FREE); }
+#else /* `memory.pyx` finds no huge pages */
+static void *nx_map(size_t size) { return (void)size, NULL; }
+static void nx_unmap(void *pages, size_t size) { (void)pages, (void)size; }
+static void nx_make_huge(void *pages, size_t size) { (void)pages, (void)size; }
+static void nx_leave(void *pages, size_t size) { (void)pages, (void)size; }
 #endif
 
 #endif

@@ -27,11 +27,12 @@ cdef extern from "pages.h" nogil:
     void nx_lock() noexcept
     void nx_unlock() noexcept
     int nx_around_forks(void (*before)() noexcept nogil, void (*after)() noexcept nogil) noexcept
-    void nx_want_huge_pages(void *pages, size_t size) noexcept
-    void nx_leave_pages(void *pages, size_t size) noexcept
+    void *nx_map(size_t size) noexcept
+    void nx_unmap(void *pages, size_t size) noexcept
+    void nx_make_huge(void *pages, size_t size) noexcept
+    void nx_leave(void *pages, size_t size) noexcept
 
 cdef enum:
-    LARGE = 1 << 20  # bytes: below it malloc has memory at hand
     PAGE = 1 << 12
     HUGE_PAGE = 1 << 21
     HUGE = 1 << 22  # bytes: from there on NumPy too asks for huge pages
@@ -67,7 +68,7 @@ cdef inline Block *block_of(void *memory) noexcept nogil:
 
 cdef size_t capacity_for(size_t size) noexcept nogil:
     """Eight capacities from each power of two to the next, so that a block serves all that are
-    about as large. What is not used of it is not written either, and takes no memory before."""
+    about as large."""
     cdef size_t step = LARGE >> 3
     if size < LARGE:
         return size
@@ -81,23 +82,40 @@ cdef inline size_t in_huge_pages(size_t capacity) noexcept nogil:
     return capacity & ~<size_t> (HUGE_PAGE - 1) if huge_pages and capacity >= HUGE else 0
 
 
-cdef Block *new_block(size_t capacity) noexcept nogil:
-    """Its memory begins with a page, for stores around the caches fill whole lines.
+cdef inline size_t alignment_of(size_t capacity) noexcept nogil:
+    """A page, since stores around the caches fill whole lines.
 
-    And because malloc's would often lie some bytes further into a page than x does. Then what is
+    And because malloc's memory often begins some bytes further into a page than x. Then what is
     read of x seems to wait for what was written just before: addresses are compared within a page.
     """
-    cdef size_t pages = in_huge_pages(capacity), alignment = HUGE_PAGE if pages else PAGE
-    cdef char *start = <char *> malloc(sizeof(Block) + alignment + capacity)
-    cdef char *end = start + sizeof(Block) + alignment
+    return HUGE_PAGE if in_huge_pages(capacity) else PAGE
+
+
+cdef inline size_t size_of(size_t capacity) noexcept nogil:
+    """With room for the description and the alignment; what is not written takes no memory."""
+    return sizeof(Block) + alignment_of(capacity) + capacity
+
+
+cdef Block *new_block(size_t capacity) noexcept nogil:
+    cdef size_t pages = in_huge_pages(capacity), size = size_of(capacity)
+    cdef char *start = <char *> (nx_map(size) if pages else malloc(size))
+    cdef char *memory = start + size - capacity
     cdef Block *block
     if start == NULL:
         return NULL
-    block = block_of(end - <uintptr_t> end % alignment)
-    block.start, block.capacity = start, capacity
+    memory -= <uintptr_t> memory % alignment_of(capacity)
     if pages:
-        nx_want_huge_pages(memory_of(block), pages)
+        nx_make_huge(memory, pages)
+    block = block_of(memory)
+    block.start, block.capacity = start, capacity
     return block
+
+
+cdef void free_block(Block *block) noexcept nogil:
+    if in_huge_pages(block.capacity):
+        nx_unmap(block.start, size_of(block.capacity))
+    else:
+        free(block.start)
 
 
 cdef void link(Block *block) noexcept nogil:
@@ -130,7 +148,7 @@ cdef void drop_beyond(size_t bytes) noexcept nogil:
     while idle > bytes:
         block = oldest
         unlink(block)
-        free(block.start)
+        free_block(block)
 
 
 cdef Block *take(size_t capacity) noexcept nogil:
@@ -204,10 +222,10 @@ cdef void give_back(void *_, void *memory, size_t size) noexcept nogil:
     cdef Block *block = block_of(memory)
     cdef size_t pages = in_huge_pages(block.capacity)
     if block.capacity < LARGE or block.capacity > limit:
-        free(block.start)
+        free_block(block)
         return
     if pages:
-        nx_leave_pages(memory, pages)
+        nx_leave(memory, pages)
     nx_lock()
     link(block)
     drop_beyond(limit)
@@ -236,11 +254,9 @@ cdef object begin():
     return before
 
 
-cdef cnp.ndarray empty(int ndim, const Py_ssize_t *dims, int type_number):
-    cdef Py_ssize_t i, numbers = 1
-    for i in range(ndim):
-        numbers *= dims[i]
-    if numbers < LARGE // 8 or numbers * itemsize(type_number) < LARGE:
+cdef cnp.ndarray empty_of_many(int ndim, const Py_ssize_t *dims, int type_number,
+                               Py_ssize_t numbers):
+    if numbers * cnp.PyArray_DescrFromType(type_number).itemsize < LARGE:
         return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
     before = begin()
     try:
@@ -249,13 +265,7 @@ cdef cnp.ndarray empty(int ndim, const Py_ssize_t *dims, int type_number):
         cnp.PyDataMem_SetHandler(before)
 
 
-cdef Py_ssize_t itemsize(int type_number):
-    return cnp.PyArray_DescrFromType(type_number).itemsize
-
-
-cdef cnp.ndarray empty_like(cnp.ndarray x):
-    if cnp.PyArray_IS_C_CONTIGUOUS(x):
-        return empty(cnp.PyArray_NDIM(x), <Py_ssize_t *> cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x))
+cdef cnp.ndarray empty_like_strided(cnp.ndarray x):
     dtype = x.dtype.newbyteorder("=")
     if cnp.PyArray_NBYTES(x) < LARGE:
         return np.empty_like(x, dtype, subok=False)
