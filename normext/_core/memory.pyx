@@ -20,8 +20,22 @@ import sys
 
 import numpy as np
 
-cdef extern from "numpy/arrayobject.h":
+cdef extern from "numpy/arrayobject.h":  # which declarations of older NumPy lack
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *ctx, size_t size) noexcept nogil
+        void *(*calloc)(void *ctx, size_t count, size_t size) noexcept nogil
+        void *(*realloc)(void *ctx, void *memory, size_t size) noexcept nogil
+        void (*free)(void *ctx, void *memory, size_t size) noexcept nogil
+
+    ctypedef struct PyDataMem_Handler:
+        char *name
+        unsigned char version
+        PyDataMemAllocator allocator
+
     PyObject *PyDataMem_DefaultHandler
+    object PyDataMem_SetHandler(object handler)
+    object PyDataMem_GetHandler()
 
 cdef extern from "pages.h" nogil:
     void nx_lock() noexcept
@@ -233,7 +247,7 @@ cdef void give_back(void *_, void *memory, size_t size) noexcept nogil:
 
 
 # Arrays keep the capsule, and the modules of a process stay loaded: so both outlive every array.
-cdef cnp.PyDataMem_Handler handler
+cdef PyDataMem_Handler handler
 strcpy(handler.name, b"normext")
 handler.version = 1
 handler.allocator.malloc = allocate
@@ -248,9 +262,9 @@ cdef object begin():
 
     Not where somebody has set another one, or turned ours off.
     """
-    before = cnp.PyDataMem_GetHandler()
+    before = PyDataMem_GetHandler()
     if limit and <PyObject *> before == PyDataMem_DefaultHandler:
-        cnp.PyDataMem_SetHandler(ours)
+        PyDataMem_SetHandler(ours)
     return before
 
 
@@ -262,7 +276,7 @@ cdef cnp.ndarray empty_of_many(int ndim, const Py_ssize_t *dims, int type_number
     try:
         return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
     finally:
-        cnp.PyDataMem_SetHandler(before)
+        PyDataMem_SetHandler(before)
 
 
 cdef cnp.ndarray empty_like_strided(cnp.ndarray x):
@@ -273,7 +287,7 @@ cdef cnp.ndarray empty_like_strided(cnp.ndarray x):
     try:
         return np.empty_like(x, dtype, subok=False)
     finally:
-        cnp.PyDataMem_SetHandler(before)
+        PyDataMem_SetHandler(before)
 
 
 # How much is kept --------------------------------------------------------------------------------
