@@ -190,11 +190,26 @@ def test_no_more_than_an_eighth_of_a_block_is_left_unused(size):
     assert has <= kept() <= has * 9 / 8
 
 
+def huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 6])
 def test_results_begin_with_a_page_and_from_4_MiB_on_with_a_huge_one(size):
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    huge = size >= 4 and setting.exists() and "[never]" not in setting.read_text()
-    assert address(result(x_of(size * MIB))) % (2 * MIB if huge else 4096) == 0
+    assert address(result(x_of(size * MIB))) % (2 * MIB if huge_pages() and size >= 4 else 4096) == 0
+
+
+@pytest.mark.skipif(not huge_pages(), reason="needs Linux's huge pages")
+def test_the_system_may_take_what_is_kept():
+    def left_to_it():
+        return sum(int(line.split()[1]) for line in maps.read_text().splitlines() if line.startswith("LazyFree"))
+
+    maps = Path("/proc/self/smaps")
+    before, y = left_to_it(), result(x_of(16 * MIB))
+    assert left_to_it() == before
+    del y
+    assert left_to_it() - before > 15 * 1024  # in KiB; the kernel may not have come to the last ones
 
 
 # NumPy's table of functions, for what only allocators of others do.

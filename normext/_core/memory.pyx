@@ -113,10 +113,11 @@ cdef inline size_t size_of(size_t capacity) noexcept nogil:
 cdef Block *new_block(size_t capacity) noexcept nogil:
     cdef size_t pages = in_huge_pages(capacity), size = size_of(capacity)
     cdef char *start = <char *> (nx_map(size) if pages else malloc(size))
-    cdef char *memory = start + size - capacity
+    cdef char *memory
     cdef Block *block
     if start == NULL:
         return NULL
+    memory = start + size - capacity
     memory -= <uintptr_t> memory % alignment_of(capacity)
     if pages:
         nx_make_huge(memory, pages)
