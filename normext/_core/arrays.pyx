@@ -21,6 +21,7 @@ from normext cimport (
     nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
+from normext._core.memory cimport empty, empty_like
 from normext._core.sizes cimport (
     is_group_norm, is_row_norm, numbers_of, parameters_of, statistics_of,
 )
@@ -415,10 +416,6 @@ cdef inline const Py_ssize_t *strides_of(cnp.ndarray a) noexcept:
     return <const Py_ssize_t *> cnp.PyArray_STRIDES(a)
 
 
-cdef inline cnp.ndarray empty(int ndim, const Py_ssize_t *dims, int type_number):
-    return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
-
-
 cdef cnp.ndarray as_array(object a, str name):
     """NumPy would drop a mask without a word."""
     if isinstance(a, np.ma.MaskedArray):
@@ -585,13 +582,6 @@ cdef int check_own_memory(cnp.ndarray out) except -1:
     return 0
 
 
-cdef cnp.ndarray new_like(cnp.ndarray x):
-    """In the layout and dtype of x."""
-    if cnp.PyArray_IS_C_CONTIGUOUS(x):
-        return empty(cnp.PyArray_NDIM(x), dims_of(x), cnp.PyArray_TYPE(x))
-    return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
-
-
 cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str over_name,
                               tuple inputs):
     """`out`, checked, or a new array in the layout and dtype of x.
@@ -601,7 +591,7 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
     """
     cdef cnp.ndarray array
     if out is None:
-        return new_like(x)
+        return empty_like(x)
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
     if not cnp.PyArray_CheckExact(out):
@@ -863,7 +853,7 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
     set_array(&io.x, x_)
     set_array(&io.y, y)
     if residual_ is not None:
-        total = new_like(x_)
+        total = empty_like(x_)
         set_array(&io.residual, residual_)
         set_array(&io.sum, total)
     # All memory is had before the loops update running statistics: they are updated both or, with
