@@ -65,20 +65,6 @@ static inline void nx_merge(nx_moments *m, nx_moments other)
     m->count += other.count;
 }
 
-/* The same of many sets of equally many numbers at once, without a division for each. */
-static inline nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean,
-                                        const double *m2)
-{
-    double offset = 0, squares = 0, spread = 0, middle;
-    for (ptrdiff_t j = 0; j < sets; j++) offset += mean[j] - mean[0];
-    middle = mean[0] + offset / sets;
-    for (ptrdiff_t j = 0; j < sets; j++) {
-        squares += m2[j];
-        spread += (mean[j] - middle) * (mean[j] - middle);
-    }
-    return (nx_moments){numbers * sets, middle, squares + numbers * spread};
-}
-
 /* The scale that moments taken with scale 1 need. With a mean that is not near zero there is no
  * underflow to mend: a deviation is 0 or an ulp of the mean at least, whose square is a normal
  * number. Enlarged, the square of an ulp could overflow. */
@@ -123,17 +109,6 @@ static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
         double sum = variance[i] + eps, inverse = 1 / sqrt(sum);
         variance[i] = sum != 0 ? inverse : 0;
     }
-}
-
-/* Whether any of n numbers that are not 0 is outside a range. A sum of ones, in the type of the
- * numbers, becomes vectors. */
-static inline int nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
-{
-    double outside = 0;
-    for (ptrdiff_t i = 0; i < n; i++)
-        outside +=
-            (p[i] > largest ? 1.0 : 0.0) + (p[i] < least ? 1.0 : 0.0) - (p[i] <= 0 ? 1.0 : 0.0);
-    return outside != 0;
 }
 
 /* Mean, variance and 1 / sqrt(variance + eps) of x, from the moments of x * scale. */

@@ -102,7 +102,7 @@ static void tile_out(const C *tile, nx_rows y, nx_block b, int streaming)
 NX_INLINE void clear(V *v) { EACH_LANES v[k] = ZERO; }
 NX_INLINE void load_lanes(const C *p, V *v) { EACH_LANES v[k] = load(p + k * W); }
 NX_INLINE void store_lanes(C *p, const V *v) { EACH_LANES store(p + k * W, v[k]); }
-NX_INLINE void add_lanes(V *sum, const V *v) { EACH_LANES sum[k] = add(sum[k], v[k]); }
+NX_INLINE void add_vectors(V *sum, const V *v) { EACH_LANES sum[k] = add(sum[k], v[k]); }
 
 /* Each row's statistics. The pivot is its mean, roughly. Of numbers that are all the same, the
  * pivot is a few of their last bits away; the sums about it are exact then, and what m2 is not 0 by
@@ -124,7 +124,7 @@ static void tile_statistics(const C *tile, nx_rows x, nx_block b, int centred, d
             load_lanes(tile + j * TILE, s);
             for (ptrdiff_t i = j + 1; i < end; i++)
                 EACH_LANES s[k] = add(s[k], load(tile + i * TILE + k * W));
-            add_lanes(p, s);
+            add_vectors(p, s);
         }
         const V share = splat((C)each);
         EACH_LANES p[k] = mul(p[k], share);
@@ -142,8 +142,8 @@ static void tile_statistics(const C *tile, nx_rows x, nx_block b, int centred, d
                 first_s[k] = add(first_s[k], d);
                 first_q[k] = mul_add(d, d, first_q[k]);
             }
-        add_lanes(s, first_s);
-        add_lanes(q, first_q);
+        add_vectors(s, first_s);
+        add_vectors(q, first_q);
     }
     store_lanes(pivot, p);
     store_lanes(sum, s);
@@ -300,7 +300,7 @@ NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double
             add_halves(sums->dbeta + i * WIDEST, g);
             add_halves(sums->dgamma + i * WIDEST, products);
         }
-        add_lanes(s, first_s);
+        add_vectors(s, first_s);
     }
     const V minus_share = splat(centred ? -(C)each : 0);
     V minus[NV];
@@ -328,8 +328,8 @@ NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double
                 first_q[k] = mul_add(g, load(x + i * TILE + k * W), first_q[k]);
             }
         }
-        add_lanes(s, first_s);
-        add_lanes(q, first_q);
+        add_vectors(s, first_s);
+        add_vectors(q, first_q);
     }
     store_lanes(sum, s);
     store_lanes(dot, q);

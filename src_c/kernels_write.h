@@ -298,17 +298,58 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
     return g->groups;
 }
 
-NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale,
-                                  const C *shift, int relu)
-{
-#define VECTOR(j, left, whole)                                      \
-    do {                                                            \
-        V d = sub(some(x + j, left, whole, ZERO), load(pivot + j)); \
-        V v = mul_add(d, load(scale + j), load(shift + j));         \
-        WR(put)(y + j, left, whole, relu ? greater(ZERO, v) : v);   \
+/* f(row, first number in it, rows, first coefficient, numbers) for all rows of columns. Around the
+ * caches memory is written in order, and where rows lie together they are one, through which aligned
+ * vectors go, and through the coefficients again and again. Otherwise ROWS_WRITTEN rows are written
+ * together, for which coefficients are loaded once. */
+#define EACH_WRITTEN(b, adjacent, folded, y, f)                                    \
+    do {                                                                           \
+        ptrdiff_t r_ = 0;                                                          \
+        if (STREAM && (adjacent)) {                                                \
+            const ptrdiff_t numbers_ = (b).rows * (folded).lanes / (folded).fold;  \
+            ptrdiff_t n_ = unaligned((y).data, numbers_), j_ = 0;                  \
+            for (ptrdiff_t i_ = 0; i_ < numbers_; i_ += n_) {                      \
+                if (i_ > 0 || n_ == 0) n_ = ((folded).lanes - j_ + W - 1) / W * W; \
+                if (n_ > numbers_ - i_) n_ = numbers_ - i_;                        \
+                f(0, i_, 1, j_, n_);                                               \
+                j_ = (j_ + n_) % (folded).lanes;                                   \
+            }                                                                      \
+        } else {                                                                   \
+            if (!STREAM)                                                           \
+                for (; r_ + ROWS_WRITTEN <= (folded).rows; r_ += ROWS_WRITTEN)     \
+                    f(r_, 0, ROWS_WRITTEN, 0, (folded).lanes);                     \
+            for (; r_ < (folded).rows; r_++) f(r_, 0, 1, 0, (folded).lanes);       \
+            if ((folded).tail) f(r_, 0, 1, 0, (folded).tail);                      \
+        }                                                                          \
     } while (0)
-    EACH_VECTOR(y, cols, VECTOR);
+
+NX_INLINE void WR(col_affine_loop)(nx_rows x_, nx_rows y_, nx_block b, const C *pivot,
+                                   const C *scale, const C *shift, int relu)
+{
+    const T *x = x_.data;
+    T *y = y_.data;
+#define VECTOR(j, left, whole)                                                        \
+    do {                                                                              \
+        const V p = load(pivot + j), a = load(scale + j), c = load(shift + j);        \
+        for (ptrdiff_t r = 0; r < b.rows; r++) {                                      \
+            V d = sub(some(x + r * x_.stride + j, left, whole, ZERO), p);             \
+            V v = mul_add(d, a, c);                                                   \
+            WR(put)(y + r * y_.stride + j, left, whole, relu ? greater(ZERO, v) : v); \
+        }                                                                             \
+    } while (0)
+    EACH_VECTOR(y, b.n, VECTOR);
 #undef VECTOR
+}
+
+/* One row, or ROWS_WRITTEN: loops with constants, which the compiler unrolls. */
+NX_OUTLINE void WR(col_affine_rows)(nx_rows x, nx_rows y, nx_block b, const C *pivot,
+                                    const C *scale, const C *shift, int relu)
+{
+    const nx_block one = {1, b.n}, some = {ROWS_WRITTEN, b.n};
+    if (b.rows == 1 && relu) WR(col_affine_loop)(x, y, one, pivot, scale, shift, 1);
+    else if (b.rows == 1) WR(col_affine_loop)(x, y, one, pivot, scale, shift, 0);
+    else if (relu) WR(col_affine_loop)(x, y, some, pivot, scale, shift, 1);
+    else WR(col_affine_loop)(x, y, some, pivot, scale, shift, 0);
 }
 
 static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *map, int relu)
@@ -333,37 +374,50 @@ static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *
             scales[j] = (C)scale[j0 + j];
             shifts[j] = pivot_shift(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
         }
-        spread(pivots, folded);
-        spread(scales, folded);
-        spread(shifts, folded);
-#define AFFINE(r, n, relu)                                                                      \
-    WR(col_affine_row)(rows_at(x, r, 0).data, rows_at(y, r, 0).data, n, pivots, scales, shifts, \
-                       relu)
-#define AFFINE_ROW(r, n) AFFINE(r, n, 0)
-#define RELU_ROW(r, n) AFFINE(r, n, 1)
-        if (relu) EACH_ROW(folded, RELU_ROW);
-        else EACH_ROW(folded, AFFINE_ROW);
-#undef AFFINE
-#undef AFFINE_ROW
-#undef RELU_ROW
+        repeat(pivots, folded);
+        repeat(scales, folded);
+        repeat(shifts, folded);
+#define AFFINE_ROWS(r, i, rows, j, n)                                                        \
+    WR(col_affine_rows)(rows_at(x, r, i), rows_at(y, r, i), (nx_block){rows, n}, pivots + j, \
+                        scales + j, shifts + j, relu)
+        EACH_WRITTEN(b, adjacent, folded, y, AFFINE_ROWS);
+#undef AFFINE_ROWS
     }
 }
 
-NX_INLINE void WR(col_dx_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, line_columns l,
-                              int relu)
+NX_INLINE void WR(col_dx_loop)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b,
+                               const line_columns *l, ptrdiff_t j0, int relu)
 {
-#define VECTOR(j, left, whole)                                                                 \
-    do {                                                                                       \
-        V d = sub(some(x + j, left, whole, ZERO), load(l.x_pivot + j));                        \
-        V minus = load(l.minus_pivot + j);                                                     \
-        relu_mask mask;                                                                        \
-        if (relu) mask = (relu_mask){load(l.mask_scale + j), load(l.mask_shift + j)};          \
-        V g = gradient(some(dy + j, left, whole, ZERO), d, NULL, relu ? &mask : NULL, &minus); \
-        V rest = mul_add(d, load(l.slope + j), load(l.constant + j));                          \
-        WR(put)(dx + j, left, whole, mul_add(g, load(l.factor + j), rest));                    \
+    const T *x = x_.data, *dy = dy_.data;
+    T *dx = dx_.data;
+    const C *x_pivot = l->x_pivot + j0, *minus_pivot = l->minus_pivot + j0,
+            *factor = l->factor + j0, *slope = l->slope + j0, *constant = l->constant + j0,
+            *mask_scale = l->mask_scale + j0, *mask_shift = l->mask_shift + j0;
+#define VECTOR(j, left, whole)                                                              \
+    do {                                                                                    \
+        const V p = load(x_pivot + j), minus = load(minus_pivot + j), a = load(factor + j), \
+                s = load(slope + j), c = load(constant + j);                                \
+        relu_mask mask;                                                                     \
+        if (relu) mask = (relu_mask){load(mask_scale + j), load(mask_shift + j)};           \
+        for (ptrdiff_t r = 0; r < b.rows; r++) {                                            \
+            V d = sub(some(x + r * x_.stride + j, left, whole, ZERO), p);                   \
+            V g = some(dy + r * dy_.stride + j, left, whole, ZERO);                         \
+            g = gradient(g, d, NULL, relu ? &mask : NULL, &minus);                          \
+            WR(put)(dx + r * dx_.stride + j, left, whole, mul_add(g, a, mul_add(d, s, c))); \
+        }                                                                                   \
     } while (0)
-    EACH_VECTOR(dx, cols, VECTOR);
+    EACH_VECTOR(dx, b.n, VECTOR);
 #undef VECTOR
+}
+
+NX_OUTLINE void WR(col_dx_rows)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b,
+                                const line_columns *l, ptrdiff_t j, int relu)
+{
+    const nx_block one = {1, b.n}, some = {ROWS_WRITTEN, b.n};
+    if (b.rows == 1 && relu) WR(col_dx_loop)(x, dy, dx, one, l, j, 1);
+    else if (b.rows == 1) WR(col_dx_loop)(x, dy, dx, one, l, j, 0);
+    else if (relu) WR(col_dx_loop)(x, dy, dx, some, l, j, 1);
+    else WR(col_dx_loop)(x, dy, dx, some, l, j, 0);
 }
 
 static void WR(col_dx)(const nx_backward *of, const nx_line *line)
@@ -371,6 +425,7 @@ static void WR(col_dx)(const nx_backward *of, const nx_line *line)
     const nx_block b = of->block;
     C x_pivot[PADDED], minus_pivot[PADDED], factor[PADDED], slope[PADDED], constant[PADDED],
         mask_scale[PADDED], mask_shift[PADDED];
+    const line_columns l = {x_pivot, minus_pivot, factor, slope, constant, mask_scale, mask_shift};
     EACH_COLUMNS(j0, width)
     {
         const int adjacent =
@@ -388,24 +443,21 @@ static void WR(col_dx)(const nx_backward *of, const nx_line *line)
             constant[j] =
                 (C)(line->constant[j0 + j] - a * minus_pivot[j] - b * (mean - x_pivot[j]));
         }
-        spread(x_pivot, folded);
-        spread(minus_pivot, folded);
-        spread(factor, folded);
-        spread(slope, folded);
-        spread(constant, folded);
-        if (of->relu) masks(of->relu, line->mean, j0, folded, mask_scale, mask_shift);
-        const line_columns l = {x_pivot,  minus_pivot, factor,    slope,
-                                constant, mask_scale,  mask_shift};
-#define DX(r, n, relu)                                                                          \
-    WR(col_dx_row)(rows_at(x, r, 0).data, rows_at(dy, r, 0).data, rows_at(dx, r, 0).data, n, l, \
-                   relu)
-#define DX_ROW(r, n) DX(r, n, 0)
-#define MASKED_ROW(r, n) DX(r, n, 1)
-        if (of->relu) EACH_ROW(folded, MASKED_ROW);
-        else EACH_ROW(folded, DX_ROW);
-#undef DX
-#undef DX_ROW
-#undef MASKED_ROW
+        repeat(x_pivot, folded);
+        repeat(minus_pivot, folded);
+        repeat(factor, folded);
+        repeat(slope, folded);
+        repeat(constant, folded);
+        if (of->relu) {
+            masks(of->relu, line->mean, j0, width, mask_scale, mask_shift);
+            repeat(mask_scale, folded);
+            repeat(mask_shift, folded);
+        }
+#define DX_ROWS(r, i, rows, j, n)                                                                \
+    WR(col_dx_rows)(rows_at(x, r, i), rows_at(dy, r, i), rows_at(dx, r, i), (nx_block){rows, n}, \
+                    &l, j, of->relu != NULL)
+        EACH_WRITTEN(b, adjacent, folded, dx, DX_ROWS);
+#undef DX_ROWS
     }
 }
 
@@ -433,3 +485,4 @@ const nx_kernels TABLE = {
 #undef WR
 #undef TABLE
 #undef EACH_VECTOR
+#undef EACH_WRITTEN

@@ -24,7 +24,7 @@ from normext._core.call cimport (
     ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
 )
 from normext._core.kernels cimport (
-    affine_of, affines_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant,
+    affine_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant,
     nx_finish_moments, nx_grouping, nx_groups, nx_layer, nx_line, nx_merge,
     nx_moments, nx_relu_mask, nx_rescale, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
@@ -337,7 +337,7 @@ cdef int affine_rows(const Call *c) noexcept nogil:
     j.partial = <double *> malloc(2 * c.rows * sizeof(double))
     if j.partial == NULL:
         return NORMEXT_NO_MEMORY
-    affines_of(c.k, c.gamma, c.beta, 0, c.rows, c.rstd, j.partial, j.partial + c.rows)
+    c.k.affines(c.gamma, c.beta, c.rows, c.rstd, j.partial, j.partial + c.rows)
     status = run_tasks(affine_block_task, &j, c.groups * j.blocks, c.groups * c.rows * c.n)
     free(j.partial)
     return status

@@ -231,7 +231,7 @@ def config():
         "in use": nx_isas[chosen_isa].name.decode(),
         "OpenMP": NX_OPENMP or None,
         "threads": num_threads,
-        "caches": [nx_cache(level) for level in (2, 3)],
+        "caches": [f"{nx_cache(level) >> 10} KiB" for level in (2, 3)],
     }
 
 
