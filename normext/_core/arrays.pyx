@@ -22,6 +22,7 @@ from normext cimport (
 )
 from normext._core cimport norms
 from normext._core.memory cimport empty, empty_like
+from normext._core.runtime cimport kernels_for, run_tasks
 from normext._core.sizes cimport (
     is_group_norm, is_row_norm, numbers_of, parameters_of, statistics_of,
 )
@@ -871,17 +872,28 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
     return result
 
 
+cdef struct Sums:
+    const double *sums
+    float *singles
+    Py_ssize_t count, tasks
+
+
+cdef void narrow_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Sums *s = <const Sums *> job
+    cdef Py_ssize_t first = task * s.count // s.tasks, last = (task + 1) * s.count // s.tasks
+    kernels_for(NORMEXT_FLOAT32, False).narrow(s.sums + first, last - first, s.singles + first)
+
+
 cdef cnp.ndarray gradient(const double *sums, int ndim, const Py_ssize_t *dims, cnp.ndarray x):
     """In the shape of a parameter and the type that x is computed in."""
     cdef int type_number = computing_type(x)
     cdef cnp.ndarray array = empty(ndim, dims, type_number)
-    cdef float *singles = <float *> cnp.PyArray_DATA(array)
-    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(array)
-    if type_number == cnp.NPY_FLOAT:
-        for i in range(n):
-            singles[i] = <float> sums[i]
-    else:
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(array)
+    cdef Sums s = Sums(sums, <float *> cnp.PyArray_DATA(array), n, max(1, n >> 12))
+    if type_number != cnp.NPY_FLOAT:
         memcpy(doubles(array), sums, n * sizeof(double))
+    elif run_tasks(narrow_task, &s, s.tasks, n) != NORMEXT_OK:
+        raise MemoryError("no memory for gradients")
     return array
 
 

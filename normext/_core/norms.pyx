@@ -21,7 +21,9 @@ from normext cimport (
 )
 from normext._core.blocks cimport add_by_blocks, backward_by_blocks, forward_by_blocks
 from normext._core.kernels cimport ceil_div, nx_kernels
-from normext._core.runtime cimport isa_name, kernels_for, run_tasks, threads_used, tracing
+from normext._core.runtime cimport (
+    Task, isa_name, kernels_for, run_tasks, threads_used, tracing,
+)
 from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
     BLOCKS, CHANNELS_FIRST, CHANNELS_LAST, COLUMNS, LAYERS, NOTHING, ONE_PIXEL, ROWS, Walk,
@@ -30,6 +32,7 @@ from normext._core.walk cimport (
 
 cdef enum:
     CHANNELS = 4096  # of a task
+    MOST_TASKS = 64
 
 cdef extern from "<time.h>" nogil:
     ctypedef long time_t
@@ -219,6 +222,72 @@ cdef int forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     return status
 
 
+# What is done to a number of each channel, row or parameter, of which there may be as many as
+# numbers of x: a task takes a share.
+cdef struct Each:
+    const nx_kernels *k
+    double *numbers
+    const double *factors
+    Py_ssize_t count, tasks
+    double least, largest
+    bint *outside  # what each task has found
+
+
+cdef inline Py_ssize_t share_of(const Each *e, Py_ssize_t task) noexcept nogil:
+    return task * e.count // e.tasks
+
+
+cdef void zero_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Each *e = <const Each *> job
+    cdef Py_ssize_t first = share_of(e, task)
+    memset(e.numbers + first, 0, (share_of(e, task + 1) - first) * sizeof(double))
+
+
+cdef void multiply_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Each *e = <const Each *> job
+    cdef Py_ssize_t first = share_of(e, task)
+    e.k.multiply(e.numbers + first, e.factors + first, share_of(e, task + 1) - first)
+
+
+cdef void outside_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Each *e = <const Each *> job
+    cdef Py_ssize_t first = share_of(e, task)
+    e.outside[task] = e.k.any_outside(e.numbers + first, share_of(e, task + 1) - first, e.least,
+                                      e.largest)
+
+
+cdef inline int do_each(Task f, Each *e) noexcept nogil:
+    e.tasks = max(1, min(<Py_ssize_t> MOST_TASKS, e.count // CHANNELS))
+    if e.tasks == 1:
+        f(e, 0)
+        return NORMEXT_OK
+    return run_tasks(f, e, e.tasks, e.count)
+
+
+cdef int zero(double *numbers, Py_ssize_t count) noexcept nogil:
+    cdef Each e = Each(NULL, numbers, NULL, count, 1, 0, 0, NULL)
+    return do_each(zero_task, &e)
+
+
+cdef int multiply(const nx_kernels *k, double *numbers, const double *factors,
+                  Py_ssize_t count) noexcept nogil:
+    cdef Each e = Each(k, numbers, factors, count, 1, 0, 0, NULL)
+    return do_each(multiply_task, &e)
+
+
+cdef int find_outside(const nx_kernels *k, double *numbers, Py_ssize_t count, double largest,
+                      bint *any_is) noexcept nogil:
+    """Whether any number that is not 0 is above `largest` or below its inverse."""
+    cdef bint outside[MOST_TASKS]
+    cdef Each e = Each(k, numbers, NULL, count, 1, 1 / largest, largest, &outside[0])
+    cdef int task, status = do_each(outside_task, &e)
+    if status == NORMEXT_OK:
+        any_is[0] = False
+        for task in range(e.tasks):
+            any_is[0] |= outside[task]
+    return status
+
+
 cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef Walk walk = Walk(NOTHING, False, NULL, NULL)
     cdef double began = milliseconds() if tracing else 0
@@ -229,25 +298,26 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef bint wide = False
     cdef int status = NORMEXT_OK
     if io.part != NORMEXT_APPLY:
-        memset(io.dgamma, 0, parameters * sizeof(double))
-        memset(io.dbeta, 0, parameters * sizeof(double))
+        status = zero(io.dgamma, parameters)
+        if status == NORMEXT_OK:
+            status = zero(io.dbeta, parameters)
     if norm.kind == NORMEXT_BATCH_NORM and io.part != NORMEXT_APPLY:
         call.count = <double> (numbers // parameters)
-    if numbers != 0:
+    if numbers != 0 and status == NORMEXT_OK:
         # rstd is cubed, and sums of dy * (x - mean) are taken: deviations, and their inverses, must
         # not be such that these overflow or underflow. The cube of 1e10 leaves a factor of 1e8 to
         # what it is multiplied by, before float is at its end; 1e100 does to double. Such data are
         # rare.
-        wide = k.any_outside(io.rstd, statistics_of(norm), 1 / largest, largest)
+        status = find_outside(k, io.rstd, statistics_of(norm), largest, &wide)
         if wide:
             walk.way = BLOCKS
-        else:
+        elif status == NORMEXT_OK:
             status = walk_backward(norm, &call, &walk)
         if status == NORMEXT_OK and walk.way == BLOCKS:
             status = backward_by_blocks(norm, &call, wide)
         if (status == NORMEXT_OK and norm.kind == NORMEXT_BATCH_NORM and io.part == NORMEXT_WHOLE
                 and not wide):
-            k.multiply(io.dgamma, io.rstd, parameters)  # from dots
+            status = multiply(k, io.dgamma, io.rstd, parameters)  # from dots
     if tracing:
         trace(norm, "backward", way_name(walk.way, wide), began)
     return status

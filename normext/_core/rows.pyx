@@ -635,14 +635,18 @@ cdef void strip_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef Py_ssize_t chunk = task // j.blocks, strip = task % j.blocks, row, start = strip * STRIP
     cdef Py_ssize_t first = chunk * CHUNK_ROWS, end = min(start + STRIP, c.n)
     cdef Py_ssize_t rows = min(<Py_ssize_t> CHUNK_ROWS, c.groups - first)
-    cdef double *dbeta = parameters_of(j, chunk)
+    cdef double *dbeta = c.dbeta
+    cdef double *dgamma = c.dgamma
     cdef double *sums = j.adjust + 2 * strip * c.groups
-    memset(dbeta + start, 0, (end - start) * sizeof(double))
-    memset(dbeta + c.n + start, 0, (end - start) * sizeof(double))
+    if j.chunks > 1:
+        dbeta = parameters_of(j, chunk)
+        dgamma = dbeta + c.n
+        memset(dbeta + start, 0, (end - start) * sizeof(double))
+        memset(dgamma + start, 0, (end - start) * sizeof(double))
     for row in range(first, first + rows):
         sums[row] = sums[c.groups + row] = 0
     dots_of_rows(c, first, rows, start, end, nx_sums(sums + first, sums + c.groups + first, 1),
-                 dbeta, dbeta + c.n)
+                 dbeta, dgamma)
 
 
 cdef void strip_sums_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -678,7 +682,7 @@ cdef int strips_backward(const Call *c) noexcept nogil:
     of_rows.sums = j.adjust + 2 * j.blocks * c.groups
     of_rows.dots, of_rows.given, j.call = of_rows.sums + c.groups, True, &of_rows
     status = run_tasks(strip_task, &j, j.chunks * j.blocks, elements)
-    if status == NORMEXT_OK:
+    if status == NORMEXT_OK and j.chunks > 1:
         status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), 2 * j.chunks * c.n)
     if status == NORMEXT_OK:
         status = run_tasks(strip_sums_task, &j, c.groups, elements)
