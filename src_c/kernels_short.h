@@ -166,7 +166,8 @@ NX_INLINE void store_lanes(C *p, const V *v)
 NX_INLINE void add_lanes(V *sum, const V *v)
 { EACH_LANES sum[k] = add(sum[k], v[k]); }
 
-/* The mean of each lane, roughly, and the sums about it of numbers and of their squares. */
+/* The mean of each lane, roughly, and the sums about it of numbers and of their squares; or 0, 0
+ * and the sum of squares. */
 NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C *sum, C *squares)
 {
     V p[NV], s[NV], q[NV];
@@ -199,6 +200,7 @@ NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C
         add_lanes(s, first_s);
         add_lanes(q, first_q);
     }
+    if (!centred) clear(s);
     store_lanes(pivot, p);
     store_lanes(sum, s);
     store_lanes(squares, q);
@@ -210,7 +212,7 @@ NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C
 NX_OUTLINE void tile_moments(const C *tile, tile_shape t, int centred, double *NX_RESTRICT mean,
                              double *NX_RESTRICT m2)
 {
-    const double each = centred ? 1 / (double)t.n : 0;
+    const double each = 1 / (double)t.n;
     C pivot[TILE_ROWS], sum[TILE_ROWS], squares[TILE_ROWS];
     for (ptrdiff_t l = 0; l < t.lanes; l += LANES)
         lane_powers(tile + l, t, centred, pivot + l, sum + l, squares + l);
