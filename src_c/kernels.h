@@ -203,11 +203,11 @@ typedef struct {
     const void *gamma, *beta;
 } nx_layer;
 
-/* Groups of rows, each row with a number of gamma: row r of the first group has gamma[channel + r],
- * and after `channels` of them the first one follows. */
+/* Groups of rows, each row with a number of gamma and of beta: row r of the first group has
+ * gamma[channel + r], and after `channels` of them the first one follows. NULL means 1 and 0. */
 typedef struct {
     ptrdiff_t groups, rows, n;
-    const void *gamma;
+    const void *gamma, *beta;
     ptrdiff_t channel, channels;
 } nx_grouping;
 
@@ -231,6 +231,7 @@ typedef struct {
     ptrdiff_t row_block;      /* most numbers in a block of rows */
     ptrdiff_t col_rows;       /* rows that a block of any number of columns may have */
     ptrdiff_t col_block;      /* most numbers in a block of columns that has more rows */
+    ptrdiff_t short_group;    /* most numbers in a group that group_forward takes */
     nx_range range;
 #define NX_KERNEL(name, result, arguments) result(*name) arguments;
 #define NX_WRITER NX_KERNEL

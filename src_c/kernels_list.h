@@ -71,7 +71,12 @@ NX_KERNEL(layer_dots, void,
 NX_WRITER(layer_backward, void,
           (const nx_backward *of, int centred, const double *mean, const double *rstd,
            double *dbeta, double *dgamma))
-/* Likewise groups of rows, one block each. The sum of dy over a row goes to *dbeta, that of
+/* Groups of rows, `short_group` numbers each at most, as by layer_statistics and row_affine; with
+ * relu, 0 where y is less. */
+NX_WRITER(group_forward, void,
+          (nx_groups x, nx_groups y, const nx_grouping *g, double eps, int relu, double *mean,
+           double *rstd))
+/* Groups of rows, one block each, on their way back. The sum of dy over a row goes to *dbeta, that of
  * dy * (x - mean) * rstd to *dgamma, and so on row by row. Stops at a group whose dy is far from
  * zero, and returns how many came before it. */
 NX_WRITER(group_backward, ptrdiff_t,

@@ -1,85 +1,139 @@
 /* Short rows with statistics of their own; included from kernels_template.h.
  *
- * A row that does not fill a few vectors costs what its sums across a vector cost, a root and a
- * division, however short it is. So TILE rows at a time are turned into the columns of a tile on
- * the stack: number j of row r is at tile[j * TILE + r], what happens along the rows happens to
- * whole vectors of rows, one lane for each, and roots and divisions are shared out likewise. Then
- * the tile is turned back.
+ * What a row's sums across a vector cost, a root and a division, it costs however short it is. So
+ * many rows at a time are turned into the columns of a tile on the stack: number j of row r is at
+ * tile[j * lanes + r], what happens along the rows happens to whole vectors, one lane for each row,
+ * and roots and divisions are shared out likewise. Then the tile is turned back.
  *
- *     rows of x, n = 3      tile: n x TILE
+ *     rows of x, n = 3      tile: n x lanes
  *     a0 a1 a2              a0 b0 c0 ...
  *     b0 b1 b2              a1 b1 c1 ...
  *     c0 c1 c2              a2 b2 c2 ...
  *
- * A row's lane is added up in one order on every instruction set, whatever rows are beside it: its
- * bits do not depend on them, nor on their number, nor on where it lies. What is rare (statistics
- * at the ends of the range) is done to the row alone, as to longer ones.
+ * A lane's numbers are added up in one order on every instruction set, whatever rows are beside it:
+ * a row's bits do not depend on them, nor on their number, nor on where it lies.
  *
  * A tile is read as a whole before any of it is written, so that y may be x, and dx dy or x. */
 
 enum {
     SHORT = 64,
-    TILE = LANES,
+    SHORT_BACKWARD = 32,
+    /* 8 KiB: two of them and what they are made of stay in an L1 cache of 32 KiB. */
+    TILE = SHORT * LANES,
+    /* Of few numbers so many rows, whose steps wait for each other seldom enough. */
+    TILE_ROWS = 4 * LANES,
     SIDE = BY_TYPE(f32_SIDE, f64_SIDE),
+    TALL = BY_TYPE(f32_TALL, f64_TALL),
 };
 
-/* q[j][i] = p[i][j], by squares, the last of which may overlap. */
-NX_INLINE void turn(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
+/* So many rows of n numbers, in lanes that are whole vectors; those beyond the rows are 0. */
+typedef struct {
+    ptrdiff_t rows, n, lanes;
+} tile_shape;
+
+NX_INLINE tile_shape tile_of(ptrdiff_t rows, ptrdiff_t n)
 {
-    if (b.rows < SIDE || b.n < SIDE) {
-        for (ptrdiff_t i = 0; i < b.rows; i++)
-            for (ptrdiff_t j = 0; j < b.n; j++) q[j * q_stride + i] = p[i * p_stride + j];
-        return;
+    const ptrdiff_t most = n * TILE_ROWS <= TILE ? TILE_ROWS : TILE / n / LANES * LANES;
+    if (rows > most) rows = most;
+    return (tile_shape){rows, n, (rows + LANES - 1) / LANES * LANES};
+}
+
+/* q[j][i] = p[i][j] */
+NX_INLINE void turn_by_number(const C *NX_RESTRICT p, ptrdiff_t p_stride, C *NX_RESTRICT q,
+                              ptrdiff_t q_stride, nx_block b)
+{
+    for (ptrdiff_t i = 0; i < b.rows; i++)
+        for (ptrdiff_t j = 0; j < b.n; j++) q[j * q_stride + i] = p[i * p_stride + j];
+}
+
+/* The same by f(p, p_stride, q, q_stride) for `height` rows of `width` numbers, of which the last
+ * may overlap. */
+#define TURN_BY(f, height, width)                                                      \
+    for (ptrdiff_t i = 0; i < b.rows; i += height) {                                   \
+        const ptrdiff_t row = i + height <= b.rows ? i : b.rows - height;              \
+        for (ptrdiff_t j = 0; j < b.n; j += width) {                                   \
+            const ptrdiff_t col = j + width <= b.n ? j : b.n - width;                  \
+            f(p + row * p_stride + col, p_stride, q + col * q_stride + row, q_stride); \
+        }                                                                              \
     }
-    for (ptrdiff_t i = 0; i < b.rows; i += SIDE) {
-        const ptrdiff_t row = i + SIDE <= b.rows ? i : b.rows - SIDE;
-        for (ptrdiff_t j = 0; j < b.n; j += SIDE) {
-            const ptrdiff_t col = j + SIDE <= b.n ? j : b.n - SIDE;
-            transpose_square(p + row * p_stride + col, p_stride, q + col * q_stride + row,
-                             q_stride);
-        }
+
+/* Of 1 to 3 numbers side by side the compiler makes vectors, if it knows how many they are. */
+NX_INLINE void turn_in(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
+{
+#define TURN_ROWS(m)                    \
+    else if (b.n == m && p_stride == m) \
+    { turn_by_number(p, m, q, q_stride, (nx_block){b.rows, m}); }
+    if (b.rows >= TALL && b.n >= SIDE) {
+        TURN_BY(transpose_tall, TALL, SIDE)
+    } else if (b.rows >= SIDE && b.n >= SIDE) {
+        TURN_BY(transpose_square, SIDE, SIDE)
     }
+    TURN_ROWS(1)
+    TURN_ROWS(2)
+    TURN_ROWS(3)
+    else turn_by_number(p, p_stride, q, q_stride, b);
+#undef TURN_ROWS
+}
+
+NX_INLINE void turn_out(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
+{
+#define TURN_COLUMNS(m)                    \
+    else if (b.rows == m && q_stride == m) \
+    { turn_by_number(p, p_stride, q, m, (nx_block){m, b.n}); }
+    if (b.n >= TALL && b.rows >= SIDE) {
+        TURN_BY(transpose_wide, SIDE, TALL)
+    } else if (b.n >= SIDE && b.rows >= SIDE) {
+        TURN_BY(transpose_square, SIDE, SIDE)
+    }
+    TURN_COLUMNS(1)
+    TURN_COLUMNS(2)
+    TURN_COLUMNS(3)
+    else turn_by_number(p, p_stride, q, q_stride, b);
+#undef TURN_COLUMNS
 }
 
 /* Rows that lie one after the other, as one long one. */
 NX_INLINE nx_block joined(nx_rows x, nx_block b)
 { return x.stride == b.n ? (nx_block){1, b.rows * b.n} : b; }
 
-/* TILE rows at most; the lanes beyond them become 0. */
-static void tile_in(nx_rows x, nx_block b, C *tile)
+static void tile_in(nx_rows x, tile_shape t, C *tile)
 {
+    const nx_block b = {t.rows, t.n};
 #ifdef T_INT
-    turn(x.data, x.stride, tile, TILE, b);
+    turn_in(x.data, x.stride, tile, t.lanes, b);
 #else
-    C stretch[TILE * SHORT];
+    C stretch[TILE];
     const nx_block rows = joined(x, b);
     for (ptrdiff_t r = 0; r < rows.rows; r++) {
         const T *from = (const T *)x.data + r * x.stride;
-        C *to = stretch + r * b.n;
+        C *to = stretch + r * t.n;
         ptrdiff_t i = 0;
         for (; i + W <= rows.n; i += W) store(to + i, load(from + i));
         if (i < rows.n) store_n(to + i, rows.n - i, load_n(from + i, rows.n - i, ZERO));
     }
-    turn(stretch, b.n, tile, TILE, b);
+    turn_in(stretch, t.n, tile, t.lanes, b);
 #endif
-    if (b.rows == TILE) return;
-    for (ptrdiff_t j = 0; j < b.n; j++)
-        for (ptrdiff_t r = b.rows; r < TILE; r++) tile[j * TILE + r] = 0;
+    if (t.rows == t.lanes) return;
+    for (ptrdiff_t j = 0; j < t.n; j++)
+        for (ptrdiff_t r = t.rows; r < t.lanes; r++) tile[j * t.lanes + r] = 0;
 }
 
-static void tile_out(const C *tile, nx_rows y, nx_block b, int streaming)
+/* Rows of a tile, from row `first` on. */
+static void tile_out(const C *tile, tile_shape t, ptrdiff_t first, nx_rows y, ptrdiff_t count,
+                     int streaming)
 {
+    const nx_block turned = {t.n, count};
 #ifdef T_INT
     if (!streaming) {
-        turn(tile, TILE, y.data, y.stride, (nx_block){b.n, b.rows});
+        turn_out(tile + first, t.lanes, y.data, y.stride, turned);
         return;
     }
 #endif
-    C stretch[TILE * SHORT];
-    turn(tile, TILE, stretch, b.n, (nx_block){b.n, b.rows});
-    const nx_block rows = joined(y, b);
+    C stretch[TILE];
+    turn_out(tile + first, t.lanes, stretch, t.n, turned);
+    const nx_block rows = joined(y, (nx_block){count, t.n});
     for (ptrdiff_t r = 0; r < rows.rows; r++) {
-        const C *from = stretch + r * b.n;
+        const C *from = stretch + r * t.n;
         T *to = (T *)y.data + r * y.stride;
         ptrdiff_t i = streaming ? unaligned(to, rows.n) : 0;
         if (i) store_n(to, i, load_n(from, i, ZERO));
@@ -91,42 +145,34 @@ static void tile_out(const C *tile, nx_rows y, nx_block b, int streaming)
     }
 }
 
-/* What is done to each vector of lanes; unrolled. */
+/* What is done to each of NV vectors; unrolled. */
 #define EACH_LANES for (int k = 0; k < NV; k++)
 
 /* For positions from j on, as many as the first level of sums adds up. */
-#define EACH_FIRST(j, end)                                                                      \
-    for (ptrdiff_t j = 0, end; j < n && (end = n - j < ROWS_AT_ONCE ? n : j + ROWS_AT_ONCE, 1); \
-         j = end)
+#define EACH_FIRST(j, end)     \
+    for (ptrdiff_t j = 0, end; \
+         j < t.n && (end = t.n - j < ROWS_AT_ONCE ? t.n : j + ROWS_AT_ONCE, 1); j = end)
 
 NX_INLINE void clear(V *v) { EACH_LANES v[k] = ZERO; }
 NX_INLINE void load_lanes(const C *p, V *v) { EACH_LANES v[k] = load(p + k * W); }
 NX_INLINE void store_lanes(C *p, const V *v) { EACH_LANES store(p + k * W, v[k]); }
 NX_INLINE void add_vectors(V *sum, const V *v) { EACH_LANES sum[k] = add(sum[k], v[k]); }
 
-/* Each row's statistics. The pivot is its mean, roughly. Of numbers that are all the same, the
- * pivot is a few of their last bits away; the sums about it are exact then, and what m2 is not 0 by
- * is the rounding of the formula. Any other row's m2 is 1e-5 of its squares and more. */
-static void tile_statistics(const C *tile, nx_rows x, nx_block b, int centred, double eps,
-                            double *mean, double *rstd)
+/* The mean of each lane, roughly, and the sums about it of numbers and of their squares; or 0, 0
+ * and the sum of squares. */
+NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C *sum, C *squares)
 {
-    const ptrdiff_t n = b.n;
-    const double each = 1 / (double)n;
-    /* Beside such an eps it does not show what digits a small variance has lost. */
-    const double least = eps > range.tiny / DBL_EPSILON ? 0 : range.tiny * (double)n;
-    C pivot[TILE], sum[TILE], squares[TILE];
-    double unfit[TILE], any = 0;
     V p[NV], s[NV], q[NV];
     clear(p);
     if (centred) {
         EACH_FIRST(j, end)
         {
-            load_lanes(tile + j * TILE, s);
+            load_lanes(tile + j * t.lanes, s);
             for (ptrdiff_t i = j + 1; i < end; i++)
-                EACH_LANES s[k] = add(s[k], load(tile + i * TILE + k * W));
+                EACH_LANES s[k] = add(s[k], load(tile + i * t.lanes + k * W));
             add_vectors(p, s);
         }
-        const V share = splat((C)each);
+        const V share = splat((C)(1 / (double)t.n));
         EACH_LANES p[k] = mul(p[k], share);
     }
     clear(s);
@@ -138,58 +184,110 @@ static void tile_statistics(const C *tile, nx_rows x, nx_block b, int centred, d
         clear(first_q);
         for (ptrdiff_t i = j; i < end; i++) EACH_LANES
             {
-                V d = sub(load(tile + i * TILE + k * W), p[k]);
+                V d = sub(load(tile + i * t.lanes + k * W), p[k]);
                 first_s[k] = add(first_s[k], d);
                 first_q[k] = mul_add(d, d, first_q[k]);
             }
         add_vectors(s, first_s);
         add_vectors(q, first_q);
     }
+    if (!centred) clear(s);
     store_lanes(pivot, p);
     store_lanes(sum, s);
     store_lanes(squares, q);
-    for (ptrdiff_t r = 0; r < TILE; r++) {
-        double rest = centred ? sum[r] * each : 0, m2 = squares[r] - sum[r] * rest;
-        double middle = pivot[r] + rest;
-        m2 = m2 < squares[r] * 0x1p-40 ? 0 : m2;
-        mean[r] = middle;
-        rstd[r] = m2 * each;
-        unfit[r] = (m2 <= DBL_MAX ? 0.0 : 1.0) +
-                   (m2 < least ? 1.0 : 0.0) * (fabs(middle) < range.near_zero ? 1.0 : 0.0);
-        any += unfit[r];
-    }
-    nx_inverse_stds(rstd, TILE, eps);
-    for (ptrdiff_t r = 0; r < b.rows && any != 0; r++)
-        if (unfit[r] != 0)
-            statistics_interleaved(rows_at(x, r, 0), (nx_block){1, n}, centred, eps, mean + r,
-                                   rstd + r);
 }
 
-/* tile = gamma * ((tile - mean) * rstd) + beta */
-NX_INLINE void tile_affine(C *tile, ptrdiff_t n, const double *mean, const double *rstd,
-                           const C *gamma, const C *beta)
+/* Each row's mean and sum of squares about it. Of numbers that are all the same, the pivot is a few
+ * of their last bits away; the sums about it are exact then, and what m2 is not 0 by is the
+ * rounding of the formula. Any other row's m2 is 1e-5 of its squares and more. */
+NX_OUTLINE void tile_moments(const C *tile, tile_shape t, int centred, double *NX_RESTRICT mean,
+                             double *NX_RESTRICT m2)
 {
-    C pivot[TILE], scale[TILE], shift[TILE];
-    V p[NV], a[NV], b[NV], g = ZERO, h = ZERO;
-    for (ptrdiff_t r = 0; r < TILE; r++) {
-        pivot[r] = (C)mean[r];
-        scale[r] = (C)rstd[r];
-        shift[r] = pivot_shift(mean[r], rstd[r], 0);
+    const double each = 1 / (double)t.n;
+    C pivot[TILE_ROWS], sum[TILE_ROWS], squares[TILE_ROWS];
+    for (ptrdiff_t l = 0; l < t.lanes; l += LANES)
+        lane_powers(tile + l, t, centred, pivot + l, sum + l, squares + l);
+    for (ptrdiff_t r = 0; r < t.rows; r++) {
+        double rest = sum[r] * each, about_mean = squares[r] - sum[r] * rest;
+        mean[r] = pivot[r] + rest;
+        m2[r] = about_mean < squares[r] * 0x1p-40 ? 0 : about_mean;
     }
-    load_lanes(pivot, p);
-    load_lanes(scale, a);
-    load_lanes(shift, b);
-    for (ptrdiff_t j = 0; j < n; j++) {
-        C *numbers = tile + j * TILE;
-        if (gamma) g = splat(gamma[j]);
-        if (beta) h = splat(beta[j]);
-        EACH_LANES
-        {
-            V v = mul_add(sub(load(numbers + k * W), p[k]), a[k], b[k]);
-            if (gamma && beta) v = mul_add(v, g, h);
-            else if (gamma) v = mul(v, g);
-            else if (beta) v = add(v, h);
-            store(numbers + k * W, v);
+}
+
+/* nx_finish_moments of rows whose squares were out of range, or lost digits: a tile that is the
+ * same times a scale for each row has others. */
+NX_OUTLINE void tile_rescaled(const C *tile, tile_shape t, int centred, double eps,
+                              const double *scale, double *mean, double *rstd)
+{
+    C scaled[TILE];
+    double scaled_mean[TILE_ROWS], m2[TILE_ROWS];
+    for (ptrdiff_t i = 0; i < t.n * t.lanes; i++) {
+        const ptrdiff_t r = i % t.lanes;
+        scaled[i] = r < t.rows ? tile[i] * (C)scale[r] : 0;
+    }
+    tile_moments(scaled, t, centred, scaled_mean, m2);
+    for (ptrdiff_t r = 0; r < t.rows; r++)
+        if (scale[r] != 1)
+            nx_finish_moments((nx_moments){(double)t.n, scaled_mean[r], m2[r]}, scale[r], eps,
+                              mean + r, rstd + r, NULL);
+}
+
+static void tile_statistics(const C *tile, tile_shape t, int centred, double eps,
+                            double *NX_RESTRICT mean, double *NX_RESTRICT rstd)
+{
+    const double numbers = (double)t.n, each = 1 / numbers;
+    double m2[TILE_ROWS], scale[TILE_ROWS];
+    tile_moments(tile, t, centred, mean, m2);
+    for (ptrdiff_t r = 0; r < t.rows; r++) rstd[r] = m2[r] * each;
+    nx_inverse_stds(rstd, t.rows, eps);
+    if (nx_rescale_columns(&range, t.rows, numbers, mean, m2, scale))
+        tile_rescaled(tile, t, centred, eps, scale, mean, rstd);
+}
+
+/* Coefficients of each row in C: xhat = (x - pivot) * scale + shift. Those of lanes without a row
+ * are 0. */
+typedef struct {
+    C pivot[TILE_ROWS], scale[TILE_ROWS], shift[TILE_ROWS];
+} tile_line;
+
+NX_INLINE void tile_map(tile_line *line, tile_shape t, const double *NX_RESTRICT mean,
+                        const double *NX_RESTRICT scales, const C *NX_RESTRICT shifts)
+{
+    C *NX_RESTRICT pivot = line->pivot, *NX_RESTRICT scale = line->scale,
+                   *NX_RESTRICT shift = line->shift;
+    for (ptrdiff_t r = 0; r < t.rows; r++) {
+        pivot[r] = (C)mean[r];
+        scale[r] = (C)scales[r];
+        shift[r] = pivot_shift(mean[r], scales[r], shifts ? (double)shifts[r] : 0);
+    }
+    for (ptrdiff_t r = t.rows; r < t.lanes; r++) pivot[r] = scale[r] = shift[r] = 0;
+}
+
+NX_INLINE void tile_standardize(tile_line *line, tile_shape t, const double *mean,
+                                const double *rstd)
+{ tile_map(line, t, mean, rstd, NULL); }
+
+/* tile = gamma * xhat + beta, with relu 0 where that is less */
+NX_INLINE void tile_affine(C *tile, tile_shape t, const tile_line *line, const C *gamma,
+                           const C *beta, int relu)
+{
+    for (ptrdiff_t l = 0; l < t.lanes; l += LANES) {
+        V p[NV], a[NV], b[NV], g = ZERO, h = ZERO;
+        load_lanes(line->pivot + l, p);
+        load_lanes(line->scale + l, a);
+        load_lanes(line->shift + l, b);
+        for (ptrdiff_t j = 0; j < t.n; j++) {
+            C *numbers = tile + j * t.lanes + l;
+            if (gamma) g = splat(gamma[j]);
+            if (beta) h = splat(beta[j]);
+            EACH_LANES
+            {
+                V v = mul_add(sub(load(numbers + k * W), p[k]), a[k], b[k]);
+                if (gamma && beta) v = mul_add(v, g, h);
+                else if (gamma) v = mul(v, g);
+                else if (beta) v = add(v, h);
+                store(numbers + k * W, relu ? greater(ZERO, v) : v);
+            }
         }
     }
 }
@@ -198,15 +296,12 @@ NX_INLINE void tile_affine(C *tile, ptrdiff_t n, const double *mean, const doubl
 static void short_statistics(nx_rows x, nx_block b, int centred, double eps, double *mean,
                              double *rstd)
 {
-    C tile[SHORT * TILE];
-    double tile_mean[TILE], tile_rstd[TILE];
-    for (ptrdiff_t first = 0; first < b.rows; first += TILE) {
-        const nx_rows rows = rows_at(x, first, 0);
-        const nx_block some = {b.rows - first < TILE ? b.rows - first : TILE, b.n};
-        tile_in(rows, some, tile);
-        tile_statistics(tile, rows, some, centred, eps, tile_mean, tile_rstd);
-        memcpy(mean + first, tile_mean, (size_t)some.rows * sizeof(double));
-        memcpy(rstd + first, tile_rstd, (size_t)some.rows * sizeof(double));
+    C tile[TILE];
+    tile_shape t;
+    for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
+        t = tile_of(b.rows - first, b.n);
+        tile_in(rows_at(x, first, 0), t, tile);
+        tile_statistics(tile, t, centred, eps, mean + first, rstd + first);
     }
 }
 
@@ -215,24 +310,24 @@ NX_OUTLINE void short_forward(nx_rows x, nx_rows y, nx_block b, const nx_layer *
 {
     static const double zero = 0;
     const C *gamma = norm->gamma, *beta = norm->beta;
-    C tile[SHORT * TILE];
-    double tile_mean[TILE], tile_rstd[TILE];
-    for (ptrdiff_t first = 0; first < b.rows; first += TILE) {
-        const nx_block some = {b.rows - first < TILE ? b.rows - first : TILE, b.n};
-        tile_in(rows_at(x, first, 0), some, tile);
-        tile_statistics(tile, rows_at(x, first, 0), some, norm->centred, norm->eps, tile_mean,
-                        tile_rstd);
-        memcpy(mean + first, tile_mean, (size_t)some.rows * sizeof(double));
-        memcpy(rstd + first, tile_rstd, (size_t)some.rows * sizeof(double));
-        if (gamma && beta) tile_affine(tile, b.n, tile_mean, tile_rstd, gamma, beta);
-        else if (gamma) tile_affine(tile, b.n, tile_mean, tile_rstd, gamma, NULL);
-        else if (beta) tile_affine(tile, b.n, tile_mean, tile_rstd, NULL, beta);
-        else tile_affine(tile, b.n, tile_mean, tile_rstd, NULL, NULL);
-        for (ptrdiff_t r = 0, fit; r < some.rows; r += fit + 1) {
-            fit = ordinary(tile_mean + r, tile_rstd + r, some.rows - r);
-            if (fit) tile_out(tile + r, rows_at(y, first + r, 0), (nx_block){fit, b.n}, streaming);
-            if (r + fit == some.rows) break;
-            const ptrdiff_t far = first + r + fit;
+    C tile[TILE];
+    tile_line line;
+    tile_shape t;
+    for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
+        t = tile_of(b.rows - first, b.n);
+        tile_in(rows_at(x, first, 0), t, tile);
+        tile_statistics(tile, t, norm->centred, norm->eps, mean + first, rstd + first);
+        tile_standardize(&line, t, mean + first, rstd + first);
+        if (gamma && beta) tile_affine(tile, t, &line, gamma, beta, 0);
+        else if (gamma) tile_affine(tile, t, &line, gamma, NULL, 0);
+        else if (beta) tile_affine(tile, t, &line, NULL, beta, 0);
+        else tile_affine(tile, t, &line, NULL, NULL, 0);
+        for (ptrdiff_t r = 0, fit; r < t.rows; r += fit + 1) {
+            ptrdiff_t far = first + r;
+            fit = ordinary(mean + far, rstd + far, t.rows - r);
+            if (fit) tile_out(tile, t, r, rows_at(y, far, 0), fit, streaming);
+            if (r + fit == t.rows) break;
+            far += fit;
             affine_far_out(rows_at(x, far, 0).data, rows_at(y, far, 0).data, b.n,
                            &(nx_affine){mean + far, rstd + far, &zero, 0, 0}, gamma, beta, 0);
         }
@@ -264,24 +359,15 @@ NX_INLINE void fold(C *sums, ptrdiff_t n, double *to)
     }
 }
 
-/* A tile of x becomes its xhat, one of dy gamma * dy - pivot, and then that of x dx. The pivot is
- * the mean of gamma * dy, roughly (nx_near says what it is for), or 0 where that does not matter.
- * The product is rounded with it taken off already, but in a row of one number, whose gradient is
- * to be 0 exactly. */
-NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double *mean,
-                             const double *rstd, const C *gamma, short_sums *sums)
+/* The first half of a backward pass: x becomes xhat, and `mean` the mean of gamma * dy, roughly. */
+NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, const tile_line *line, ptrdiff_t l,
+                         const C *gamma, short_sums *sums, V *mean)
 {
-    const double each = 1 / (double)n;
-    C pivot[TILE], scale[TILE], shift[TILE], sum[TILE], dot[TILE];
-    V p[NV], a[NV], b[NV], s[NV], q[NV];
-    for (ptrdiff_t r = 0; r < TILE; r++) {
-        pivot[r] = (C)mean[r];
-        scale[r] = (C)rstd[r];
-        shift[r] = pivot_shift(mean[r], rstd[r], 0);
-    }
-    load_lanes(pivot, p);
-    load_lanes(scale, a);
-    load_lanes(shift, b);
+    const V share = splat((C)(1 / (double)t.n));
+    V p[NV], a[NV], b[NV], s[NV];
+    load_lanes(line->pivot + l, p);
+    load_lanes(line->scale + l, a);
+    load_lanes(line->shift + l, b);
     clear(s);
     EACH_FIRST(j, end)
     {
@@ -291,10 +377,10 @@ NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double
             if (gamma) c = splat(gamma[i]);
             EACH_LANES
             {
-                V h = mul_add(sub(load(x + i * TILE + k * W), p[k]), a[k], b[k]);
-                g[k] = load(dy + i * TILE + k * W);
+                V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
+                g[k] = load(dy + i * t.lanes + k * W);
                 products[k] = mul(g[k], h);
-                store(x + i * TILE + k * W, h);
+                store(x + i * t.lanes + k * W, h);
                 first_s[k] = add(first_s[k], gamma ? mul(g[k], c) : g[k]);
             }
             add_halves(sums->dbeta + i * WIDEST, g);
@@ -302,14 +388,15 @@ NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double
         }
         add_vectors(s, first_s);
     }
-    const V minus_share = splat(centred ? -(C)each : 0);
-    V minus[NV];
-    EACH_LANES minus[k] = mul(s[k], minus_share);
-    if (n == 1 && gamma) {
-        const V c = splat(*gamma);
-        EACH_LANES store(dy + k * W, mul(load(dy + k * W), c));
-        gamma = NULL;
-    }
+    EACH_LANES mean[k] = mul(s[k], share);
+}
+
+/* The second: dy becomes gamma * dy - pivot, and added up. The product is rounded with the pivot
+ * taken off, but in a row of one number, whose gradient is to be 0 exactly. */
+NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivot, const C *gamma,
+                         C *sum, C *dot)
+{
+    V s[NV], q[NV];
     clear(s);
     clear(q);
     EACH_FIRST(j, end)
@@ -321,11 +408,12 @@ NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double
             if (gamma) c = splat(gamma[i]);
             EACH_LANES
             {
-                V g = load(dy + i * TILE + k * W);
-                g = gradient(g, g, gamma ? &c : NULL, NULL, &minus[k]);
-                store(dy + i * TILE + k * W, g);
+                V g = load(dy + i * t.lanes + k * W);
+                if (gamma && t.n == 1) g = add(mul(g, c), minus_pivot[k]);
+                else g = gradient(g, g, gamma ? &c : NULL, NULL, minus_pivot + k);
+                store(dy + i * t.lanes + k * W, g);
                 first_s[k] = add(first_s[k], g);
-                first_q[k] = mul_add(g, load(x + i * TILE + k * W), first_q[k]);
+                first_q[k] = mul_add(g, load(xhat + i * t.lanes + k * W), first_q[k]);
             }
         }
         add_vectors(s, first_s);
@@ -333,49 +421,269 @@ NX_INLINE void tile_backward(C *x, C *dy, ptrdiff_t n, int centred, const double
     }
     store_lanes(sum, s);
     store_lanes(dot, q);
-    for (ptrdiff_t r = 0; r < TILE; r++) {
-        pivot[r] = (C)(-rstd[r] * (dot[r] * each));
-        shift[r] = centred ? (C)(-rstd[r] * (sum[r] * each)) : 0;
+}
+
+/* xhat becomes dx = scale * dy + pivot * xhat + shift. */
+NX_INLINE void tile_dx(C *xhat, const C *dy, tile_shape t, const tile_line *line)
+{
+    for (ptrdiff_t l = 0; l < t.lanes; l += LANES) {
+        V slope[NV], factor[NV], constant[NV];
+        load_lanes(line->pivot + l, slope);
+        load_lanes(line->scale + l, factor);
+        load_lanes(line->shift + l, constant);
+        for (ptrdiff_t i = l; i < t.n * t.lanes; i += t.lanes) EACH_LANES
+            {
+                V rest = mul_add(load(xhat + i + k * W), slope[k], constant[k]);
+                store(xhat + i + k * W, mul_add(load(dy + i + k * W), factor[k], rest));
+            }
     }
-    load_lanes(pivot, p);
-    load_lanes(shift, b);
-    for (ptrdiff_t j = 0; j < n; j++) EACH_LANES
-        {
-            V rest = mul_add(load(x + j * TILE + k * W), p[k], b[k]);
-            store(x + j * TILE + k * W, mul_add(load(dy + j * TILE + k * W), a[k], rest));
-        }
+}
+
+/* A tile of x becomes that of dx. dy is taken about a pivot (nx_near says what for) near its mean,
+ * if that matters: to rows about zero it does not. */
+NX_INLINE void tile_backward(C *x, C *dy, tile_shape t, int centred, const double *mean,
+                             const double *rstd, const C *gamma, short_sums *sums)
+{
+    const double each = 1 / (double)t.n, mean_each = centred ? each : 0;
+    tile_line line;
+    C sum[TILE_ROWS], dot[TILE_ROWS];
+    tile_standardize(&line, t, mean, rstd);
+    for (ptrdiff_t l = 0; l < t.lanes; l += LANES) {
+        V pivot[NV];
+        lane_xhat(x + l, dy + l, t, &line, l, gamma, sums, pivot);
+        EACH_LANES pivot[k] = centred ? sub(ZERO, pivot[k]) : ZERO;
+        lane_dots(x + l, dy + l, t, pivot, gamma, sum + l, dot + l);
+    }
+    for (ptrdiff_t r = 0; r < t.rows; r++) {
+        line.pivot[r] = (C)(-rstd[r] * (dot[r] * each));
+        line.shift[r] = (C)(-rstd[r] * (sum[r] * mean_each));
+    }
+    tile_dx(x, dy, t, &line);
 }
 
 NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma, int streaming)
 {
-    enum { FOLDED = 16 * TILE };
+    enum { FOLDED = 16 * LANES };
     const nx_block b = of->block;
     const C *gamma = of->gamma;
-    C x[SHORT * TILE], dy[SHORT * TILE];
-    double tile_mean[TILE], tile_rstd[TILE];
+    C x[TILE], dy[TILE];
+    tile_shape t;
+    ptrdiff_t added = 0;
     short_sums sums;
     memset(sums.dbeta, 0, (size_t)b.n * WIDEST * sizeof(C));
     memset(sums.dgamma, 0, (size_t)b.n * WIDEST * sizeof(C));
-    for (ptrdiff_t first = 0; first < b.rows; first += TILE) {
-        const nx_block some = {b.rows - first < TILE ? b.rows - first : TILE, b.n};
-        const nx_backward part = rows_part(*of, first, some);
-        for (ptrdiff_t r = 0; r < TILE; r++) tile_mean[r] = tile_rstd[r] = 0;
-        memcpy(tile_mean, mean + first, (size_t)some.rows * sizeof(double));
-        memcpy(tile_rstd, rstd + first, (size_t)some.rows * sizeof(double));
-        tile_in(part.x, some, x);
-        tile_in(part.dy, some, dy);
-        if (gamma) tile_backward(x, dy, b.n, centred, tile_mean, tile_rstd, gamma, &sums);
-        else tile_backward(x, dy, b.n, centred, tile_mean, tile_rstd, NULL, &sums);
+    for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
+        t = tile_of(b.rows - first, b.n);
+        const nx_backward part = rows_part(*of, first, (nx_block){t.rows, t.n});
+        tile_in(part.x, t, x);
+        tile_in(part.dy, t, dy);
+        if (gamma) tile_backward(x, dy, t, centred, mean + first, rstd + first, gamma, &sums);
+        else tile_backward(x, dy, t, centred, mean + first, rstd + first, NULL, &sums);
         if (part.addend.data) {
-            tile_in(part.addend, some, dy);
-            for (ptrdiff_t i = 0; i < b.n * TILE; i += W)
+            tile_in(part.addend, t, dy);
+            for (ptrdiff_t i = 0; i < t.n * t.lanes; i += W)
                 store(x + i, add(load(x + i), load(dy + i)));
         }
-        tile_out(x, part.dx, some, streaming);
-        if ((first + TILE) % FOLDED == 0 || first + TILE >= b.rows) {
+        tile_out(x, t, 0, part.dx, t.rows, streaming);
+        added += t.rows;
+        if (added >= FOLDED || first + t.rows == b.rows) {
             fold(sums.dbeta, b.n, dbeta);
             fold(sums.dgamma, b.n, dgamma);
+            added = 0;
         }
     }
+}
+
+/* Groups of rows with a gamma and beta for each row: a tile of SHORT numbers a group at most. */
+
+NX_INLINE nx_rows groups_row(nx_groups x, ptrdiff_t group, ptrdiff_t row)
+{ return (nx_rows){(T *)x.data + group * x.group + row * x.row, x.group}; }
+
+/* Row by row, unless a group's rows lie one after the other. */
+static void groups_in(nx_groups x, ptrdiff_t first, ptrdiff_t rows, tile_shape t, C *tile)
+{
+    const tile_shape part = {t.rows, t.n / rows, t.lanes};
+    if (x.row == part.n || rows == 1) {
+        tile_in(groups_row(x, first, 0), t, tile);
+        return;
+    }
+    for (ptrdiff_t k = 0; k < rows; k++)
+        tile_in(groups_row(x, first, k), part, tile + k * part.n * t.lanes);
+}
+
+static void groups_out(const C *tile, tile_shape t, ptrdiff_t r, nx_groups y, ptrdiff_t first,
+                       ptrdiff_t rows, ptrdiff_t count, int streaming)
+{
+    const tile_shape part = {t.rows, t.n / rows, t.lanes};
+    if (y.row == part.n || rows == 1) {
+        tile_out(tile, t, r, groups_row(y, first + r, 0), count, streaming);
+        return;
+    }
+    for (ptrdiff_t k = 0; k < rows; k++)
+        tile_out(tile + k * part.n * t.lanes, part, r, groups_row(y, first + r, k), count,
+                 streaming);
+}
+
+/* The parameters of row k of some groups, one for each lane; NULL means `otherwise`. */
+NX_INLINE void lane_parameters(const C *p, C otherwise, const nx_grouping *g, ptrdiff_t first,
+                               ptrdiff_t k, ptrdiff_t count, C *lanes)
+{
+    ptrdiff_t channel = (g->channel + first * g->rows + k) % g->channels;
+    for (ptrdiff_t r = 0; r < count; r++) {
+        lanes[r] = p ? p[channel] : otherwise;
+        channel += g->rows;
+        if (channel >= g->channels) channel -= g->channels;
+    }
+}
+
+NX_OUTLINE void short_groups_forward(nx_groups x, nx_groups y, const nx_grouping *g, double eps,
+                                     int relu, double *mean, double *rstd, int streaming)
+{
+    const ptrdiff_t rows = g->rows, n = g->n;
+    C tile[TILE], gamma[TILE_ROWS], beta[TILE_ROWS];
+    double scale[TILE_ROWS];
+    tile_line line;
+    tile_shape t;
+    for (ptrdiff_t first = 0; first < g->groups; first += t.rows) {
+        unsigned char far[TILE_ROWS] = {0};
+        int any_far = 0;
+        t = tile_of(g->groups - first, rows * n);
+        groups_in(x, first, rows, t, tile);
+        tile_statistics(tile, t, 1, eps, mean + first, rstd + first);
+        for (ptrdiff_t k = 0; k < rows; k++) {
+            const tile_shape part = {t.rows, n, t.lanes};
+            C *numbers = tile + k * n * t.lanes;
+            lane_parameters(g->gamma, 1, g, first, k, t.rows, gamma);
+            lane_parameters(g->beta, 0, g, first, k, t.rows, beta);
+            for (ptrdiff_t r = 0; r < t.rows; r++) scale[r] = rstd[first + r] * (double)gamma[r];
+            tile_map(&line, t, mean + first, scale, beta);
+            if (relu) tile_affine(numbers, part, &line, NULL, NULL, 1);
+            else tile_affine(numbers, part, &line, NULL, NULL, 0);
+            if (ordinary(mean + first, scale, t.rows) == t.rows) continue;
+            any_far = 1;
+            for (ptrdiff_t r = 0; r < t.rows; r++) far[r] |= far_out(mean[first + r], scale[r]);
+        }
+        if (!any_far) {
+            groups_out(tile, t, 0, y, first, rows, t.rows, streaming);
+            continue;
+        }
+        for (ptrdiff_t r = 0; r < t.rows; r++) {
+            if (!far[r]) {
+                groups_out(tile, t, r, y, first, rows, 1, streaming);
+                continue;
+            }
+            for (ptrdiff_t k = 0; k < rows; k++) {
+                double shift;
+                lane_parameters(g->gamma, 1, g, first + r, k, 1, gamma);
+                lane_parameters(g->beta, 0, g, first + r, k, 1, beta);
+                *scale = rstd[first + r] * (double)*gamma;
+                shift = *beta;
+                affine_far_out(groups_row(x, first + r, k).data, groups_row(y, first + r, k).data,
+                               n, &(nx_affine){mean + first + r, scale, &shift, 0, 0}, NULL, NULL,
+                               relu);
+            }
+        }
+    }
+}
+
+/* dy and dy * xhat of a row of each group are added up; x becomes xhat. */
+NX_INLINE void lane_sums_of_row(C *x, const C *dy, tile_shape t, const tile_line *line, ptrdiff_t l,
+                                C *sum, C *dot)
+{
+    V p[NV], a[NV], b[NV], s[NV], q[NV];
+    load_lanes(line->pivot + l, p);
+    load_lanes(line->scale + l, a);
+    load_lanes(line->shift + l, b);
+    clear(s);
+    clear(q);
+    EACH_FIRST(j, end)
+    {
+        V first_s[NV], first_q[NV];
+        clear(first_s);
+        clear(first_q);
+        for (ptrdiff_t i = j; i < end; i++) EACH_LANES
+            {
+                V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
+                V g = load(dy + i * t.lanes + k * W);
+                store(x + i * t.lanes + k * W, h);
+                first_s[k] = add(first_s[k], g);
+                first_q[k] = mul_add(g, h, first_q[k]);
+            }
+        add_vectors(s, first_s);
+        add_vectors(q, first_q);
+    }
+    store_lanes(sum, s);
+    store_lanes(dot, q);
+}
+
+/* How many groups come before the first whose dy is far from zero; row_is_far of each. */
+NX_INLINE ptrdiff_t near_zero(const C *dy, tile_shape t, ptrdiff_t n, const double *sum)
+{
+    const double each = 1 / (double)t.n;
+    double far[TILE_ROWS], any = 0;
+    if (n == 1) return t.rows;
+    for (ptrdiff_t r = 0; r < t.rows; r++) far[r] = 1;
+    for (int i = 1; i < 8; i += 2) {
+        const C *sample = dy + i * n / 8 * t.lanes;
+        for (ptrdiff_t r = 0; r < t.rows; r++)
+            far[r] = nx_near(sample[r], sum[r] * each) ? far[r] : 0;
+    }
+    for (ptrdiff_t r = 0; r < t.rows; r++) any += far[r];
+    for (ptrdiff_t r = 0; any != 0 && r < t.rows; r++)
+        if (far[r] != 0) return r;
+    return t.rows;
+}
+
+NX_OUTLINE ptrdiff_t short_groups_backward(nx_groups x_, nx_groups dy_, nx_groups dx,
+                                           const nx_grouping *g, const double *mean,
+                                           const double *rstd, double *dbeta, double *dgamma,
+                                           int streaming)
+{
+    const ptrdiff_t rows = g->rows, n = g->n;
+    const double each = 1 / ((double)rows * (double)n);
+    C x[TILE], dy[TILE], gamma[TILE_ROWS], sum[TILE_ROWS], dot[TILE_ROWS];
+    double dy_sum[TILE_ROWS], g_sum[TILE_ROWS], g_dot[TILE_ROWS];
+    tile_line line;
+    tile_shape t;
+    for (ptrdiff_t first = 0; first < g->groups; first += t.rows) {
+        t = tile_of(g->groups - first, rows * n);
+        const tile_shape part = {t.rows, n, t.lanes};
+        groups_in(x_, first, rows, t, x);
+        groups_in(dy_, first, rows, t, dy);
+        tile_standardize(&line, t, mean + first, rstd + first);
+        for (ptrdiff_t r = 0; r < t.rows; r++) dy_sum[r] = g_sum[r] = g_dot[r] = 0;
+        for (ptrdiff_t k = 0; k < rows; k++) {
+            const ptrdiff_t at = k * n * t.lanes;
+            double *NX_RESTRICT to_dbeta = dbeta + first * rows + k,
+                                *NX_RESTRICT to_dgamma = dgamma + first * rows + k;
+            lane_parameters(g->gamma, 1, g, first, k, t.rows, gamma);
+            for (ptrdiff_t l = 0; l < t.lanes; l += LANES)
+                lane_sums_of_row(x + at + l, dy + at + l, part, &line, l, sum + l, dot + l);
+            for (ptrdiff_t r = 0; r < t.rows; r++) {
+                dy_sum[r] += sum[r];
+                g_sum[r] += (double)gamma[r] * sum[r];
+                g_dot[r] += (double)gamma[r] * dot[r];
+            }
+            for (ptrdiff_t r = 0; r < t.rows; r++) {
+                to_dbeta[r * rows] = sum[r];
+                to_dgamma[r * rows] = dot[r];
+            }
+        }
+        const ptrdiff_t near = near_zero(dy, t, n, dy_sum);
+        for (ptrdiff_t r = 0; r < t.rows; r++) {
+            line.pivot[r] = (C)(-rstd[first + r] * (g_dot[r] * each));
+            line.shift[r] = (C)(-rstd[first + r] * (g_sum[r] * each));
+        }
+        for (ptrdiff_t k = 0; k < rows; k++) {
+            const ptrdiff_t at = k * n * t.lanes;
+            lane_parameters(g->gamma, 1, g, first, k, t.rows, gamma);
+            for (ptrdiff_t r = 0; r < t.rows; r++)
+                line.scale[r] = (C)(rstd[first + r] * (double)gamma[r]);
+            tile_dx(x + at, dy + at, part, &line);
+        }
+        groups_out(x, t, 0, dx, first, rows, near, streaming);
+        if (near < t.rows) return first + near;
+    }
+    return g->groups;
 }

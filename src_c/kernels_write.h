@@ -233,7 +233,7 @@ static void WR(layer_backward)(const nx_backward *of, int centred, const double 
 {
     C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
     const ptrdiff_t rows = of->block.rows, n = of->block.n;
-    if (n <= SHORT) {
+    if (n <= SHORT_BACKWARD) {
         short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
         return;
     }
@@ -260,11 +260,17 @@ static void WR(layer_backward)(const nx_backward *of, int centred, const double 
     add_to(dgamma, q, n);
 }
 
+static void WR(group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, double eps, int relu,
+                              double *mean, double *rstd)
+{ short_groups_forward(x, y, g, eps, relu, mean, rstd, STREAM); }
+
 static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
                                     const double *mean, const double *rstd, double *dbeta,
                                     double *dgamma)
 {
     const ptrdiff_t rows = g->rows, n = g->n;
+    if (rows * n <= SHORT)
+        return short_groups_backward(x, dy, dx, g, mean, rstd, dbeta, dgamma, STREAM);
     const C *gamma = g->gamma;
     const nx_block row = {1, n};
     const double each = 1 / ((double)rows * (double)n), zero = 0;
@@ -475,6 +481,7 @@ const nx_kernels TABLE = {
     .row_block = ROW_BLOCK,
     .col_block = COL_BLOCK,
     .col_rows = COL_ROWS,
+    .short_group = SHORT,
     .range = RANGE,
 #include "kernels_list.h"
 };

@@ -23,6 +23,8 @@
  *     total          sum of the lanes, always in the same order: lane i + lane (i + W/2), and so
  *                    on by halves
  *     transpose_square  a square of E##_SIDE x E##_SIDE numbers, from rows to columns
+ *     transpose_tall    E##_TALL rows of E##_SIDE numbers, from rows to columns
+ *     transpose_wide    E##_SIDE rows of E##_TALL numbers
  *
  * 16-bit floats (f16: IEEE 754 binary16, bf16: bfloat16) have types of their own in memory, and are
  * vectors of f32 once loaded: for them there are the loads and stores only. Conversion to them
@@ -111,6 +113,66 @@ NX_INLINE void f64_transpose_square(const double *p, ptrdiff_t p_stride, double 
 }
 
 #if defined(__AVX2__)
+enum { f32_TALL = 8, f64_TALL = 4 };
+/* Two squares, one in each half of the registers. */
+NX_INLINE __m256 nx_pair(const float *p, ptrdiff_t distance)
+{
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + distance),
+                                1);
+}
+NX_INLINE __m256d nx_pair_d(const double *p, ptrdiff_t distance)
+{
+    return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + distance),
+                                1);
+}
+NX_INLINE void nx_unpair(float *p, ptrdiff_t distance, __m256 v)
+{
+    _mm_storeu_ps(p, _mm256_castps256_ps128(v));
+    _mm_storeu_ps(p + distance, _mm256_extractf128_ps(v, 1));
+}
+NX_INLINE void nx_unpair_d(double *p, ptrdiff_t distance, __m256d v)
+{
+    _mm_storeu_pd(p, _mm256_castpd256_pd128(v));
+    _mm_storeu_pd(p + distance, _mm256_extractf128_pd(v, 1));
+}
+NX_INLINE void nx_transpose_pair(__m256 v[4])
+{
+    __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]),
+           c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+    v[0] = _mm256_shuffle_ps(a, c, 0x44);
+    v[1] = _mm256_shuffle_ps(a, c, 0xee);
+    v[2] = _mm256_shuffle_ps(b, d, 0x44);
+    v[3] = _mm256_shuffle_ps(b, d, 0xee);
+}
+NX_INLINE void f32_transpose_tall(const float *p, ptrdiff_t p_stride, float *q, ptrdiff_t q_stride)
+{
+    __m256 v[4];
+    for (int i = 0; i < 4; i++) v[i] = nx_pair(p + i * p_stride, 4 * p_stride);
+    nx_transpose_pair(v);
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(q + i * q_stride, v[i]);
+}
+NX_INLINE void f32_transpose_wide(const float *p, ptrdiff_t p_stride, float *q, ptrdiff_t q_stride)
+{
+    __m256 v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(p + i * p_stride);
+    nx_transpose_pair(v);
+    for (int i = 0; i < 4; i++) nx_unpair(q + i * q_stride, 4 * q_stride, v[i]);
+}
+NX_INLINE void f64_transpose_tall(const double *p, ptrdiff_t p_stride, double *q,
+                                  ptrdiff_t q_stride)
+{
+    __m256d a = nx_pair_d(p, 2 * p_stride), b = nx_pair_d(p + p_stride, 2 * p_stride);
+    _mm256_storeu_pd(q, _mm256_unpacklo_pd(a, b));
+    _mm256_storeu_pd(q + q_stride, _mm256_unpackhi_pd(a, b));
+}
+NX_INLINE void f64_transpose_wide(const double *p, ptrdiff_t p_stride, double *q,
+                                  ptrdiff_t q_stride)
+{
+    __m256d a = _mm256_loadu_pd(p), b = _mm256_loadu_pd(p + p_stride);
+    nx_unpair_d(q, 2 * q_stride, _mm256_unpacklo_pd(a, b));
+    nx_unpair_d(q + q_stride, 2 * q_stride, _mm256_unpackhi_pd(a, b));
+}
+
 NX_INLINE float nx_sum8(__m256 v)
 { return nx_sum4(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))); }
 NX_INLINE double nx_sum4d(__m256d v)
@@ -272,6 +334,7 @@ NX_INLINE __m128d f64_keep_positive(__m128d a, __m128d b)
 NX_INLINE float f32_total(__m128 v) { return nx_sum4(v); }
 NX_INLINE double f64_total(__m128d v) { return nx_sum2(v); }
 #define NX_PARTIAL_BY_ELEMENT
+#define NX_SQUARES_ONLY
 
 #endif
 
@@ -357,7 +420,16 @@ NX_INLINE f32_t f32_mul_add_once(f32_t a, f32_t b, f32_t c)
 }
 NX_INLINE f64_t f64_mul_add_once(f64_t a, f64_t b, f64_t c) { return f64_mul_add(a, b, c); }
 #define NX_PARTIAL_BY_ELEMENT
+#define NX_SQUARES_ONLY
 
+#endif
+
+#ifdef NX_SQUARES_ONLY
+enum { f32_TALL = f32_SIDE, f64_TALL = f64_SIDE };
+#define f32_transpose_tall f32_transpose_square
+#define f64_transpose_tall f64_transpose_square
+#define f32_transpose_wide f32_transpose_square
+#define f64_transpose_wide f64_transpose_square
 #endif
 
 #ifdef NX_PARTIAL_BY_ELEMENT
@@ -485,6 +557,12 @@ NX_HOLD(f64)
 #define total(v) NX_BY_VECTOR(v, total)(v)
 #define transpose_square(p, p_stride, q, q_stride)                                            \
     _Generic((p), const float *: f32_transpose_square, const double *: f64_transpose_square)( \
+        p, p_stride, q, q_stride)
+#define transpose_tall(p, p_stride, q, q_stride)                                          \
+    _Generic((p), const float *: f32_transpose_tall, const double *: f64_transpose_tall)( \
+        p, p_stride, q, q_stride)
+#define transpose_wide(p, p_stride, q, q_stride)                                          \
+    _Generic((p), const float *: f32_transpose_wide, const double *: f64_transpose_wide)( \
         p, p_stride, q, q_stride)
 #define root(a) _Generic((a), float: sqrtf, double: sqrt)(a)
 

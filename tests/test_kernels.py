@@ -39,10 +39,10 @@ Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu
 Sums = struct("nx_sums", "p sum dot; z step")
 Line = struct("nx_line", "p mean pivot factor slope constant; z step")
 Layer = struct("nx_layer", "i centred; d eps; p gamma beta")
-Grouping = struct("nx_grouping", "z groups rows n; p gamma; z channel channels")
+Grouping = struct("nx_grouping", "z groups rows n; p gamma beta; z channel channels")
 Window = struct("nx_window", "z kh kw step")
 Adam = struct("nx_adam", "p w dw m v next_w next_m next_v; d beta1 beta2 rate epsilon")
-Head = struct("head", "z itemsize parameter_size row_block col_block col_rows; d tiny enlarge shrink near_zero")
+Head = struct("head", "z itemsize parameter_size row_block col_block col_rows short_group; d tiny enlarge shrink near_zero")
 
 BY_VALUE = {"int": ctypes.c_int, "double": real, "ptrdiff_t": size, "void": None}
 BY_VALUE |= {s.__name__: s for s in (Rows, Groups, Block, Sums)}
@@ -462,6 +462,28 @@ def layer_dots(t, rng, rows, n):
             near(t, sums, 1 + g.sum(1), stored=False, terms=n, scale=np.abs(g).max())
 
 
+def group_forward(t, rng, rows, n):
+    rows, n = min(rows, 7), min(n, t.head.short_group // min(rows, 7))
+    groups, channels, first = 40, 2 * rows, rows
+    x = Memory(t, rng.normal(3, 1, (groups, rows, n)))
+    y = Memory(t, np.zeros((groups, rows, n)), room=4)
+    mean, rstd = np.empty(groups), np.empty(groups)
+    channel = (first + np.arange(groups * rows)) % channels
+    for kind, relu in itertools.product(("", "gamma", "beta", "gamma beta"), (False, True)):
+        gamma, g = parameters(t, rng, channels, "gamma" in kind)
+        beta, b = parameters(t, rng, channels, "beta" in kind)
+        grouping = Grouping(groups, rows, n, p(gamma), p(beta), first, channels)
+        yield x.groups, y.groups, ref(grouping), EPS, relu, p(mean), p(rstd)
+        expected_mean, expected_rstd = statistics(x.numbers().reshape(groups, -1), True)
+        near(t, mean, expected_mean, stored=False, terms=rows * n)
+        near(t, rstd, expected_rstd, stored=False, terms=rows * n)
+        expected = (x.numbers() - expected_mean[:, None, None]) * expected_rstd[:, None, None]
+        for by, parameter in ((np.multiply, g), (np.add, b)):
+            if parameter is not None:
+                expected = by(expected, parameter[channel].reshape(groups, rows, 1))
+        near(t, y.numbers(), np.maximum(expected, 0) if relu else expected, terms=rows * n)
+
+
 def group_backward(t, rng, rows, n):
     groups, channels, first = 4, 2 * rows, rows
     x = Memory(t, rng.normal(3, 1, (groups, rows, n)))
@@ -473,7 +495,7 @@ def group_backward(t, rng, rows, n):
         gamma, g64 = parameters(t, rng, channels, with_gamma)
         mean, rstd = (s.reshape(groups) for s in statistics(x.numbers().reshape(groups, -1), True))
         dbeta, dgamma = np.full((groups, rows), np.nan), np.full((groups, rows), np.nan)
-        grouping = Grouping(groups, rows, n, p(gamma), first, channels)
+        grouping = Grouping(groups, rows, n, p(gamma), None, first, channels)
         done = yield x.groups, dy.groups, dx.groups, ref(grouping), p(mean), p(rstd), p(dbeta), p(dgamma)
         assert done == (2 if far and n > 1 else groups) or n < 8, "of few numbers, any may be near their mean"
         xhat = (x.numbers() - mean[:, None, None]) * rstd[:, None, None]

@@ -72,6 +72,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct nx_grouping:
         ptrdiff_t groups, rows, n
         const void *gamma
+        const void *beta
         ptrdiff_t channel, channels
 
     ctypedef struct nx_window:
@@ -88,7 +89,7 @@ cdef extern from "kernels.h" nogil:
         double beta1, beta2, rate, epsilon
 
     ctypedef struct nx_kernels:
-        ptrdiff_t itemsize, parameter_size, row_block, col_block, col_rows
+        ptrdiff_t itemsize, parameter_size, row_block, col_block, col_rows, short_group
         nx_range range
         void (*row_moments)(nx_rows x, nx_block b, bint centred, double scale,
                             nx_moments *m) noexcept nogil
@@ -128,6 +129,8 @@ cdef extern from "kernels.h" nogil:
                            double *dgamma) noexcept nogil
         void (*layer_backward)(const nx_backward *of, bint centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma) noexcept nogil
+        void (*group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, double eps, bint relu,
+                              double *mean, double *rstd) noexcept nogil
         ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
                                     const double *mean, const double *rstd, double *dbeta,
                                     double *dgamma) noexcept nogil

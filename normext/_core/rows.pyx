@@ -228,7 +228,29 @@ cdef void layer_task(const void *job, Py_ssize_t task) noexcept nogil:
                       nx_block(last - first, c.n), &norm, c.mean + first, c.rstd + first)
 
 
+cdef inline nx_groups groups_at(const Call *c, nx_groups a, Py_ssize_t group) noexcept nogil:
+    return nx_groups(<char *> a.data + group * a.group * c.k.itemsize, a.group, a.row)
+
+
+cdef inline nx_grouping grouping_of(const Call *c, Py_ssize_t first,
+                                    Py_ssize_t last) noexcept nogil:
+    """Some groups with parameters PER_ROW, or PER_GROUP and one row each."""
+    cdef Py_ssize_t channels = c.groups if c.parameters == PER_GROUP else c.channels
+    return nx_grouping(last - first, c.rows, c.n, c.gamma, c.beta, first * c.rows % channels,
+                       channels)
+
+
 cdef void short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Some groups, each of which is a part of a block."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
+    cdef nx_grouping g = grouping_of(c, first, last)
+    c.k.group_forward(groups_at(c, c.x, first), groups_at(c, c.y, first), &g, c.eps, c.relu,
+                      c.mean + first, c.rstd + first)
+
+
+cdef void block_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
     """Some groups, each of which is one block: their statistics are taken together."""
     cdef const Job *j = <const Job *> job
     cdef const Call *c = j.call
@@ -299,9 +321,14 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
         j.tasks = threads  # each row is on its own, and no bit depends on the split
         run_on(threads, layer_task, &j, j.tasks)
         return NORMEXT_OK
-    if own and c.var == NULL and joined(c).rows == 1 and c.rows * c.n <= c.k.row_block:
+    if (own and c.var == NULL and c.rows * c.n <= c.k.short_group
+            and (c.parameters == PER_ROW or c.rows == 1)):
         j.tasks = threads
         run_on(threads, short_groups_task, &j, j.tasks)
+        return NORMEXT_OK
+    if own and c.var == NULL and joined(c).rows == 1 and c.rows * c.n <= c.k.row_block:
+        j.tasks = threads
+        run_on(threads, block_groups_task, &j, j.tasks)
         return NORMEXT_OK
     if j.chunks == 1:
         run_on(threads, group_task, &j, c.groups)
@@ -788,19 +815,15 @@ cdef inline double *work_of(const Job *j, Py_ssize_t group) noexcept nogil:
     return j.partial + (2 * j.call.groups + group) * j.call.rows
 
 
-cdef inline nx_groups groups_at(const Call *c, nx_groups a, Py_ssize_t group) noexcept nogil:
-    return nx_groups(<char *> a.data + group * a.group * c.k.itemsize, a.group, a.row)
-
-
 cdef void backward_short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
     """Short groups, in one go but for those that are far from zero."""
     cdef const Job *j = <const Job *> job
     cdef const Call *c = j.call
     cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
-    cdef nx_grouping g = nx_grouping(0, c.rows, c.n, c.gamma, 0, c.channels)
+    cdef nx_grouping g
     cdef nx_sums sums
     while True:
-        g.groups, g.channel, sums = last - first, first * c.rows % c.channels, sums_of(j, first)
+        g, sums = grouping_of(c, first, last), sums_of(j, first)
         first += c.k.group_backward(groups_at(c, c.x, first), groups_at(c, c.dy, first),
                                     groups_at(c, c.dx, first), &g, c.mean + first, c.rstd + first,
                                     sums.sum, sums.dot)
