@@ -321,12 +321,13 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
         j.tasks = threads  # each row is on its own, and no bit depends on the split
         run_on(threads, layer_task, &j, j.tasks)
         return NORMEXT_OK
-    if (own and c.var == NULL and c.rows * c.n <= c.k.short_group
-            and (c.parameters == PER_ROW or c.rows == 1)):
+    # Batch norm's bits are not to depend on whether its variances are wanted, which these leave out.
+    if own and c.parameters == PER_ROW and c.rows * c.n <= c.k.short_group:
         j.tasks = threads
         run_on(threads, short_groups_task, &j, j.tasks)
         return NORMEXT_OK
-    if own and c.var == NULL and joined(c).rows == 1 and c.rows * c.n <= c.k.row_block:
+    if (own and c.parameters == PER_ROW and joined(c).rows == 1
+            and c.rows * c.n <= c.k.row_block):
         j.tasks = threads
         run_on(threads, block_groups_task, &j, j.tasks)
         return NORMEXT_OK
