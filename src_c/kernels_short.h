@@ -293,18 +293,6 @@ NX_INLINE void tile_affine(C *tile, tile_shape t, const tile_line *line, const C
 }
 
 /* The layer_... of kernels_list.h for rows of SHORT numbers at most. */
-static void short_statistics(nx_rows x, nx_block b, int centred, double eps, double *mean,
-                             double *rstd)
-{
-    C tile[TILE];
-    tile_shape t;
-    for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
-        t = tile_of(b.rows - first, b.n);
-        tile_in(rows_at(x, first, 0), t, tile);
-        tile_statistics(tile, t, centred, eps, mean + first, rstd + first);
-    }
-}
-
 NX_OUTLINE void short_forward(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd, int streaming)
 {

@@ -315,6 +315,8 @@ cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_gr
     cdef Py_ssize_t numbers = numbers_of(norm, 0, norm.ndim), together = c.n
     if way == LAYERS and written.group == c.n:
         together = numbers
+    if way == CHANNELS_FIRST and c.rows * c.n <= c.k.row_block:
+        together = numbers
     if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
         together *= c.rows
     c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
