@@ -183,20 +183,26 @@ NX_INLINE void WR(layer_backward_loop)(nx_backward of, int centred, const double
 static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma)
 {
-    const void *gamma = of->gamma;
-    const nx_rows addend = of->addend;
-    if (of->block.n <= SHORT_BACKWARD) {
+    enum { TWICE = 32 }; /* rows whose x and dy are met again in a second-level cache */
+    const nx_block b = of->block;
+    if (b.n <= SHORT_BACKWARD) {
         short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
         return;
     }
-    layer_parameters(of, mean, rstd, dbeta, dgamma);
+    for (ptrdiff_t first = 0; first < b.rows; first += TWICE) {
+        const ptrdiff_t rows = b.rows - first < TWICE ? b.rows - first : TWICE;
+        const nx_backward part = rows_part(*of, first, (nx_block){rows, b.n});
+        const void *gamma = part.gamma;
+        const nx_rows addend = part.addend;
+        layer_parameters(&part, mean + first, rstd + first, dbeta, dgamma);
 #define BACKWARD(gamma, addend) \
-    WR(layer_backward_loop)(with(*of, gamma, NULL, addend), centred, mean, rstd)
-    if (gamma && addend.data) BACKWARD(gamma, addend);
-    else if (gamma) BACKWARD(gamma, none);
-    else if (addend.data) BACKWARD(NULL, addend);
-    else BACKWARD(NULL, none);
+    WR(layer_backward_loop)(with(part, gamma, NULL, addend), centred, mean + first, rstd + first)
+        if (gamma && addend.data) BACKWARD(gamma, addend);
+        else if (gamma) BACKWARD(gamma, none);
+        else if (addend.data) BACKWARD(NULL, addend);
+        else BACKWARD(NULL, none);
 #undef BACKWARD
+    }
 }
 
 static void WR(group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, double eps, int relu,

@@ -544,7 +544,7 @@ cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, doub
     cdef nx_backward of
     cdef double sum, dot
     while first < last:
-        end = min(first + CHUNK_ROWS, last)
+        end = last if blocks == 1 else min(first + CHUNK_ROWS, last)
         of = nx_backward(
             nx_block(end - first, c.n), rows_at(c.x, size, first), rows_at(c.dy, size, first),
             rows_at(c.dx, size, first), rows_at(c.addend, size, first), c.gamma, NULL,
@@ -590,7 +590,7 @@ cdef int layer_backward(const Call *c) noexcept nogil:
     cdef Py_ssize_t chunk, i, elements = c.groups * c.n
     cdef int status
     j = Job(c, 0, 0, max(1, min(<Py_ssize_t> CHUNKS, c.groups // CHUNK_ROWS)), NULL, NULL)
-    if j.tasks == 1 and elements < SPLIT:
+    if elements < SPLIT:
         backward_layers(c, 0, c.groups, c.dbeta, c.dgamma)
         return NORMEXT_OK
     if j.tasks < CHUNKS // 4:  # too few rows to share out: columns instead, and chunks of each row
