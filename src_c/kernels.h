@@ -24,6 +24,7 @@
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /* Count, mean and sum of squared deviations from the mean of the numbers seen so far. About zero
  * (RMS norm) the mean is 0, and m2 the sum of squares.
@@ -78,10 +79,10 @@ static inline double nx_rescale(const nx_range *range, nx_moments m)
 static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count,
                                      const double *mean, const double *m2, double *scale)
 {
-    double any = 0; /* in the type of the numbers, to become vectors */
+    int64_t any = 0; /* as wide as the numbers, to become vectors */
     for (ptrdiff_t j = 0; j < n; j++)
-        any += (m2[j] <= DBL_MAX ? 0.0 : 1.0) + (m2[j] < range->tiny * count ? 1.0 : 0.0) *
-                                                    (fabs(mean[j]) < range->near_zero ? 1.0 : 0.0);
+        any |= !(m2[j] <= DBL_MAX) |
+               ((m2[j] < range->tiny * count) & (fabs(mean[j]) < range->near_zero));
     if (any == 0) return 0;
     for (ptrdiff_t j = 0; j < n; j++)
         scale[j] = nx_rescale(range, (nx_moments){count, mean[j], m2[j]});

@@ -35,7 +35,7 @@ NX_INLINE tile_shape tile_of(ptrdiff_t rows, ptrdiff_t n)
 {
     const ptrdiff_t most = n * TILE_ROWS <= TILE ? TILE_ROWS : TILE / n / LANES * LANES;
     if (rows > most) rows = most;
-    return (tile_shape){rows, n, (rows + LANES - 1) / LANES * LANES};
+    return (tile_shape){rows, n, (rows + WIDEST - 1) / WIDEST * WIDEST};
 }
 
 /* q[j][i] = p[i][j] */
@@ -99,6 +99,7 @@ NX_INLINE nx_block joined(nx_rows x, nx_block b)
 static void tile_in(nx_rows x, tile_shape t, C *tile)
 {
     const nx_block b = {t.rows, t.n};
+    if (t.rows < t.lanes) memset(tile, 0, (size_t)(t.n * t.lanes) * sizeof(C));
 #ifdef T_INT
     turn_in(x.data, x.stride, tile, t.lanes, b);
 #else
@@ -113,9 +114,6 @@ static void tile_in(nx_rows x, tile_shape t, C *tile)
     }
     turn_in(stretch, t.n, tile, t.lanes, b);
 #endif
-    if (t.rows == t.lanes) return;
-    for (ptrdiff_t j = 0; j < t.n; j++)
-        for (ptrdiff_t r = t.rows; r < t.lanes; r++) tile[j * t.lanes + r] = 0;
 }
 
 /* Rows of a tile, from row `first` on. */
@@ -145,56 +143,67 @@ static void tile_out(const C *tile, tile_shape t, ptrdiff_t first, nx_rows y, pt
     }
 }
 
-/* What is done to each of NV vectors; unrolled. */
-#define EACH_LANES for (int k = 0; k < NV; k++)
+/* f(first lane, vectors) for LANES at a time, and for half as many that may be left. The number of
+ * vectors is a constant: loops over them are unrolled, and they stay in registers. */
+#define EACH_LANES(f)                                         \
+    do {                                                      \
+        ptrdiff_t l_ = 0;                                     \
+        for (; l_ + LANES <= t.lanes; l_ += LANES) f(l_, NV); \
+        if (l_ < t.lanes) f(l_, NV / 2);                      \
+    } while (0)
+#define EACH_REGISTER(k) for (int k = 0; k < vectors; k++)
 
 /* For positions from j on, as many as the first level of sums adds up. */
 #define EACH_FIRST(j, end)     \
     for (ptrdiff_t j = 0, end; \
          j < t.n && (end = t.n - j < ROWS_AT_ONCE ? t.n : j + ROWS_AT_ONCE, 1); j = end)
 
-NX_INLINE void clear(V *v) { EACH_LANES v[k] = ZERO; }
-NX_INLINE void load_lanes(const C *p, V *v) { EACH_LANES v[k] = load(p + k * W); }
-NX_INLINE void store_lanes(C *p, const V *v) { EACH_LANES store(p + k * W, v[k]); }
-NX_INLINE void add_vectors(V *sum, const V *v) { EACH_LANES sum[k] = add(sum[k], v[k]); }
+NX_INLINE void clear(V *v, int vectors) { EACH_REGISTER(k) v[k] = ZERO; }
+NX_INLINE void load_lanes(const C *p, V *v, int vectors)
+{ EACH_REGISTER(k) v[k] = load(p + k * W); }
+NX_INLINE void store_lanes(C *p, const V *v, int vectors)
+{ EACH_REGISTER(k) store(p + k * W, v[k]); }
+NX_INLINE void add_vectors(V *sum, const V *v, int vectors)
+{ EACH_REGISTER(k) sum[k] = add(sum[k], v[k]); }
 
 /* The mean of each lane, roughly, and the sums about it of numbers and of their squares; or 0, 0
  * and the sum of squares. */
-NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C *sum, C *squares)
+NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C *sum, C *squares,
+                           int vectors)
 {
     V p[NV], s[NV], q[NV];
-    clear(p);
+    clear(p, vectors);
     if (centred) {
         EACH_FIRST(j, end)
         {
-            load_lanes(tile + j * t.lanes, s);
+            load_lanes(tile + j * t.lanes, s, vectors);
             for (ptrdiff_t i = j + 1; i < end; i++)
-                EACH_LANES s[k] = add(s[k], load(tile + i * t.lanes + k * W));
-            add_vectors(p, s);
+                EACH_REGISTER(k) s[k] = add(s[k], load(tile + i * t.lanes + k * W));
+            add_vectors(p, s, vectors);
         }
         const V share = splat((C)(1 / (double)t.n));
-        EACH_LANES p[k] = mul(p[k], share);
+        EACH_REGISTER(k) p[k] = mul(p[k], share);
     }
-    clear(s);
-    clear(q);
+    clear(s, vectors);
+    clear(q, vectors);
     EACH_FIRST(j, end)
     {
         V first_s[NV], first_q[NV];
-        clear(first_s);
-        clear(first_q);
-        for (ptrdiff_t i = j; i < end; i++) EACH_LANES
+        clear(first_s, vectors);
+        clear(first_q, vectors);
+        for (ptrdiff_t i = j; i < end; i++) EACH_REGISTER(k)
             {
                 V d = sub(load(tile + i * t.lanes + k * W), p[k]);
                 first_s[k] = add(first_s[k], d);
                 first_q[k] = mul_add(d, d, first_q[k]);
             }
-        add_vectors(s, first_s);
-        add_vectors(q, first_q);
+        add_vectors(s, first_s, vectors);
+        add_vectors(q, first_q, vectors);
     }
-    if (!centred) clear(s);
-    store_lanes(pivot, p);
-    store_lanes(sum, s);
-    store_lanes(squares, q);
+    if (!centred) clear(s, vectors);
+    store_lanes(pivot, p, vectors);
+    store_lanes(sum, s, vectors);
+    store_lanes(squares, q, vectors);
 }
 
 /* Each row's mean and sum of squares about it. Of numbers that are all the same, the pivot is a few
@@ -205,8 +214,10 @@ NX_OUTLINE void tile_moments(const C *tile, tile_shape t, int centred, double *N
 {
     const double each = 1 / (double)t.n;
     C pivot[TILE_ROWS], sum[TILE_ROWS], squares[TILE_ROWS];
-    for (ptrdiff_t l = 0; l < t.lanes; l += LANES)
-        lane_powers(tile + l, t, centred, pivot + l, sum + l, squares + l);
+#define POWERS(l, vectors) \
+    lane_powers(tile + l, t, centred, pivot + l, sum + l, squares + l, vectors)
+    EACH_LANES(POWERS);
+#undef POWERS
     for (ptrdiff_t r = 0; r < t.rows; r++) {
         double rest = sum[r] * each, about_mean = squares[r] - sum[r] * rest;
         mean[r] = pivot[r] + rest;
@@ -267,29 +278,35 @@ NX_INLINE void tile_standardize(tile_line *line, tile_shape t, const double *mea
                                 const double *rstd)
 { tile_map(line, t, mean, rstd, NULL); }
 
-/* tile = gamma * xhat + beta, with relu 0 where that is less */
+/* gamma * xhat + beta, with relu 0 where that is less */
+NX_INLINE void lane_affine(C *tile, tile_shape t, const tile_line *line, ptrdiff_t l,
+                           const C *gamma, const C *beta, int relu, int vectors)
+{
+    V p[NV], a[NV], b[NV], g = ZERO, h = ZERO;
+    load_lanes(line->pivot + l, p, vectors);
+    load_lanes(line->scale + l, a, vectors);
+    load_lanes(line->shift + l, b, vectors);
+    for (ptrdiff_t j = 0; j < t.n; j++) {
+        C *numbers = tile + j * t.lanes + l;
+        if (gamma) g = splat(gamma[j]);
+        if (beta) h = splat(beta[j]);
+        EACH_REGISTER(k)
+        {
+            V v = mul_add(sub(load(numbers + k * W), p[k]), a[k], b[k]);
+            if (gamma && beta) v = mul_add(v, g, h);
+            else if (gamma) v = mul(v, g);
+            else if (beta) v = add(v, h);
+            store(numbers + k * W, relu ? greater(ZERO, v) : v);
+        }
+    }
+}
+
 NX_INLINE void tile_affine(C *tile, tile_shape t, const tile_line *line, const C *gamma,
                            const C *beta, int relu)
 {
-    for (ptrdiff_t l = 0; l < t.lanes; l += LANES) {
-        V p[NV], a[NV], b[NV], g = ZERO, h = ZERO;
-        load_lanes(line->pivot + l, p);
-        load_lanes(line->scale + l, a);
-        load_lanes(line->shift + l, b);
-        for (ptrdiff_t j = 0; j < t.n; j++) {
-            C *numbers = tile + j * t.lanes + l;
-            if (gamma) g = splat(gamma[j]);
-            if (beta) h = splat(beta[j]);
-            EACH_LANES
-            {
-                V v = mul_add(sub(load(numbers + k * W), p[k]), a[k], b[k]);
-                if (gamma && beta) v = mul_add(v, g, h);
-                else if (gamma) v = mul(v, g);
-                else if (beta) v = add(v, h);
-                store(numbers + k * W, relu ? greater(ZERO, v) : v);
-            }
-        }
-    }
+#define AFFINE(l, vectors) lane_affine(tile, t, line, l, gamma, beta, relu, vectors)
+    EACH_LANES(AFFINE);
+#undef AFFINE
 }
 
 /* The layer_... of kernels_list.h for rows of SHORT numbers at most. */
@@ -322,48 +339,46 @@ NX_OUTLINE void short_forward(nx_rows x, nx_rows y, nx_block b, const nx_layer *
     }
 }
 
-/* The gradients of each position's gamma and beta, in WIDEST lanes on every instruction set: those
- * of the tile's other half are added to them first. After FOLDED rows they go to the doubles. */
+/* The gradients of a position's beta and gamma, in WIDEST lanes on every instruction set: those of
+ * the other half of LANES are added to them first. After FOLDED rows they go to the doubles. */
 typedef struct {
-    C dbeta[SHORT * WIDEST], dgamma[SHORT * WIDEST];
-} short_sums;
+    C dbeta[WIDEST], dgamma[WIDEST];
+} position_sums;
 
-NX_INLINE void add_halves(C *sum, const V *v)
+NX_INLINE void add_halves(C *sum, const V *v, int vectors)
 {
     for (int k = 0; k < NV / 2; k++)
-        store(sum + k * W, add(load(sum + k * W), add(v[k], v[k + NV / 2])));
+        store(sum + k * W, add(load(sum + k * W), vectors == NV ? add(v[k], v[k + NV / 2]) : v[k]));
 }
 
-NX_INLINE void fold(C *sums, ptrdiff_t n, double *to)
+NX_INLINE double fold(C *sums)
 {
-    for (ptrdiff_t j = 0; j < n; j++) {
-        V lanes[NV];
-        clear(lanes);
-        for (int k = 0; k < NV / 2; k++) {
-            lanes[k] = load(sums + j * WIDEST + k * W);
-            store(sums + j * WIDEST + k * W, ZERO);
-        }
-        to[j] += (double)sum_lanes(lanes, NV);
+    V lanes[NV];
+    clear(lanes, NV);
+    for (int k = 0; k < NV / 2; k++) {
+        lanes[k] = load(sums + k * W);
+        store(sums + k * W, ZERO);
     }
+    return (double)sum_lanes(lanes, NV);
 }
 
 /* The first half of a backward pass: x becomes xhat, and `mean` the mean of gamma * dy, roughly. */
 NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, const tile_line *line, ptrdiff_t l,
-                         const C *gamma, short_sums *sums, V *mean)
+                         const C *gamma, position_sums *sums, V *mean, int vectors)
 {
     const V share = splat((C)(1 / (double)t.n));
     V p[NV], a[NV], b[NV], s[NV];
-    load_lanes(line->pivot + l, p);
-    load_lanes(line->scale + l, a);
-    load_lanes(line->shift + l, b);
-    clear(s);
+    load_lanes(line->pivot + l, p, vectors);
+    load_lanes(line->scale + l, a, vectors);
+    load_lanes(line->shift + l, b, vectors);
+    clear(s, vectors);
     EACH_FIRST(j, end)
     {
         V first_s[NV], g[NV], products[NV], c = ZERO;
-        clear(first_s);
+        clear(first_s, vectors);
         for (ptrdiff_t i = j; i < end; i++) {
             if (gamma) c = splat(gamma[i]);
-            EACH_LANES
+            EACH_REGISTER(k)
             {
                 V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
                 g[k] = load(dy + i * t.lanes + k * W);
@@ -371,30 +386,30 @@ NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, const tile_line *line,
                 store(x + i * t.lanes + k * W, h);
                 first_s[k] = add(first_s[k], gamma ? mul(g[k], c) : g[k]);
             }
-            add_halves(sums->dbeta + i * WIDEST, g);
-            add_halves(sums->dgamma + i * WIDEST, products);
+            add_halves(sums[i].dbeta, g, vectors);
+            add_halves(sums[i].dgamma, products, vectors);
         }
-        add_vectors(s, first_s);
+        add_vectors(s, first_s, vectors);
     }
-    EACH_LANES mean[k] = mul(s[k], share);
+    EACH_REGISTER(k) mean[k] = mul(s[k], share);
 }
 
 /* The second: dy becomes gamma * dy - pivot, and added up. The product is rounded with the pivot
  * taken off, but in a row of one number, whose gradient is to be 0 exactly. */
 NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivot, const C *gamma,
-                         C *sum, C *dot)
+                         C *sum, C *dot, int vectors)
 {
     V s[NV], q[NV];
-    clear(s);
-    clear(q);
+    clear(s, vectors);
+    clear(q, vectors);
     EACH_FIRST(j, end)
     {
         V first_s[NV], first_q[NV], c = ZERO;
-        clear(first_s);
-        clear(first_q);
+        clear(first_s, vectors);
+        clear(first_q, vectors);
         for (ptrdiff_t i = j; i < end; i++) {
             if (gamma) c = splat(gamma[i]);
-            EACH_LANES
+            EACH_REGISTER(k)
             {
                 V g = load(dy + i * t.lanes + k * W);
                 if (gamma && t.n == 1) g = add(mul(g, c), minus_pivot[k]);
@@ -404,44 +419,59 @@ NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivo
                 first_q[k] = mul_add(g, load(xhat + i * t.lanes + k * W), first_q[k]);
             }
         }
-        add_vectors(s, first_s);
-        add_vectors(q, first_q);
+        add_vectors(s, first_s, vectors);
+        add_vectors(q, first_q, vectors);
     }
-    store_lanes(sum, s);
-    store_lanes(dot, q);
+    store_lanes(sum, s, vectors);
+    store_lanes(dot, q, vectors);
 }
 
 /* xhat becomes dx = scale * dy + pivot * xhat + shift. */
+NX_INLINE void lane_dx(C *xhat, const C *dy, tile_shape t, const tile_line *line, ptrdiff_t l,
+                       int vectors)
+{
+    V slope[NV], factor[NV], constant[NV];
+    load_lanes(line->pivot + l, slope, vectors);
+    load_lanes(line->scale + l, factor, vectors);
+    load_lanes(line->shift + l, constant, vectors);
+    for (ptrdiff_t i = l; i < t.n * t.lanes; i += t.lanes) EACH_REGISTER(k)
+        {
+            V rest = mul_add(load(xhat + i + k * W), slope[k], constant[k]);
+            store(xhat + i + k * W, mul_add(load(dy + i + k * W), factor[k], rest));
+        }
+}
+
 NX_INLINE void tile_dx(C *xhat, const C *dy, tile_shape t, const tile_line *line)
 {
-    for (ptrdiff_t l = 0; l < t.lanes; l += LANES) {
-        V slope[NV], factor[NV], constant[NV];
-        load_lanes(line->pivot + l, slope);
-        load_lanes(line->scale + l, factor);
-        load_lanes(line->shift + l, constant);
-        for (ptrdiff_t i = l; i < t.n * t.lanes; i += t.lanes) EACH_LANES
-            {
-                V rest = mul_add(load(xhat + i + k * W), slope[k], constant[k]);
-                store(xhat + i + k * W, mul_add(load(dy + i + k * W), factor[k], rest));
-            }
-    }
+#define DX(l, vectors) lane_dx(xhat, dy, t, line, l, vectors)
+    EACH_LANES(DX);
+#undef DX
+}
+
+/* The sums of a backward pass before dx. */
+NX_INLINE void lane_gradients(C *x, C *dy, tile_shape t, int centred, const tile_line *line,
+                              ptrdiff_t l, const C *gamma, position_sums *sums, C *sum, C *dot,
+                              int vectors)
+{
+    V pivot[NV];
+    lane_xhat(x + l, dy + l, t, line, l, gamma, sums, pivot, vectors);
+    EACH_REGISTER(k) pivot[k] = centred ? sub(ZERO, pivot[k]) : ZERO;
+    lane_dots(x + l, dy + l, t, pivot, gamma, sum + l, dot + l, vectors);
 }
 
 /* A tile of x becomes that of dx. dy is taken about a pivot (nx_near says what for) near its mean,
  * if that matters: to rows about zero it does not. */
 NX_INLINE void tile_backward(C *x, C *dy, tile_shape t, int centred, const double *mean,
-                             const double *rstd, const C *gamma, short_sums *sums)
+                             const double *rstd, const C *gamma, position_sums *sums)
 {
     const double each = 1 / (double)t.n, mean_each = centred ? each : 0;
     tile_line line;
     C sum[TILE_ROWS], dot[TILE_ROWS];
     tile_standardize(&line, t, mean, rstd);
-    for (ptrdiff_t l = 0; l < t.lanes; l += LANES) {
-        V pivot[NV];
-        lane_xhat(x + l, dy + l, t, &line, l, gamma, sums, pivot);
-        EACH_LANES pivot[k] = centred ? sub(ZERO, pivot[k]) : ZERO;
-        lane_dots(x + l, dy + l, t, pivot, gamma, sum + l, dot + l);
-    }
+#define GRADIENTS(l, vectors) \
+    lane_gradients(x, dy, t, centred, &line, l, gamma, sums, sum, dot, vectors)
+    EACH_LANES(GRADIENTS);
+#undef GRADIENTS
     for (ptrdiff_t r = 0; r < t.rows; r++) {
         line.pivot[r] = (C)(-rstd[r] * (dot[r] * each));
         line.shift[r] = (C)(-rstd[r] * (sum[r] * mean_each));
@@ -458,16 +488,15 @@ NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double 
     C x[TILE], dy[TILE];
     tile_shape t;
     ptrdiff_t added = 0;
-    short_sums sums;
-    memset(sums.dbeta, 0, (size_t)b.n * WIDEST * sizeof(C));
-    memset(sums.dgamma, 0, (size_t)b.n * WIDEST * sizeof(C));
+    position_sums sums[SHORT];
+    memset(sums, 0, (size_t)b.n * sizeof *sums);
     for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
         t = tile_of(b.rows - first, b.n);
         const nx_backward part = rows_part(*of, first, (nx_block){t.rows, t.n});
         tile_in(part.x, t, x);
         tile_in(part.dy, t, dy);
-        if (gamma) tile_backward(x, dy, t, centred, mean + first, rstd + first, gamma, &sums);
-        else tile_backward(x, dy, t, centred, mean + first, rstd + first, NULL, &sums);
+        if (gamma) tile_backward(x, dy, t, centred, mean + first, rstd + first, gamma, sums);
+        else tile_backward(x, dy, t, centred, mean + first, rstd + first, NULL, sums);
         if (part.addend.data) {
             tile_in(part.addend, t, dy);
             for (ptrdiff_t i = 0; i < t.n * t.lanes; i += W)
@@ -476,8 +505,10 @@ NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double 
         tile_out(x, t, 0, part.dx, t.rows, streaming);
         added += t.rows;
         if (added >= FOLDED || first + t.rows == b.rows) {
-            fold(sums.dbeta, b.n, dbeta);
-            fold(sums.dgamma, b.n, dgamma);
+            for (ptrdiff_t j = 0; j < b.n; j++) {
+                dbeta[j] += fold(sums[j].dbeta);
+                dgamma[j] += fold(sums[j].dgamma);
+            }
             added = 0;
         }
     }
@@ -577,20 +608,20 @@ NX_OUTLINE void short_groups_forward(nx_groups x, nx_groups y, const nx_grouping
 
 /* dy and dy * xhat of a row of each group are added up; x becomes xhat. */
 NX_INLINE void lane_sums_of_row(C *x, const C *dy, tile_shape t, const tile_line *line, ptrdiff_t l,
-                                C *sum, C *dot)
+                                C *sum, C *dot, int vectors)
 {
     V p[NV], a[NV], b[NV], s[NV], q[NV];
-    load_lanes(line->pivot + l, p);
-    load_lanes(line->scale + l, a);
-    load_lanes(line->shift + l, b);
-    clear(s);
-    clear(q);
+    load_lanes(line->pivot + l, p, vectors);
+    load_lanes(line->scale + l, a, vectors);
+    load_lanes(line->shift + l, b, vectors);
+    clear(s, vectors);
+    clear(q, vectors);
     EACH_FIRST(j, end)
     {
         V first_s[NV], first_q[NV];
-        clear(first_s);
-        clear(first_q);
-        for (ptrdiff_t i = j; i < end; i++) EACH_LANES
+        clear(first_s, vectors);
+        clear(first_q, vectors);
+        for (ptrdiff_t i = j; i < end; i++) EACH_REGISTER(k)
             {
                 V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
                 V g = load(dy + i * t.lanes + k * W);
@@ -598,11 +629,11 @@ NX_INLINE void lane_sums_of_row(C *x, const C *dy, tile_shape t, const tile_line
                 first_s[k] = add(first_s[k], g);
                 first_q[k] = mul_add(g, h, first_q[k]);
             }
-        add_vectors(s, first_s);
-        add_vectors(q, first_q);
+        add_vectors(s, first_s, vectors);
+        add_vectors(q, first_q, vectors);
     }
-    store_lanes(sum, s);
-    store_lanes(dot, q);
+    store_lanes(sum, s, vectors);
+    store_lanes(dot, q, vectors);
 }
 
 /* How many groups come before the first whose dy is far from zero; row_is_far of each. */
@@ -646,8 +677,10 @@ NX_OUTLINE ptrdiff_t short_groups_backward(nx_groups x_, nx_groups dy_, nx_group
             double *NX_RESTRICT to_dbeta = dbeta + first * rows + k,
                                 *NX_RESTRICT to_dgamma = dgamma + first * rows + k;
             lane_parameters(g->gamma, 1, g, first, k, t.rows, gamma);
-            for (ptrdiff_t l = 0; l < t.lanes; l += LANES)
-                lane_sums_of_row(x + at + l, dy + at + l, part, &line, l, sum + l, dot + l);
+#define SUMS(l, vectors) \
+    lane_sums_of_row(x + at + l, dy + at + l, part, &line, l, sum + l, dot + l, vectors)
+            EACH_LANES(SUMS);
+#undef SUMS
             for (ptrdiff_t r = 0; r < t.rows; r++) {
                 dy_sum[r] += sum[r];
                 g_sum[r] += (double)gamma[r] * sum[r];

@@ -667,12 +667,11 @@ static void layer_dots(const nx_backward *of, int centred, const double *mean, c
 
 /* Rows of a backward pass whose x and dy are met twice, the second time in the L1 cache where that
  * holds several of them. */
-enum { MOST_TOGETHER = 32 };
 NX_INLINE ptrdiff_t rows_together(ptrdiff_t left, ptrdiff_t n)
 {
-    ptrdiff_t rows = ROW_BLOCK / n / ROWS_TOGETHER * ROWS_TOGETHER;
-    rows = rows < ROWS_TOGETHER ? ROWS_TOGETHER : rows < MOST_TOGETHER ? rows : MOST_TOGETHER;
-    return left < rows ? left : rows;
+    const ptrdiff_t rows = ROW_BLOCK / n / ROWS_TOGETHER * ROWS_TOGETHER,
+                    least = rows < ROWS_TOGETHER ? ROWS_TOGETHER : rows;
+    return left < least ? left : least;
 }
 
 #include "kernels_short.h"

@@ -230,19 +230,23 @@ NX_OUTLINE void WR(layer_dx_any)(const nx_backward *of, int centred, const doubl
 static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma)
 {
+    enum { FOLDED = 32 }; /* rows whose sums down the columns are C: 8 times ROWS_TOGETHER */
     C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
     const ptrdiff_t rows = of->block.rows, n = of->block.n;
     if (n <= SHORT_BACKWARD) {
         short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
         return;
     }
-    memset(s, 0, (n + WIDEST) * sizeof(C));
-    memset(q, 0, (n + WIDEST) * sizeof(C));
-    for (ptrdiff_t count, first = 0; first < rows; first += count) {
-        count = rows_together(rows - first, n);
+    for (ptrdiff_t first = 0, count; first < rows; first += count) {
+        double sum[FOLDED] = {0}, dot[FOLDED] = {0};
+        const ptrdiff_t left = FOLDED - first % FOLDED;
+        count = rows_together(rows - first < left ? rows - first : left, n);
         nx_backward some = rows_part(*of, first, (nx_block){count, n});
-        double sum[MOST_TOGETHER] = {0}, dot[MOST_TOGETHER] = {0};
         some.ahead = STREAM ? count * some.x.stride : 0; /* dy most often lies alike */
+        if (left == FOLDED) {
+            memset(s, 0, (n + WIDEST) * sizeof(C));
+            memset(q, 0, (n + WIDEST) * sizeof(C));
+        }
         layer_dots_any(&some, centred, mean + first, rstd + first, sum, dot, s, q);
 #if STREAM
         if (n < SHORT_RUN && of->dx.stride == n) {
@@ -250,13 +254,14 @@ static void WR(layer_backward)(const nx_backward *of, int centred, const double 
             some.dx.data = run;
             layer_dx_any(&some, centred, mean + first, rstd + first, sum, dot);
             stream_run(run, to, count * n);
-            continue;
-        }
+        } else
 #endif
-        WR(layer_dx_any)(&some, centred, mean + first, rstd + first, sum, dot);
+            WR(layer_dx_any)(&some, centred, mean + first, rstd + first, sum, dot);
+        if (count == left || first + count == rows) {
+            if (centred) add_to(dbeta, s, n);
+            add_to(dgamma, q, n);
+        }
     }
-    if (centred) add_to(dbeta, s, n);
-    add_to(dgamma, q, n);
 }
 
 /* y of some groups whose statistics are there; the maps of some rows at a time are on the stack. */

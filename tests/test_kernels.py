@@ -610,7 +610,7 @@ def blocks(t):
     """Rows and numbers in them: around the lengths of vectors, of sums on the first level, of columns at once."""
     vector = 64 // t.wide.itemsize
     yield from itertools.product((1, 9), (1, 2, vector - 1, vector, 2 * vector + 3))
-    yield from ((2, 5), (40, 3), (133, 6), (1, 16 * vector + 1), (3, 64 * vector + 1), (1, t.head.row_block))
+    yield from ((2, 5), (40, 3), (133, 6), (259, 4), (33, 63), (1, 16 * vector + 1), (3, 64 * vector + 1), (1, t.head.row_block))
 
 
 @pytest.mark.parametrize(

@@ -625,6 +625,80 @@ def test_infinity_in_evaluation_stays_where_it_is(rng):
     assert np.isfinite(normext.batch_norm_backward(np.ones((50, 4)), cache)[0]).all()
 
 
+# Short rows ------------------------------------------------------------
+
+
+def short_rows(norm, dtype, rng, rows, n):
+    """What a norm makes of rows, checked against the twin."""
+    forward, backward = getattr(normext, norm), getattr(normext, norm + "_backward")
+    x, dy = (rng.normal(m, 1, (rows, n)).astype(dtype) for m in (3, 0))
+    parameters = [rng.normal(1, 1, n).astype(dtype) for _ in range(1 + (norm == "layer_norm"))]
+    y, cache = forward(x, *parameters)
+    dx, *gradients = backward(dy, cache)
+    twin, twin_cache = getattr(reference, norm)(*(a.astype(np.float64) for a in (x, *parameters)))
+    wanted = getattr(reference, norm + "_backward")(dy.astype(np.float64), twin_cache)
+    limit = 20 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y, twin, rtol=limit, atol=limit * (1 + np.abs(twin).max()))
+    for ours, expected in zip((dx, *gradients), wanted, strict=True):
+        # a row of one or two numbers has an rstd of any size
+        scale = (np.abs(cache.rstd).max() if ours is dx else 1) * (1 + np.abs(dy).max()) * max(1, len(dy) ** 0.5)
+        np.testing.assert_allclose(ours, expected, rtol=limit, atol=limit * scale)
+    return forward, backward, x, dy, parameters, y, dx
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_short_rows_of_every_length(norm, dtype, rng):
+    """As the twin; and a row has the same bits wherever it lies and whatever is beside it."""
+    for n in range(1, 71):
+        rows = int(rng.choice([1, 2, 31, 33, 65, 128, 129, 300]))
+        forward, backward, x, dy, parameters, y, dx = short_rows(norm, dtype, rng, rows, n)
+        some = rng.permutation(rows)[: rows // 2 + 1]
+        room = np.zeros((2, len(some), n + 3), dtype)
+        apart, dy_apart = room[:, :, 1 : n + 1]
+        apart[...], dy_apart[...] = x[some], dy[some]
+        kept = apart.copy()
+        beside = [np.nan, np.inf, 0, np.finfo(dtype).max ** 0.65][n % 4]  # whose square is out of range
+        if rows > 1:
+            apart[0] = beside
+        with np.errstate(invalid="ignore", over="ignore"):
+            other, cache = forward(apart, *parameters)
+            other_dx = backward(dy_apart, cache)[0]
+        np.testing.assert_array_equal(other[rows > 1 :], y[some][rows > 1 :])
+        if not 1 < beside < np.inf:  # with which dx is computed in float64
+            np.testing.assert_array_equal(other_dx[rows > 1 :], dx[some][rows > 1 :])
+        inside = forward(kept, *parameters, out=kept)[0]
+        np.testing.assert_array_equal(inside, y[some])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_short_groups_wherever_they_lie(dtype, rng):
+    for channels, groups, size in ((6, 6, (5, 5)), (6, 3, (5, 5)), (6, 6, (7, 7)), (6, 2, (3, 7))):
+        shape = (23, channels, *size)
+        x, dy = (rng.normal(m, 1, shape).astype(dtype) for m in (3, 0))
+        gamma, beta = rng.normal(1, 1, (2, channels)).astype(dtype)
+        y, cache = normext.group_norm(x, groups, gamma, beta)
+        dx, *gradients = normext.group_norm_backward(dy, cache)
+        apart, dy_apart = np.zeros((2, 23, channels, 2, *size), dtype)[:, :, :, 0]
+        apart[...], dy_apart[...] = x, dy
+        other, cache = normext.group_norm(apart, groups, gamma, beta)
+        other_dx, *other_gradients = normext.group_norm_backward(dy_apart, cache)
+        for ours, others in zip((y, dx, *gradients), (other, other_dx, *other_gradients), strict=True):
+            np.testing.assert_array_equal(others, ours)
+        twin, _ = reference.group_norm(x.astype(np.float64), groups, gamma, beta)
+        np.testing.assert_allclose(y, twin, rtol=20 * np.finfo(dtype).eps, atol=100 * np.finfo(dtype).eps)
+
+
+def test_gradients_of_short_rows_that_are_far_from_zero(rng):
+    """What all have in common changes nothing, and what it is multiplied by adds up to nothing."""
+    for n in (2, 3, 7, 16, 31, 64):
+        x, dy = rng.normal(3, 1, (40, n)).astype(np.float32), rng.integers(-8, 8, (40, n)).astype(np.float32) / 8
+        gamma = np.full(n, 1.25, np.float32)
+        _, cache = normext.layer_norm(x, gamma, eps=0.1)
+        near, far = (normext.layer_norm_backward(dy + np.float32(offset), cache)[0] for offset in (0, 1000))
+        np.testing.assert_allclose(far, near, atol=2e-5)
+
+
 # In place ------------------------------------------------------------
 
 

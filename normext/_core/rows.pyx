@@ -133,7 +133,7 @@ cdef void look_ahead(Call *c, int arrays) noexcept nogil:
     """
     cdef Py_ssize_t groups = 1
     if c.parameters == ALONG_ROW:
-        if arrays == 1:
+        if arrays == 1 or c.n <= c.k.row_block:
             return
         groups = rows_at_once(c)
     if groups * arrays * c.rows * c.n * c.k.itemsize <= CACHED:
@@ -579,31 +579,29 @@ cdef void dots_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows, Py_ssiz
 
 
 cdef inline Py_ssize_t rows_at_once(const Call *c) noexcept nogil:
-    """Rows of layer norm's backward pass that go together; long ones stay in cache."""
-    if c.n <= c.k.row_block:
-        return max(<Py_ssize_t> CHUNK_ROWS, c.k.row_block // c.n)
+    """Long rows of layer norm's backward pass that go together, and stay in cache meanwhile."""
     return max(1, min(<Py_ssize_t> CHUNK_ROWS, CACHED // (2 * c.n * c.k.itemsize)))
 
 
 cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, double *dbeta,
                           double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma."""
-    cdef Py_ssize_t row, rows, at_once = rows_at_once(c)
+    cdef Py_ssize_t row, rows
     cdef nx_backward of
     cdef double sum[CHUNK_ROWS]
     cdef double dot[CHUNK_ROWS]
+    if c.n <= c.k.row_block:
+        of = backward_of_rows(c, first, last - first, 0, c.n)
+        c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, dbeta,
+                           dgamma)
+        return
     while first < last:
-        rows = min(at_once, last - first)
-        if c.n <= c.k.row_block:
-            of = backward_of_rows(c, first, rows, 0, c.n)
-            c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, dbeta,
-                               dgamma)
-        else:
-            for row in range(rows):
-                sum[row] = dot[row] = 0
-            dots_of_rows(c, first, rows, 0, c.n, nx_sums(&sum[0], &dot[0], 1), dbeta, dgamma)
-            for row in range(rows - 1, -1, -1):
-                backward_long_row(c, first + row, sum[row], dot[row])
+        rows = min(rows_at_once(c), last - first)
+        for row in range(rows):
+            sum[row] = dot[row] = 0
+        dots_of_rows(c, first, rows, 0, c.n, nx_sums(&sum[0], &dot[0], 1), dbeta, dgamma)
+        for row in range(rows - 1, -1, -1):
+            backward_long_row(c, first + row, sum[row], dot[row])
         first += rows
 
 
