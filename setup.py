@@ -144,7 +144,7 @@ def is_older(path, *sources):
     return not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources))
 
 
-HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "src_c/tasks.h", "normext/include/normext.h"]
+HEADERS = ["src_c/kernels.h", "src_c/kernels_list.h", "src_c/tasks.h", "src_c/pages.h", "normext/include/normext.h"]
 
 
 def extension(name, *sources, macros=()):
@@ -154,11 +154,16 @@ def extension(name, *sources, macros=()):
         [path + (".pyx" if os.path.exists(path + ".pyx") else ".py"), *sources],
         depends=[*HEADERS, *map(str, Path("normext").glob("**/*.pxd"))],
         include_dirs=["src_c", "normext/include", numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *macros],
+        # What NumPy 1.26 has: the oldest that runs it (pyproject.toml).
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
+            ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),
+            *macros,
+        ],
     )
 
 
-MODULES = ["arrays", "norms", "walk", "blocks", "rows", "columns", "updates", "windows", "api", "xla"]
+MODULES = ["memory", "arrays", "norms", "walk", "blocks", "rows", "columns", "updates", "windows", "api", "xla"]
 RUNTIME = "normext._core.runtime"
 NEEDS = [
     (f"NX_{isa.upper()}", " ".join(f"HAS({feature})" for feature in features))

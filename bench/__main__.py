@@ -2,9 +2,10 @@
 
     python -m bench                   # norms, windows, whole training; on one thread and on all
     python -m bench norms --quick     # one part, a few shapes
+    python -m bench norms --draw 1,2  # norms on shapes that nobody chose, 60 for each seed
     python -m bench models            # whole models in PyTorch, before and after normext.torch.accelerate
     python -m bench distributed       # batch norm and training on several ranks of MPI
-    python -m bench readme            # the figures of the last run into README.md and docs/pytorch.md
+    python -m bench readme            # the figures of the last run into bench/measured, README.md and docs/pytorch.md
 
 A ratio is the peer's time over ours. Results are written into --out: JSON, a table (Markdown), charts (PNG).
 """
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import distributed, models, report
+from bench import distributed, models, readme, report
 from bench.timing import available_cores
 from bench.worker import PARTS, selected
 from normext._version import how_to_install
@@ -33,7 +34,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
     if options.part == "readme":
-        report.write_readme(Path("README.md"), options.out)
+        readme.write(Path("README.md"), options.out)
         if (options.out / "models.json").exists():
             report.write_between(Path("docs/pytorch.md"), models.BEGIN, models.END, models.page_figures(options.out))
         return 0
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for peer in [peer for peer in peers if not installed(peer)]:
             print(f"{PACKAGES[peer]} is not installed, and left out")
         peers = list(filter(installed, peers))
-        names = [case.name for case in selected(part, options.quick, options.dtype, options.filter)]
+        names = [case.name for case in selected(part, options.quick, options.dtype, options.filter, options.draw)]
         if name == "models" and not installed("pytorch"):
             continue  # nothing is measured without it
         if not names:
@@ -78,6 +79,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "part", nargs="?", choices=[*PARTS, "distributed", "readme"], help=f"default: {', '.join(PARTS)}"
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, short turns: about two minutes")
+    parser.add_argument("--draw", type=seeds, default=[], metavar="A,B", help="norms: seeds that draw 60 cases each")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name has the text in it")
     parser.add_argument("--peers", type=one_of(PACKAGES), metavar="A,B", help=f"of {', '.join(PACKAGES)}; default: all")
     counts, both = range(1, cores + 1), sorted({1, cores})
@@ -85,7 +87,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     dtypes = f"of {', '.join(DTYPES)}; default: float32"
     parser.add_argument("--dtype", type=one_of(DTYPES), default=["float32"], metavar="A,B", help=dtypes)
     parser.add_argument("--out", type=Path, default=Path("results/bench"), metavar="DIR", help="default: results/bench")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.draw and options.part != "norms":
+        parser.error("--draw draws shapes of norms: python -m bench norms --draw ...")
+    return options
+
+
+def seeds(text: str) -> list[int]:
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one number or several, from 0 on, with commas between them")
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def one_of(known: Any, kind: type = str) -> Any:
@@ -118,7 +129,7 @@ def run(part: str, names: list[str], peers: list[str], options: argparse.Namespa
         for threads in options.threads:
             settings = {
                 **{"part": part, "peers": peers_on(threads, peers), "threads": threads, "quick": options.quick},
-                **{"dtypes": options.dtype, "filter": options.filter},
+                **{"dtypes": options.dtype, "filter": options.filter, "draw": options.draw},
             }
             command = [sys.executable, "-m", "bench.worker", json.dumps(settings)]
             with on_cores(threads):

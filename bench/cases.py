@@ -1,8 +1,8 @@
-"""What is normalized: norms, steps, layouts, shapes and dtypes; the data; and the bytes that must move."""
+"""What is normalized: norms, steps, layouts, shapes and dtypes, chosen or drawn; the data; and what must move."""
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -12,10 +12,9 @@ from bench.timing import private_cache
 from normext._core.arrays import Norm
 from normext._version import how_to_install
 
-__all__ = ["BOTH", "Case", "Data", "Traffic", "cases", "data_of", "traffic"]
+__all__ = ["BOTH", "Case", "Data", "cases", "copies_to_move", "data_of", "drawn"]
 
 BOTH = "forward + backward"
-CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Case:
     series : str
         The curve to which the case belongs in the chart of time against size, which is drawn of normext and the limit
         alone; "" for a case that all peers take part in.
+    seed : int, optional
+        What the case was drawn with.
     """
 
     norm: str
@@ -41,18 +42,20 @@ class Case:
     shape: tuple[int, ...]
     dtype: str
     series: str = ""
+    seed: int | None = None
 
     @property
     def name(self) -> str:
         layout = "" if self.layout == "ND" else f" {self.layout}"
         kind = " series" if self.series else ""
-        return f"{self.norm} norm{layout} {self.step}{kind} {'x'.join(map(str, self.shape))} {self.dtype}"
+        drawn = "" if self.seed is None else f" seed {self.seed}"
+        return f"{self.norm} norm{layout} {self.step}{kind} {'x'.join(map(str, self.shape))} {self.dtype}{drawn}"
 
     @cached_property
     def plan(self) -> Norm:
         """What is normalized, and how."""
         axis = 1 if self.layout == "NCHW" else len(self.shape) - 1
-        groups = min(32, self.shape[axis] // 2) if self.norm == "group" else 1
+        groups = _groups(self.shape[axis]) if self.norm == "group" else 1
         training = self.step != "evaluation"
         return Norm(f"{self.norm}_norm", self.shape, _dtype(self.dtype), axis=axis, groups=groups, training=training)
 
@@ -69,9 +72,18 @@ class Case:
     def itemsize(self) -> int:
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
+    @property
+    def nbytes(self) -> int:
+        """Of x alone."""
+        return self.size * self.itemsize
+
     def facts(self) -> dict[str, Any]:
-        moved, working_set = traffic(self)
-        return {**asdict(self), "name": self.name, "size": self.size, "moved": moved, "working_set": working_set}
+        return {**asdict(self), "name": self.name, "size": self.size, "copies": copies_to_move(self)}
+
+
+def _groups(channels: int) -> int:
+    """32, or as many fewer as the channels can be divided into, two or more to a group."""
+    return max((g for g in range(1, 33) if channels % g == 0 and channels // g >= 2), default=1)
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
@@ -139,6 +151,68 @@ def _series(quick: bool, dtype: str) -> Iterator[Case]:
                         yield Case(norm, step, layout, shape, dtype, series)
 
 
+# Drawn ----------------------------------------------------------------------------------------------------------------
+
+DRAWN = 60  # cases a seed
+SMALLEST, LARGEST = 1 << 10, 256 << 20  # bytes of x
+WIDEST = 100_000  # numbers of a row, channels, or pixels of an image
+OPERATIONS = [
+    (norm, layout, step)
+    for norm, layouts in {
+        **{"batch": ("ND", "NCHW", "NHWC"), "layer": ("ND",), "rms": ("ND",)},
+        **{"group": ("NCHW", "NHWC"), "instance": ("NCHW", "NHWC")},
+    }.items()
+    for layout in layouts
+    for step in STEPS.get(norm, ("forward", "backward"))
+]
+
+
+def drawn(seeds: Iterable[int], dtypes: Iterable[str]) -> list[Case]:
+    """Cases that nobody chose, `DRAWN` for each seed and dtype, the same ones on every machine.
+
+    The bytes of x are log-uniform from `SMALLEST` to `LARGEST`; the width is log-uniform from 1 to `WIDEST`, or to what
+    x has, and every other one is odd. It is the length of the last axis of (N, D), and of images, which are square, the
+    number of channels or of pixels; what is left is shared out log-uniformly. Every norm, layout and step comes twice
+    or more. A statistic is of two numbers or more where PyTorch's modules ask for that: not in layer and RMS norm.
+    """
+    return [case for dtype in dtypes for seed in seeds for case in _drawn(seed, dtype)]
+
+
+def _drawn(seed: int, dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(seed)
+    rounds = [rng.permutation(len(OPERATIONS)) for _ in range(0, DRAWN, len(OPERATIONS))]
+    for i, operation in enumerate(np.concatenate(rounds)[:DRAWN]):
+        norm, layout, step = OPERATIONS[operation]
+        while True:
+            shape = _shape(rng, layout, _dtype(dtype).itemsize, odd=i % 2)
+            case = Case(norm, step, layout, shape, dtype, seed=seed)
+            enough = 1 if norm in ("layer", "rms") else 2
+            if SMALLEST <= case.nbytes <= LARGEST and case.size >= enough * case.plan.statistics:
+                break
+        yield case
+
+
+def _shape(rng: np.random.Generator, layout: str, itemsize: int, odd: int) -> tuple[int, ...]:
+    def log_uniform(low: float, high: float) -> float:
+        return low * (high / low) ** rng.random()
+
+    def of_parity(number: float) -> int:
+        return int(number) | 1 if odd else (int(number) + 1) // 2 * 2
+
+    numbers = log_uniform(SMALLEST, LARGEST) / itemsize
+    width = log_uniform(1, min(WIDEST, numbers))
+    if layout == "ND":
+        width = of_parity(width)
+        return max(1, round(numbers / width)), width
+    other = log_uniform(1, min(WIDEST, max(1, numbers / width)))
+    if rng.random() < 0.5:
+        channels, side = of_parity(width), int(math.sqrt(other))
+    else:
+        channels, side = int(other), min(of_parity(math.sqrt(width)), math.isqrt(WIDEST) - odd)
+    examples = max(1, round(numbers / (channels * side * side)))
+    return (examples, channels, side, side) if layout == "NCHW" else (examples, side, side, channels)
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
@@ -184,30 +258,14 @@ def _dtype(name: str) -> np.dtype:
 # The limit ------------------------------------------------------------------------------------------------------------
 
 
-class Traffic(NamedTuple):
-    """Bytes that must be read and written, and those of all arrays that are touched, each counted once."""
+def copies_to_move(case: Case, cache: int | None = None) -> float:
+    """The least that must be moved, in copies of x: the limit is the time of `bench.timing.Copy` times this.
 
-    moved: int
-    working_set: int
-
-
-def traffic(case: Case, cache: int | None = None) -> Traffic:
-    """The fewest bytes between the core and the memory level where the arrays of a case lie.
-
-    - The result (y or dx) is written once. Nothing is read in order to be written over.
-    - A forward pass reads x, a backward pass x and dy. They are read **once**, if what one statistic is taken of fits
-      into a core's own cache (`bench.timing.private_cache`) and so is there still when it is normalized, else
-      **twice**. That is one row (layer, RMS norm), one group of channels of one example (group, instance norm), one
-      channel of N,C,H,W (batch norm), or, down columns, the channels that share a cache line; in a backward pass, of
-      both x and dy. So a batch norm of (4096, 1024) float32 reads x once (256 KiB of a line of channels), and one of
-      (1000000, 16) twice (61 MiB). An evaluation reads x once.
-    - Parameters and statistics are counted too, in the dtype of the parameters: they matter where there are few rows.
-      A forward pass reads gamma and beta and writes two statistics (RMS norm: no beta, one statistic), in batch norm
-      it also reads and writes the running ones; a backward pass reads gamma and the statistics and writes dgamma and
-      dbeta.
-
-    The limit is the time of a copy (`bench.timing.Copy`) as large as the working set, times moved / working set. Pages
-    that are not there yet are not in it: it is compared with calls that have ``out=``.
+    A copy reads x and writes as much. A forward pass reads x and writes y: 1. A backward pass reads x and dy and writes
+    dx: 1.5. What it reads it reads **twice**, which makes 1.5 and 2.5, if that is more than a core's own cache holds
+    (`bench.timing.private_cache`), and so is not there any more when, the statistics being known, it is normalized: in
+    batch norm all of x (and dy), in the others what one statistic is taken of: a row, or a group of channels of one
+    example. An evaluation knows them before: 1. Parameters and statistics are not counted.
 
     Parameters
     ----------
@@ -216,28 +274,8 @@ def traffic(case: Case, cache: int | None = None) -> Traffic:
         Bytes of a core's own cache. Default: this machine's.
     """
     if case.step == BOTH:
-        forward, backward = (traffic(Case(case.norm, step, *_rest(case)), cache) for step in ("forward", "backward"))
-        # y and dx are two results; x, gamma and the statistics are in both working sets.
-        return Traffic(forward.moved + backward.moved, forward.working_set + 2 * case.size * case.itemsize)
-    array, parameter = case.size * case.itemsize, case.channels * max(4, case.itemsize)
-    affine = stats = 1 if case.norm == "rms" else 2
-    statistic = case.plan.statistics * max(4, case.itemsize)
-    if case.step == "evaluation":
-        small = affine * parameter + 2 * statistic
-        return Traffic(2 * array + small, 2 * array + small)
-    read = 2 if case.step == "backward" else 1  # arrays
-    small = stats * statistic + affine * parameter + (parameter if case.step == "backward" else 0)
-    updated = 2 * parameter if case.norm == "batch" and case.step == "forward" else 0  # running, read and written
-    times = 1 if read * _piece(case) <= (private_cache() if cache is None else cache) else 2
-    return Traffic((times * read + 1) * array + small + 2 * updated, (read + 1) * array + small + updated)
-
-
-def _rest(case: Case) -> tuple[Any, ...]:
-    return case.layout, case.shape, case.dtype
-
-
-def _piece(case: Case) -> int:
-    """Bytes of the least part of x that can be normalized apart from the rest."""
-    one = case.size // case.plan.statistics * case.itemsize
-    down_columns = case.norm == "batch" and case.layout != "NCHW"
-    return one * min(case.channels, CACHE_LINE // case.itemsize) if down_columns else one
+        return sum(copies_to_move(replace(case, step=step), cache) for step in ("forward", "backward"))
+    arrays = 2 if case.step == "backward" else 1  # that are read
+    together = case.nbytes if case.norm == "batch" else case.nbytes // case.plan.statistics
+    once = case.step == "evaluation" or arrays * together <= (private_cache() if cache is None else cache)
+    return ((1 if once else 2) * arrays + 1) / 2

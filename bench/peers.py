@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 import normext
-from bench.cases import BOTH, Case, Data, cases, data_of, traffic
+from bench.cases import BOTH, Case, Data, cases, copies_to_move, data_of, drawn
 from bench.timing import Copy, Entrant
 from normext import reference
 
-__all__ = ["BUDGETS", "PEERS", "TURN", "cases", "entrants"]
+__all__ = ["BUDGETS", "PEERS", "TURN", "cases", "drawn", "entrants"]
 
 PEERS = ("limit", "pytorch", "jax", "numba", "numpy")
 TURN = 2e-4  # seconds: thousands of times the clock's resolution
@@ -101,8 +101,8 @@ class PyTorch:
     """The native operators of aten with autograd off, and, for whole steps, the module with autograd on.
 
     RMS norm has no native backward on the CPU: it is autograd's walk through a graph that was made before. Instance
-    norm is, as in PyTorch itself, batch norm of the examples as channels. Of the operators only batch norm's takes an
-    output. N,H,W,C is PyTorch's channels_last.
+    norm is, as in PyTorch itself, batch norm of the examples as channels, with N,H,W,C copied to N,C,H,W before. Of the
+    operators only batch norm's takes an output. N,H,W,C is PyTorch's channels_last.
     """
 
     def __init__(self, threads: int) -> None:
@@ -124,7 +124,9 @@ class PyTorch:
             before()
             call = partial(backward, forward())
             without_autograd()
-            return {"PyTorch": Entrant(call, result, before)}
+            # It adds dgamma and dbeta of 16-bit data up in 16 bits: of many rows no digit is right.
+            compared = slice(1) if case.itemsize == 2 else slice(None)
+            return {"PyTorch": Entrant(call, lambda r: result(r[compared]), before)}
         if case.step == BOTH:
             module = self.module(case, arrays)
             before = with_autograd if case.norm == "rms" else without_autograd
@@ -192,25 +194,26 @@ class PyTorch:
         return forward, lambda r: grad(r[0], [x, gamma], dy)
 
     def group_norm(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, *_: Any) -> Any:
-        N, C, inner, G = *case.shape[:2], math.prod(case.shape[2:]), case.plan.groups
+        N, C, inner, G = *x.shape[:2], math.prod(x.shape[2:]), case.plan.groups
         native = self.torch.ops.aten.native_group_norm_backward.default
         forward = partial(self.torch.native_group_norm, x, gamma, beta, N, C, inner, G, case.plan.eps)
         return forward, lambda r: native(dy, x, r[1], r[2], gamma, N, C, inner, G, [True, True, True])
 
     def instance_norm(self, case: Case, x: Any, dy: Any, gamma: Any, beta: Any, *_: Any) -> Any:
-        torch, (N, C) = self.torch, case.shape[:2]
+        torch, (N, C) = self.torch, x.shape[:2]
         native = torch.ops.aten.native_batch_norm_backward.default
-        as_channels = (1, N * C, *case.shape[2:])
+        as_channels = (1, N * C, *x.shape[2:])
+        kept = x.contiguous()  # by the forward pass for the backward one
 
         def forward() -> Any:
-            view = x.view(as_channels)
+            view = x.contiguous().view(as_channels)
             y, mean, rstd = torch.native_batch_norm(
                 view, gamma.repeat(N), beta.repeat(N), None, None, True, 1 - MOMENTUM, case.plan.eps
             )
             return y.view(x.shape), mean, rstd
 
         def backward(r: Any) -> Any:
-            upstream, view = dy.view(as_channels), x.view(as_channels)
+            upstream, view = dy.contiguous().view(as_channels), kept.view(as_channels)
             dx, dgamma, dbeta = native(
                 upstream, view, gamma.repeat(N), None, None, r[1], r[2], True, case.plan.eps, [True, True, True]
             )
@@ -298,10 +301,11 @@ class JAX:
         if case.norm in ("layer", "rms"):
             stat_axes = (case.plan.axis,)
         elif case.norm in ("group", "instance"):
-            members = case.channels // case.plan.groups
-            view = (case.shape[0], case.plan.groups, members, *case.shape[2:])
-            parameter = (1, case.plan.groups, members, *[1] * (ndim - 2))
-            stat_axes, param_axes = tuple(range(2, ndim + 1)), (0, *range(3, ndim + 1))
+            at = case.plan.axis
+            groups = (case.plan.groups, case.channels // case.plan.groups)
+            view, parameter = ((*s[:at], *groups, *s[at + 1 :]) for s in (case.shape, (1,) * ndim))
+            param_axes = tuple(i for i in range(ndim + 1) if i not in (at, at + 1))
+            stat_axes = (*param_axes[1:], at + 1)
         computing = jnp.float64 if case.dtype == "float64" else jnp.float32
 
         def wide(a: Any) -> Any:
@@ -387,11 +391,10 @@ class Numba:
 
 
 class Limit:
-    """The time that a plain copy takes to move the bytes of `bench.cases.traffic`."""
+    """The time of a plain copy of x, as often as `bench.cases.copies_to_move` says."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
     def entrants(self, case: Case, data: Data) -> dict[str, Entrant]:
-        moved, working_set = traffic(case)
-        return {"limit": Entrant(Copy(working_set, self.threads), scale=moved / working_set)}
+        return {"limit": Entrant(Copy(data.x, self.threads).call, scale=copies_to_move(case))}

@@ -1,4 +1,4 @@
-"""What is made of the measurements: JSON for machines; tables, charts and the README's figures for people."""
+"""What is made of the measurements: JSON for machines; tables and charts for people."""
 
 import importlib.metadata
 import json
@@ -6,6 +6,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,33 @@ from normext.studies.report_text import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BEGIN", "END", "machine", "write", "write_readme"]
+__all__ = [
+    "ORDER",
+    "Record",
+    "grouped",
+    "nbytes",
+    "over_limit",
+    "processor",
+    "ratios_by_peer",
+    "size_text",
+    "subsets",
+    "write",
+    "write_between",
+]
 
 Record = dict[str, Any]
 
-BEGIN, END = "<!-- benchmark -->", "<!-- end of benchmark -->"  # what stands between them in README.md is written here
-LARGE = 32 << 20  # bytes of x from which on a case counts as large
+# Bytes of x up to which a case is of the class.
+SIZES = {"up to 32 KiB": 1 << 15, "to 1 MiB": 1 << 20, "to 32 MiB": 1 << 25, "beyond": math.inf}
+AHEAD = 1.2  # of PyTorch: where the ratio is smaller, the case is named
 PARALLEL = 1 << 20  # bytes of x from which on threads should pay
 
+WORDS = {  # in the order of tables
+    "norm": ("batch", "layer", "rms", "group", "instance"),
+    "layout": ("ND", "NCHW", "NHWC"),
+    "step": ("forward", "backward", "evaluation", BOTH),
+}
+BESIDE_LIMIT = ("normext", "normext out=", "PyTorch")
 ORDER = ("PyTorch", "PyTorch out=", "PyTorch autograd", "JAX", "numba", "NumPy")
 
 # Colours that the colour-blind tell apart (M. Okabe and K. Ito, "Color Universal Design", 2008).
@@ -38,6 +58,8 @@ def write(folder: Path, part: str, records: list[Record], quick: bool, load: flo
     folder.mkdir(parents=True, exist_ok=True)
     results = {"format": 1, "part": part, "quick": quick, "machine": {**machine(), "load": load}, "records": records}
     (folder / f"{part}.json").write_text(json.dumps(results, indent=1) + "\n")
+    if part == "norms":
+        records = sorted(records, key=in_order)
     tables = {"norms": norms_text, "models": models.text}.get(part, plain_text)(records)
     (folder / f"{part}.md").write_text(f"# normext beside its peers: {part}\n\n{described(results)}\n\n{tables}\n")
     print("", *summary(records), f"written to {folder}/{part}.*", sep="\n")
@@ -51,12 +73,19 @@ def write(folder: Path, part: str, records: list[Record], quick: bool, load: flo
             figure.savefig(folder / f"{part}-{name}.png", dpi=100)
 
 
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two marks of a page, which must be there once, in this order."""
+    old = page.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{page} must have the lines {begin} and {end} once, in this order")
+    before, after = old[: old.index(begin)], old[old.index(end) :]
+    page.write_text(f"{before}{begin}\n{text}\n{after}", encoding="utf-8")
+
+
 def machine() -> dict[str, Any]:
     """What was measured on, as far as figures depend on it."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (model := re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M)):
-        processor = model[1]
+    name = processor(cpuinfo.read_text()) if cpuinfo.exists() else ""
     versions = {}
     for package in ("numpy", "torch", "jax", "numba"):
         try:
@@ -64,10 +93,23 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        **{"processor": processor, "cores": len(available_cores()), "own_cache": private_cache()},
+        **{"date": date.today().isoformat(), "processor": name or platform.processor() or platform.machine()},
+        **{"cores": len(available_cores()), "own_cache": private_cache()},
         **{"system": platform.system(), "python": platform.python_version()},
         "versions": {"normext": normext.__version__, **versions},
     }
+
+
+def processor(cpuinfo: str) -> str:
+    """The processor by its name and what tells its generation, which virtual machines leave out of the name."""
+    facts = dict(re.findall(r"^(\S[^:]*?)[ \t]*:[ \t]*(.*)$", cpuinfo, re.M))
+    if "model name" not in facts:  # other processors than x86
+        return ""
+    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    flags = facts.get("flags", "").split()
+    vectors = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags]
+    told = [" ".join(f"{word} {facts[key]}" for word, key in numbers.items() if key in facts), *vectors[:1]]
+    return f"{re.sub(r'[(](R|TM)[)]', '', facts['model name'])} ({', '.join(told)})"
 
 
 def described(results: dict[str, Any]) -> str:
@@ -91,8 +133,7 @@ def ratios_by_peer(records: Iterable[Record]) -> dict[tuple[str, int], list[tupl
     found: dict[tuple[str, int], list[tuple[float, str]]] = {}
     for record in records:
         for peer, ratio in record["ratios"].items():
-            if peer != "limit":
-                found.setdefault((peer, record["threads"]), []).append((ratio["median"], record["name"]))
+            found.setdefault((peer, record["threads"]), []).append((ratio["median"], record["name"]))
     return found
 
 
@@ -100,8 +141,13 @@ def mean_and_worst(ratios: Sequence[float]) -> str:
     return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else ""
 
 
-def times_of_limit(record: Record) -> float:
-    return 1 / record["ratios"]["limit"]["median"]
+def over_limit(records: Iterable[Record], side: str) -> list[float]:
+    """How many times the limit a side takes, in the cases that it took part in."""
+    return [r["over_limit"][side]["median"] for r in records if side in r["over_limit"]]
+
+
+def mean_and_largest(times: Sequence[float]) -> str:
+    return f"{geometric_mean(times):.2f} ({max(times):.2f})" if times else ""
 
 
 def kind(record: Record) -> str:
@@ -117,8 +163,25 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
     return groups
 
 
+def in_order(record: Record) -> tuple[int, ...]:
+    """By operation, then by size: for `sorted`."""
+    return *(words.index(record[what]) for what, words in WORDS.items()), nbytes(record)
+
+
+def subsets(records: list[Record], operation: Callable[[Record], str]) -> dict[str, list[Record]]:
+    """All, and by seed, size class and operation."""
+    seeds = grouped(records, lambda r: r["seed"])
+    sizes = grouped(records, lambda r: next(name for name, most in SIZES.items() if nbytes(r) <= most))
+    return {
+        "all": records,
+        **({f"seed {seed}": of for seed, of in seeds.items()} if len(seeds) > 1 else {}),
+        **{name: sizes[name] for name in SIZES if name in sizes},
+        **grouped(sorted(records, key=in_order), operation),
+    }
+
+
 def summary(records: list[Record]) -> list[str]:
-    """A line for each dtype, peer and number of threads."""
+    """A line for each dtype, peer and number of threads, and one for each side beside the limit."""
     lines = []
     for dtype, of in grouped(records, lambda r: r["dtype"]).items():
         for (peer, threads), ratios in ratios_by_peer(of).items():
@@ -126,7 +189,13 @@ def summary(records: list[Record]) -> list[str]:
             lines.append(
                 f"{dtype}, threads {threads}: {peer} takes {geometric_mean(r for r, _ in ratios):.2f} times as long "
                 f"(geometric mean of {len(ratios)}); the smallest ratio is {worst:.2f}, {name}"
+                + (f"; below {AHEAD}: {sum(r < AHEAD for r, _ in ratios)}" if peer == "PyTorch" else "")
             )
+        for threads, some in grouped(of, lambda r: r["threads"]).items():
+            means = {side: over_limit(some, side) for side in BESIDE_LIMIT}
+            if any(means.values()):
+                told = ", ".join(f"{side} {mean_and_largest(times)}" for side, times in means.items() if times)
+                lines.append(f"{dtype}, threads {threads}: times the limit, geometric mean (largest): {told}")
     return lines
 
 
@@ -146,7 +215,7 @@ def with_spread(ratio: dict[str, float]) -> str:
 
 def peers_of(records: Iterable[Record]) -> list[str]:
     """Those that take part, in their order, which is that of the first measurements for those that have none."""
-    there = dict.fromkeys(peer for record in records for peer in record["ratios"] if peer != "limit")
+    there = dict.fromkeys(peer for record in records for peer in record["ratios"])
     return sorted(there, key=lambda peer: ORDER.index(peer) if peer in ORDER else len(ORDER))
 
 
@@ -154,14 +223,13 @@ def all_cases(records: list[Record]) -> str:
     """A row for each case."""
     peers = peers_of(records)
     ours = [name for name in ("normext", "normext out=") if any(name in r["times"] for r in records)]
-    limit = any("limit" in r["ratios"] for r in records)
+    limited = [side for side in BESIDE_LIMIT if over_limit(records, side)]
     rows = []
     for r in records:
         row = [r["name"], *(duration(r["times"][name]["median"]) if name in r["times"] else "" for name in ours)]
-        if limit:
-            row.append(f"{times_of_limit(r):.2f}" if "limit" in r["ratios"] else "")
+        row += [limit_text(r, side) for side in limited]
         rows.append(row + [with_spread(r["ratios"][peer]) if peer in r["ratios"] else "" for peer in peers])
-    return table(["case", *ours, *(["limit"] if limit else []), *peers], rows)
+    return table(["case", *ours, *(f"{side} / limit" for side in limited), *peers], rows)
 
 
 def plain_text(records: list[Record]) -> str:
@@ -179,9 +247,9 @@ def plain_text(records: list[Record]) -> str:
 def norms_text(records: list[Record]) -> str:
     """The report of the norms."""
     sections = [
-        "Results are fresh arrays on both sides; *out=* is into memory that is there. *Limit* is how many times "
-        "as long normext takes with out= as a plain copy that moves the bytes which must move; below 1 it is where "
-        "normext writes past the caches and the copy does not."
+        "Results are fresh arrays on both sides; *out=* is into memory that is there. The *limit* is the time of a "
+        "plain copy of x into memory that is there, times the bytes that must move beside those of the copy "
+        "(`copies_to_move` in bench/cases.py). Below it is where normext writes past the caches and the copy does not."
     ]
     for dtype, of in grouped(records, lambda r: r["dtype"]).items():
         compared = [r for r in of if not r["series"]]
@@ -190,7 +258,8 @@ def norms_text(records: list[Record]) -> str:
             overview = by_operation(compared, peers_of(compared), kind)
             sections += [f"## {dtype}", "Geometric mean of the ratios, and the smallest:", overview]
             sections.append("\n".join(f"- {line}" for line in summary(compared)))
-        sections += [text for text in (beside_limit(of), more_threads(of), powers_of_two(series)) if text]
+        sections += [text for text in (beside_limit(compared), hardly_ahead(compared)) if text]
+        sections += [text for text in (more_threads(of), powers_of_two(series)) if text]
         for title, part in (("All cases", compared), ("Growth with size", series)):
             for threads, some in grouped(part, lambda r: r["threads"]).items():
                 sections.append(f"### {title}: {dtype}, threads {threads}\n\n{all_cases(some)}")
@@ -198,32 +267,49 @@ def norms_text(records: list[Record]) -> str:
 
 
 def by_operation(records: list[Record], peers: list[str], operation: Callable[[Record], str]) -> str:
-    """Rows: operations; columns: peers and numbers of threads; cells: geometric mean (smallest)."""
+    """Rows: all, sizes and operations; columns: peers and numbers of threads; cells: geometric mean (smallest)."""
     columns = [(peer, threads) for peer in peers for threads in sorted({r["threads"] for r in records})]
     rows = []
-    for name, of in {"all": records, **grouped(records, operation)}.items():
+    for name, of in subsets(records, operation).items():
         ratios = ratios_by_peer(of)
         rows.append([name, *(mean_and_worst([r for r, _ in ratios.get(column, [])]) for column in columns)])
     return table(["", *(f"{peer}, {threads} thr." for peer, threads in columns)], rows)
 
 
 def beside_limit(records: list[Record]) -> str:
-    large = [r for r in records if "limit" in r["ratios"] and r["step"] != BOTH and nbytes(r) >= LARGE]
-    if not large:
+    """Rows: all, sizes and operations; columns: sides and numbers of threads; cells: geometric mean (largest)."""
+    threads = sorted({r["threads"] for r in records})
+    columns = [(side, number) for side in BESIDE_LIMIT if over_limit(records, side) for number in threads]
+    if not columns:
         return ""
-    counts = sorted({r["threads"] for r in large})
     rows = []
-    for name, of in grouped(large, kind).items():
-        by_threads = grouped(of, lambda r: r["threads"])
-        cells = []
-        for threads in counts:
-            times = [times_of_limit(r) for r in by_threads.get(threads, [])]
-            cells.append(f"{geometric_mean(times):.2f} ({max(times):.2f})" if times else "")
-        rows.append([name, *cells])
-    return (
-        f"Times of the limit, with out=, of arrays from {LARGE >> 20} MiB: geometric mean, and the largest.\n\n"
-        + table(["", *(f"{threads} thr." for threads in counts)], rows)
+    for name, of in subsets(records, kind).items():
+        some = grouped(of, lambda r: r["threads"])
+        rows.append([name, *(mean_and_largest(over_limit(some.get(number, []), side)) for side, number in columns)])
+    return "Times the limit: geometric mean, and the largest.\n\n" + table(
+        ["", *(f"{side}, {number} thr." for side, number in columns)], rows
     )
+
+
+def hardly_ahead(records: list[Record]) -> str:
+    """The cases that PyTorch takes less than `AHEAD` times as long for, and how near to the limit either side is."""
+    ratios = [(r["ratios"]["PyTorch"]["median"], r) for r in records if "PyTorch" in r["ratios"]]
+    slow = sorted((pair for pair in ratios if pair[0] < AHEAD), key=lambda pair: pair[0])
+    if not slow:
+        return ""
+    near = sum(times < AHEAD for times in over_limit((r for _, r in slow), "PyTorch"))
+    header = ["case", "threads", "PyTorch", *(f"{side} / limit" for side in BESIDE_LIMIT)]
+    rows = [
+        [r["name"], r["threads"], f"{ratio:.2f}", *(limit_text(r, side) for side in BESIDE_LIMIT)] for ratio, r in slow
+    ]
+    return (
+        f"PyTorch takes less than {AHEAD} times as long in {len(slow)} of {len(ratios)} cases, in {near} of which it is"
+        f" itself within {AHEAD} of the limit:\n\n{table(header, rows)}"
+    )
+
+
+def limit_text(record: Record, side: str) -> str:
+    return f"{record['over_limit'][side]['median']:.2f}" if side in record["over_limit"] else ""
 
 
 def more_threads(records: list[Record]) -> str:
@@ -279,67 +365,6 @@ def nbytes(record: Record) -> int:
     return record["size"] * {"float64": 8, "float32": 4}.get(record["dtype"], 2)
 
 
-# README ---------------------------------------------------------------------------------------------------------------
-
-
-def write_readme(readme: Path, folder: Path) -> None:
-    """Put the figures of the results in the folder between `BEGIN` and `END` in the README.
-
-    Raises
-    ------
-    ValueError
-        If the README does not have both marks once, in this order.
-    FileNotFoundError
-        If there are no results of norms.
-    """
-    write_between(readme, BEGIN, END, readme_figures(folder))
-
-
-def write_between(page: Path, begin: str, end: str, figures: str) -> None:
-    """Put figures between two marks of a page, which must be there once, in this order."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{page} must have the lines {begin} and {end} once, in this order")
-    before, after = text[: text.index(begin)], text[text.index(end) :]
-    page.write_text(f"{before}{begin}\n{figures}\n{after}", encoding="utf-8")
-
-
-def readme_figures(folder: Path) -> str:
-    results = json.loads((folder / "norms.json").read_text())
-    records = [r for r in results["records"] if r["dtype"] == "float32" and not r["series"]]
-    if not records:
-        raise ValueError(f"{folder / 'norms.json'} has no float32 cases")
-    on = results["machine"]
-    packages = {"PyTorch": "torch", "JAX": "jax", "numba": "numba", "NumPy": "numpy"}
-    versions = ", ".join(f"{p} {on['versions'][v]}" for p, v in packages.items() if v in on["versions"])
-    sizes = sorted(map(nbytes, records))
-    sections = [
-        f"How many times as long the others take: float32, fresh results, x from {size_text(sizes[0])} to "
-        f"{size_text(sizes[-1])}; geometric mean of the cases, and the smallest ratio in brackets. "
-        f"{on['processor']}; {versions}.{' A quick run.' if results['quick'] else ''}",
-        by_operation(
-            records,
-            [peer for peer in peers_of(records) if not peer.endswith(" out=")],
-            lambda r: f"{r['norm']} norm, {r['step']}",
-        ),
-    ]
-    training = folder / "training.json"
-    if training.exists():
-        of = [r for r in json.loads(training.read_text())["records"] if r["dtype"] == "float32"]
-        sections += ["Steps a second of training the assignment's net of six layers, and the others' time over ours:"]
-        rows = [
-            [
-                {"batchnorm": "batch norm", "layernorm": "layer norm", None: "no norm"}[r["normalization"]]
-                + f", batch {r['batch']}, threads {r['threads']}",
-                f"{1 / r['times']['normext']['median']:.0f}",
-                *(f"{r['ratios'][peer]['median']:.2f}" if peer in r["ratios"] else "" for peer in peers_of(of)),
-            ]
-            for r in of
-        ]
-        sections.append(table(["", "normext", *peers_of(of)], rows))
-    return "\n\n".join(sections)
-
-
 # Charts ---------------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +377,7 @@ def charts(records: list[Record]) -> "dict[str, Figure]":
         title = f"{dtype}, threads: {threads}"
         if peers_of(compared):
             figures[f"ratios-{suffix}"] = ratio_chart(compared, title)
-        limited = [r for r in of if "limit" in r["ratios"] and r["step"] != BOTH]
+        limited = [r for r in of if r["over_limit"]]
         if limited:
             figures[f"limit-{suffix}"] = limit_chart(limited, title)
         if series:
@@ -400,20 +425,20 @@ def ratio_chart(records: list[Record], title: str) -> "Figure":
 
 
 def limit_chart(records: list[Record], title: str) -> "Figure":
-    """How many times the limit normext takes with out=, against the working set: a plot for each step."""
+    """How many times the limit normext takes, fresh results, against the bytes of x: a plot for each step."""
     from matplotlib.figure import Figure
 
     steps = list(dict.fromkeys(r["step"] for r in records))
     norms = list(dict.fromkeys((r["norm"], r["layout"]) for r in records))
     figure = Figure(figsize=(5 * len(steps), 4.4), layout="constrained")
     axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
-    highest = max(map(times_of_limit, records))
+    highest = max(over_limit(records, "normext"))
     for ax, step in zip(axes, steps):
         for i, (norm, layout) in enumerate(norms):
             of = [r for r in records if (r["step"], r["norm"], r["layout"]) == (step, norm, layout)]
             ax.scatter(
-                [r["working_set"] for r in of],
-                list(map(times_of_limit, of)),
+                [nbytes(r) for r in of],
+                over_limit(of, "normext"),
                 s=22,
                 marker="osD^vP*X"[i % 8],
                 color=COLOURS[i % len(COLOURS)],
@@ -426,16 +451,18 @@ def limit_chart(records: list[Record], title: str) -> "Figure":
         ticks = [2**k for k in range(10, 31, 4)]
         ax.set_xticks(ticks, [size_text(t) for t in ticks])
         ax.set_yscale("log")
-        ticks = [t for t in (0.5, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50) if t <= highest * 1.2]
+        ticks = [t for t in (0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if t <= highest * 1.2]
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_title(step)
-        ax.set_xlabel("bytes of all arrays")
+        ax.set_xlabel("bytes of x")
         ax.grid(color="0.9")
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("normext (out=) over a copy of the same bytes")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(norms), frameon=False)
+    axes[0].set_ylabel("normext over the limit")
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+    columns = min(len(norms), 2 * len(steps))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"Times of the limit; {title}")
     return figure
 

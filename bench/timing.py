@@ -3,17 +3,17 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from timeit import Timer
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["FEWEST_TURNS", "Copy", "Entrant", "available_cores", "private_cache", "quartiles", "take_turns"]
+__all__ = ["ENOUGH_TURNS", "Copy", "Entrant", "available_cores", "private_cache", "quartiles", "take_turns"]
 
-FEWEST_TURNS, ENOUGH_TURNS = 3, 5
-ENOUGH_TIME = 1.0  # seconds
+ENOUGH_TURNS = 5
+LONG = 2e-2  # seconds, in which a call goes through more than the caches hold
 
 
 class Entrant(NamedTuple):
@@ -31,40 +31,39 @@ def take_turns(
     """Seconds a call of each entrant, one number a turn; the same index is the same turn.
 
     A turn calls one entrant as often as fills `turn` seconds, at least once, and is timed as a whole (`timeit`'s loop
-    and clock, collection of garbage off). Where it calls more than once, a third as many calls before it are not
-    timed: they bring back the entrant's data into the caches and outlast other entrants' threads that spin on. A result
-    is freed before the next call, so that fresh outputs cost every side the same. Every other turn goes through the
-    entrants backwards. An entrant sits out the rest when it has had `budget` seconds and `ENOUGH_TURNS`, or, where that
-    takes more than `ENOUGH_TIME`, `FEWEST_TURNS`; those named in `always` go on while another does, for a ratio needs
+    and clock, collection of garbage off). A third as many calls before it, at least one, are not timed: they bring back
+    the entrant's data into the caches, whether it calls once or often, and outlast other entrants' threads that spin
+    on. A single call that is `LONG` has none before it. A result is freed before the next call, so that fresh outputs
+    cost every side the same. Every other turn goes through the entrants backwards. An entrant sits out the rest when it
+    has had `budget` seconds and `ENOUGH_TURNS`; those named in `always` go on while another does, for a ratio needs
     both.
     """
     timers = {name: Timer(e.call, e.before or (lambda: None)) for name, e in entrants.items()}
     repeats: dict[str, int] = {}
+    before: dict[str, int] = {}
     for name, timer in timers.items():
         once = timer.timeit(1)  # fills caches, wakes threads
         # What is called often is faster than what is called once: three times, each nearer to the truth.
-        for _ in range(3):
-            if once < turn:
-                number = max(1, int(turn / 2 / once))
-                once = timer.timeit(number) / number
+        for _ in range(3 if once < LONG else 0):
+            number = max(1, int(turn / 2 / once))
+            once = min(once, timer.timeit(number) / number)
         repeats[name] = max(1, int(turn / once))
+        before[name] = -(-repeats[name] // 3) if repeats[name] > 1 or once < LONG else 0
 
     times: dict[str, list[float]] = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
     order = list(timers)
 
     def wants_more(name: str) -> bool:
-        enough = FEWEST_TURNS if spent[name] > ENOUGH_TIME else ENOUGH_TURNS
-        return len(times[name]) < enough or spent[name] < budget
+        return len(times[name]) < ENOUGH_TURNS or spent[name] < budget
 
     while playing := list(filter(wants_more, order)):
         for name in [n for n in order if n in playing or n in always]:
-            number = repeats[name]
-            if number > 1:
-                timers[name].timeit(-(-number // 3))
-            measured = timers[name].timeit(number)
+            if before[name]:
+                timers[name].timeit(before[name])
+            measured = timers[name].timeit(repeats[name])
             spent[name] += measured
-            times[name].append(measured / number * entrants[name].scale)
+            times[name].append(measured / repeats[name] * entrants[name].scale)
         order.reverse()
     return times
 
@@ -76,36 +75,37 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 class Copy:
-    """A plain copy that moves `working_set` bytes: half of them read, half written, on memory that is there already.
+    """A plain copy of an array, into memory that is there already.
 
     `np.copyto` of contiguous bytes is the C library's memcpy. On several threads each copies its part (`np.copyto`
     releases the GIL), unless one thread alone is faster, as it is with little data.
+
+    Attributes
+    ----------
+    call : callable
+        Copies; on one thread it is `np.copyto` itself.
     """
 
-    def __init__(self, working_set: int, threads: int) -> None:
-        size = max(1, working_set // 2)
-        self.source, self.target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    def __init__(self, array: np.ndarray, threads: int) -> None:
+        source = array.reshape(-1).view(np.uint8)
+        self.target = np.zeros_like(source)
         # A part ends at a cache line.
-        cuts = [size * i // threads // 64 * 64 for i in range(threads)] + [size]
-        self.parts = [(self.target[a:b], self.source[a:b]) for a, b in zip(cuts, cuts[1:])]
-        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
-        if self.pool is not None:
-            together, alone = (min(Timer(copy).repeat(5, 1)) for copy in (self, self._alone))
-            if together > alone:
+        cuts = [source.size * i // threads // 64 * 64 for i in range(threads)] + [source.size]
+        self.parts = [(self.target[a:b], source[a:b]) for a, b in zip(cuts, cuts[1:])]
+        self.call: Callable[[], Any] = partial(np.copyto, self.target, source)
+        if threads > 1:
+            self.pool = ThreadPoolExecutor(threads - 1)
+            together, alone = (min(Timer(copy).repeat(5, 1)) for copy in (self._together, self.call))
+            if together < alone:
+                self.call = self._together
+            else:
                 self.pool.shutdown()
-                self.pool = None
 
-    def __call__(self) -> None:
-        if self.pool is None:
-            self._alone()
-            return
+    def _together(self) -> None:
         others = [self.pool.submit(np.copyto, *part) for part in self.parts[1:]]
         np.copyto(*self.parts[0])
         for other in others:
             other.result()
-
-    def _alone(self) -> None:
-        np.copyto(self.target, self.source)
 
 
 @cache

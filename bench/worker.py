@@ -28,28 +28,29 @@ TOLERANCES = {"float64": 1e-7, "float32": 5e-3, "float16": 5e-2, "bfloat16": 2e-
 COMPARED = 1_000_000  # elements of a large array, evenly spread
 
 
-def selected(part: Any, quick: bool, dtypes: list[str], text: str) -> list[Any]:
-    """The cases of a part whose name has the text in it."""
-    return [case for case in part.cases(quick, dtypes) if text in case.name]
+def selected(part: Any, quick: bool, dtypes: list[str], text: str, draw: list[int]) -> list[Any]:
+    """The cases of a part, or those that the seeds draw, whose name has the text in it."""
+    return [case for case in (part.drawn(draw, dtypes) if draw else part.cases(quick, dtypes)) if text in case.name]
 
 
 def measured(part: Any, case: Any, peers: list[str], threads: int, quick: bool) -> dict[str, Any]:
-    """Times of all sides of a case, and ratios: a peer's time over ours, turn by turn."""
+    """Times of all sides of a case, and, turn by turn, a peer's time over ours and a side's over the limit."""
     sides = part.entrants(case, peers, threads)
     wrong = disagreements(sides, case.dtype)
     sides = {name: side for name, side in sides.items() if name not in wrong}
-    bases = {name: base_of(name, sides) for name in sides}
-    times = take_turns(sides, sorted(set(bases.values())), part.BUDGETS[quick], part.TURN)
-    ratios = {
-        name: {"of": base, **quartiles([theirs / ours for theirs, ours in zip(times[name], times[base])])}
-        for name, base in bases.items()
-        if not name.startswith("normext")
-    }
+    bases = {name: base_of(name, sides) for name in sides if name != "limit" and not name.startswith("normext")}
+    always = {"normext", "limit", *bases.values()} & set(sides)
+    times = take_turns(sides, sorted(always), part.BUDGETS[quick], part.TURN)
+
+    def over(name: str, base: str) -> dict[str, float]:
+        return quartiles([ours / theirs for ours, theirs in zip(times[name], times[base])])
+
     return {
         **case.facts(),
         "threads": threads,
         "times": {name: quartiles(taken) for name, taken in times.items()},
-        "ratios": ratios,
+        "ratios": {name: {"of": base, **over(name, base)} for name, base in bases.items()},
+        "over_limit": {name: over(name, "limit") for name in sides if "limit" in sides and name != "limit"},
         "disagreements": wrong,
     }
 
@@ -57,7 +58,7 @@ def measured(part: Any, case: Any, peers: list[str], threads: int, quick: bool) 
 def base_of(name: str, sides: dict[str, Entrant]) -> str:
     """Of normext's two ways, fresh results and ``out=``, the one that a side is compared with."""
     ours = "normext out="
-    return ours if (name.endswith(" out=") or name == "limit") and ours in sides else "normext"
+    return ours if name.endswith(" out=") and ours in sides else "normext"
 
 
 def disagreements(sides: dict[str, Entrant], dtype: str) -> dict[str, float]:
@@ -92,7 +93,7 @@ def records(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     part, threads = importlib.import_module(PARTS[settings["part"]]), settings["threads"]
     if normext.get_num_threads() != threads:
         raise RuntimeError(f"normext would run on {normext.get_num_threads()} threads, {threads} are wanted")
-    for case in selected(part, settings["quick"], settings["dtypes"], settings["filter"]):
+    for case in selected(part, settings["quick"], settings["dtypes"], settings["filter"], settings["draw"]):
         yield measured(part, case, settings["peers"], threads, settings["quick"])
 
 

@@ -9,6 +9,7 @@
 
 from normext._config import get_include, show_config, threads
 from normext._core import api as _api  # noqa: F401 - the capsule that normext.h looks for
+from normext._core.memory import set_memory_cache
 from normext._core.runtime import get_num_threads, set_num_threads
 from normext._version import __version__
 from normext.functional import (
@@ -60,6 +61,7 @@ __all__ = [
     "population_stats",
     "rms_norm",
     "rms_norm_backward",
+    "set_memory_cache",
     "set_num_threads",
     "show_config",
     "threads",

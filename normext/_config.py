@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from normext._blas import describe_blas
+from normext._core.memory import memory_cache
 from normext._core.runtime import config, get_num_threads, set_num_threads
 from normext._version import __version__
 
@@ -65,7 +66,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def show_config() -> None:
-    """Print version, compiler, instruction sets built and chosen, threads, and BLAS with its own.
+    """Print version, compiler, instruction sets built and chosen, threads, memory kept, and BLAS with its own threads.
 
     Examples
     --------
@@ -73,7 +74,9 @@ def show_config() -> None:
     >>> normext.show_config()  # doctest: +ELLIPSIS
     normext ...
     """
-    rows = {"normext": __version__, "NumPy": np.__version__, **config(), "BLAS": describe_blas()}
+    limit, kept = memory_cache()
+    memory = f"{kept / 2**20:g} of at most {limit / 2**20:g} MiB kept for results"
+    rows = {"normext": __version__, "NumPy": np.__version__, **config(), "memory": memory, "BLAS": describe_blas()}
     for name, value in rows.items():
         text = ", ".join(value) if isinstance(value, list) else value if value is not None else "no (one thread)"
         print(f"{name:<24}{text}")

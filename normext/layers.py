@@ -423,13 +423,15 @@ class BatchNorm(_Norm):
         if not self._training:
             return self._normalize(x, (mean, var, 1.0, False))
         tracked = statistics["num_batches_tracked"]
-        momentum = 1 - 1 / (int(tracked) + 1) if self.momentum is None else self.momentum
-        # Counted first: once running statistics are updated, nothing may fail any more.
-        tracked += 1
+        count = tracked.item()
+        momentum = 1 - 1 / (count + 1) if self.momentum is None else self.momentum
+        # Counted first: once running statistics are updated, nothing may fail any more. (``tracked += 1`` would take as
+        # long as half the call of a small batch.)
+        tracked[()] = count + 1
         try:
             return self._normalize(x, (mean, var, momentum, False))
         except BaseException:
-            tracked -= 1
+            tracked[()] = count
             raise
 
     def _normalize_with_moments(self, x: np.ndarray) -> tuple[np.ndarray, Any, float, np.ndarray, np.ndarray]:

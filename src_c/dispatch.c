@@ -29,13 +29,13 @@ NX_DECLARE(avx512)
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <immintrin.h>
 #include <intrin.h>
-static void cpuid(unsigned leaf, unsigned registers[4])
-{ __cpuidex((int *)registers, (int)leaf, 0); }
+static void cpuid_part(unsigned leaf, unsigned part, unsigned registers[4])
+{ __cpuidex((int *)registers, (int)leaf, (int)part); }
 static unsigned saved(void) { return (unsigned)_xgetbv(0); }
 #else
 #include <cpuid.h>
-static void cpuid(unsigned leaf, unsigned registers[4])
-{ __cpuid_count(leaf, 0, registers[0], registers[1], registers[2], registers[3]); }
+static void cpuid_part(unsigned leaf, unsigned part, unsigned registers[4])
+{ __cpuid_count(leaf, part, registers[0], registers[1], registers[2], registers[3]); }
 static unsigned saved(void)
 {
     unsigned low, high;
@@ -43,6 +43,8 @@ static unsigned saved(void)
     return low;
 }
 #endif
+
+static void cpuid(unsigned leaf, unsigned registers[4]) { cpuid_part(leaf, 0, registers); }
 
 /* Where cpuid tells what: leaf, register, bit. */
 enum { EBX = 1, ECX = 2 };
@@ -59,6 +61,27 @@ enum { EBX = 1, ECX = 2 };
 #define NX_lzcnt 0x80000001, ECX, 5
 #define NX_movbe 1, ECX, 22
 #define NX_osxsave 1, ECX, 27
+
+/* Leaf 4 (Intel; AMD has the same at 0x8000001d) describes one cache after the other: its type (1
+ * for data, 2 for instructions, 3 for both) and level, then ways, partitions, line size and sets,
+ * each less one. */
+static ptrdiff_t cache(int level)
+{
+    static const unsigned leaves[] = {4, 0x8000001d};
+    for (int i = 0; i < 2; i++) {
+        unsigned registers[4], leaf = leaves[i];
+        cpuid(leaf & 0x80000000, registers);
+        if (registers[0] < leaf) continue;
+        for (unsigned which = 0; which < 16; which++) {
+            cpuid_part(leaf, which, registers);
+            if ((registers[0] & 31) == 0) break;
+            if ((registers[0] & 31) == 2 || (int)(registers[0] >> 5 & 7) != level) continue;
+            return (ptrdiff_t)((registers[1] >> 22) + 1) * ((registers[1] >> 12 & 1023) + 1) *
+                   ((registers[1] & 4095) + 1) * ((ptrdiff_t)registers[2] + 1);
+        }
+    }
+    return 0;
+}
 
 static int has(unsigned leaf, int reg, int bit)
 {
@@ -78,7 +101,20 @@ static int saves(unsigned states) { return has(NX_osxsave) && (saved() & states)
 static int avx2(void) { return saves(0x6) NX_AVX2; }
 static int avx512(void) { return saves(0xe6) NX_AVX512; }
 
+#else
+static ptrdiff_t cache(int level)
+{
+    (void)level;
+    return 0;
+}
 #endif
+
+ptrdiff_t nx_cache(int level)
+{
+    const ptrdiff_t bytes = cache(level);
+    if (bytes > 0) return bytes;
+    return level == 2 ? 1 << 20 : 1 << 24;
+}
 
 const nx_isa nx_isas[] = {
     {"baseline", always, NX_TABLES(baseline)},

@@ -66,20 +66,6 @@ static inline void nx_merge(nx_moments *m, nx_moments other)
     m->count += other.count;
 }
 
-/* The same of many sets of equally many numbers at once, without a division for each. */
-static inline nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean,
-                                        const double *m2)
-{
-    double offset = 0, squares = 0, spread = 0, middle;
-    for (ptrdiff_t j = 0; j < sets; j++) offset += mean[j] - mean[0];
-    middle = mean[0] + offset / sets;
-    for (ptrdiff_t j = 0; j < sets; j++) {
-        squares += m2[j];
-        spread += (mean[j] - middle) * (mean[j] - middle);
-    }
-    return (nx_moments){numbers * sets, middle, squares + numbers * spread};
-}
-
 /* The scale that moments taken with scale 1 need. With a mean that is not near zero there is no
  * underflow to mend: a deviation is 0 or an ulp of the mean at least, whose square is a normal
  * number. Enlarged, the square of an ulp could overflow. */
@@ -126,17 +112,6 @@ static inline void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
     }
 }
 
-/* Whether any of n numbers that are not 0 is outside a range. A sum of ones, in the type of the
- * numbers, becomes vectors. */
-static inline int nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
-{
-    double outside = 0;
-    for (ptrdiff_t i = 0; i < n; i++)
-        outside +=
-            (p[i] > largest ? 1.0 : 0.0) + (p[i] < least ? 1.0 : 0.0) - (p[i] <= 0 ? 1.0 : 0.0);
-    return outside != 0;
-}
-
 /* Mean, variance and 1 / sqrt(variance + eps) of x, from the moments of x * scale. */
 static inline void nx_finish_moments(nx_moments m, double scale, double eps, double *mean,
                                      double *rstd, double *var)
@@ -175,7 +150,7 @@ typedef struct {
  * each (step 1); down columns, one for each column. */
 typedef struct {
     const double *mean, *scale, *shift;
-    ptrdiff_t step;
+    ptrdiff_t step, ahead; /* of x: see nx_backward */
 } nx_affine;
 
 /* The relu behind such a map: a backward pass that is given it takes dy for 0 where y, found again
@@ -185,12 +160,18 @@ typedef struct {
 } nx_relu_mask;
 
 /* What a backward pass reads and writes of a block: gamma runs along the rows, and it or the relu
- * may be NULL, or both; dx has data unless sums alone are made, addend where it is added to dx. */
+ * may be NULL, or both; dx has data unless sums alone are made, addend where it is added to dx.
+ *
+ * Numbers are gone through twice, the second time in cache. So that memory is not idle meanwhile,
+ * what is to come, so many elements further on, is asked for `ahead`: x while sums are made and dy
+ * while dx is; nothing where that is 0. Of 32 MiB of rows of 768 floats, layer norm forward took
+ * 8.5 ms without and 3.2 with it, as long as a copy; backward 14.9 and 8.7. */
 typedef struct {
     nx_block block;
     nx_rows x, dy, dx, addend;
     const void *gamma;
     const nx_relu_mask *relu;
+    ptrdiff_t ahead;
 } nx_backward;
 
 /* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are
@@ -276,5 +257,9 @@ extern const nx_isa nx_isas[];
 extern const int nx_isa_count;
 
 const char *nx_compiler(void);
+
+/* Bytes of the second- or third-level cache that this core has, or shares, as the processor tells;
+ * where it does not, 1 or 16 MiB. The system's own answer can be the sum over all sockets. */
+ptrdiff_t nx_cache(int level);
 
 #endif

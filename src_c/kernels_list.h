@@ -5,10 +5,31 @@
 
 /* Adds the block's numbers, times scale, to m. */
 NX_KERNEL(row_moments, void, (nx_rows x, nx_block b, int centred, double scale, nx_moments *m))
-/* Adds each column's numbers, times scale[j] (NULL means 1), to mean[j], m2[j], which hold `count`
- * numbers already. */
-NX_KERNEL(col_moments, void,
-          (nx_rows x, nx_block b, const double *scale, double count, double *mean, double *m2))
+/* A number near the mean of each column, by a sample of the rows; 0 where that is not finite. */
+NX_KERNEL(col_pivots, void, (nx_rows x, nx_block b, double *pivot))
+/* Adds the sums of d = x * scale[j] - pivot[j], and of d * d; scale NULL means 1. A pivot is taken
+ * as a number of gamma's type, here and below. */
+NX_KERNEL(col_powers, void,
+          (nx_rows x, nx_block b, const double *scale, const double *pivot, double *sum,
+           double *squares))
+/* Whether the sums of any column, of `count` numbers taken with scale 1, are to be taken once more;
+ * then with these scales and pivots. */
+NX_KERNEL(col_rescale, int,
+          (ptrdiff_t n, double count, const double *sum, const double *squares, double *pivot,
+           double *scale))
+/* As nx_finish_moments, from such sums; scale NULL means 1, and var may be NULL. */
+NX_KERNEL(col_statistics, void,
+          (ptrdiff_t n, double count, double eps, const double *scale, const double *pivot,
+           const double *sum, const double *squares, double *mean, double *rstd, double *var))
+
+/* The factors and shifts of n maps: rstd * gamma and beta; NULL means 1 and 0. */
+NX_KERNEL(affines, void,
+          (const void *gamma, const void *beta, ptrdiff_t n, const double *rstd, double *scale,
+           double *shift))
+/* The lines of columns of 1 / `each` numbers with such factors, about the means of dy. */
+NX_KERNEL(col_lines, void,
+          (ptrdiff_t n, double each, const double *rstd, const double *factor, const double *sum,
+           const double *dot, double *mean, double *slope, double *constant))
 
 /* y = gamma * ((x - mean) * scale + shift) + beta; gamma and beta run along the row, NULL means 1
  * and 0. With relu, here and below, 0 where that is less (gamma and beta are NULL then). */
@@ -35,21 +56,21 @@ NX_WRITER(row_dx, void, (const nx_backward *of, const nx_line *line))
 NX_WRITER(col_dx, void, (const nx_backward *of, const nx_line *line))
 
 /* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments,
- * then also row_affine, and as row_dots and row_dx, one after the other, but without what calling
- * them a row at a time costs. */
+ * then also row_affine, but without what calling them a row at a time costs. */
 NX_KERNEL(layer_statistics, void,
           (nx_rows x, nx_block b, int centred, double eps, double *mean, double *rstd))
 NX_WRITER(layer_forward, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean, double *rstd))
-/* Also adds the sums over the rows of dy and of dy * (x - mean[i]) * rstd[i] to dbeta[j], dgamma[j]:
- * x and dy are read once. */
+/* Adds a row's sums of g and of g * xhat to sum[r] and dot[r], and those of dy and of dy * xhat over
+ * the rows to dbeta[j] and dgamma[j]. xhat is (x - mean[r]) * rstd[r]. Rows that are not centred
+ * have no sums, and no dbeta. */
+NX_KERNEL(layer_dots, void,
+          (const nx_backward *of, int centred, const double *mean, const double *rstd, nx_sums sums,
+           double *dbeta, double *dgamma))
+/* The same of rows that are each one block, whose sums are not wanted, and their dx. */
 NX_WRITER(layer_backward, void,
           (const nx_backward *of, int centred, const double *mean, const double *rstd,
            double *dbeta, double *dgamma))
-/* These sums alone. */
-NX_KERNEL(layer_parameters, void,
-          (const nx_backward *of, const double *mean, const double *rstd, double *dbeta,
-           double *dgamma))
 /* Groups of rows, `short_group` numbers each at most, as by layer_statistics and row_affine; with
  * relu, 0 where y is less. */
 NX_WRITER(group_forward, void,
@@ -69,6 +90,14 @@ NX_KERNEL(add_rows, void, (nx_rows a, nx_rows b, nx_rows sum, nx_block block))
  * by way of float). */
 NX_KERNEL(widen, void, (const void *x, ptrdiff_t n, double *y))
 NX_KERNEL(narrow, void, (const double *x, ptrdiff_t n, void *y))
+
+/* Numbers that are double whatever the elements: nx_inverse_stds; nx_any_outside; a *= b; and
+ * momentum * s + share * batch, where s is of float or double. */
+NX_KERNEL(inverse_stds, void, (double *variance, ptrdiff_t n, double eps))
+NX_KERNEL(any_outside, int, (const double *p, ptrdiff_t n, double least, double largest))
+NX_KERNEL(multiply, void, (double *a, const double *b, ptrdiff_t n))
+NX_KERNEL(update_running, void,
+          (void *s, int single, ptrdiff_t n, double momentum, double share, const double *batch))
 
 /* float and double only: */
 /* y[j][i] = x[i][j] for the rows i and columns j of a block */

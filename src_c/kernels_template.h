@@ -30,6 +30,7 @@ enum {
      * loops here have, keep both units that add busy for that long. */
     LANES = 2 * WIDEST,
     NV = LANES / W,
+    HALF_NV = NV / 2, /* of sums that are made for several rows at a time */
     /* Sums are made on two levels; so many numbers are added up on the first. A lane then makes 8
      * additions there and, in a block of rows, 16 on the second level, with the rounding errors of
      * 24 additions and not of 128. These may not even cancel: numbers that are multiples of some
@@ -50,6 +51,11 @@ enum {
     /* Rows that are added up on the first level, in registers: a column's sums are loaded and
      * stored once for 8 of its numbers. */
     ROWS_AT_ONCE = 8,
+    /* Rows that are written together, for which a column's coefficients are loaded once. */
+    ROWS_WRITTEN = 4,
+    /* At least so many rows, or all there are, make a column's pivot, and less than twice as many:
+     * its distance from the mean is then a sixth of the standard deviation. */
+    SAMPLE = 32,
     /* Short rows that go through each step together. Rows of 48 floats, normalized with AVX-512 on
      * a Zen 4, take 39 ns each one by one, 23 with 4, 20 with 8 and 19 with 16. */
     INTERLEAVED = 8,
@@ -84,7 +90,7 @@ static nx_fold fold_rows(nx_block b, int adjacent)
     ptrdiff_t fold = 1;
     if (adjacent && b.n <= COLS_AT_ONCE / 2) {
         while (fold < WIDEST && fold * b.n % WIDEST) fold *= 2;
-        while (fold * b.n < 4 * WIDEST) fold *= 2;
+        while (fold * b.n < 16 * WIDEST) fold *= 2;
         while (fold * b.n > COLS_AT_ONCE || b.rows < 4 * fold) fold = fold == 1 ? 0 : fold / 2;
     }
     if (fold <= 1) return (nx_fold){1, b.n, b.rows, 0};
@@ -139,12 +145,12 @@ NX_INLINE nx_backward with(nx_backward of, const void *gamma, const nx_relu_mask
 
 /* Rows ------------------------------------------------------------------------------------- */
 
-/* The sum of all lanes of NV vectors, by halves; the loops are of constant lengths, so that the
+/* The sum of all lanes of some vectors, by halves; the loops are of constant lengths, so that the
  * compiler unrolls them and keeps the vectors in registers. */
-NX_INLINE C sum_lanes(V *lanes)
+NX_INLINE C sum_lanes(V *lanes, int vectors)
 {
-#define ADD_HALF(half) \
-    if (NV > half)     \
+#define ADD_HALF(half)  \
+    if (vectors > half) \
         for (int k = 0; k < half; k++) lanes[k] = add(lanes[k], lanes[k + half])
     ADD_HALF(16);
     ADD_HALF(8);
@@ -168,7 +174,22 @@ NX_INLINE double row_mean(nx_rows x, nx_block b, C scale)
         for (int k = 0; k < NV && i < b.n; k++, i += W)
             s[k] = mul_add(some(row + i, b.n - i, b.n - i >= W, zero), factor, s[k]);
     }
-    return (double)sum_lanes(s) / ((double)b.rows * (double)b.n) / scale;
+    return (double)sum_lanes(s, NV) / ((double)b.rows * (double)b.n) / scale;
+}
+
+/* The mean of a sample of a block: of the numbers at four places, a vector's worth at each. */
+NX_INLINE double sample_mean(nx_rows x, nx_block b, C scale)
+{
+    const ptrdiff_t width = b.n < WIDEST ? b.n : WIDEST;
+    V s[HALF_NV], factor = splat(scale);
+    if (b.rows * b.n <= 4 * WIDEST) return row_mean(x, b, scale);
+    for (int k = 0; k < HALF_NV; k++) s[k] = ZERO;
+    for (ptrdiff_t place = 0; place < 4; place++) {
+        const T *p = rows_at(x, place * b.rows / 4, place * (b.n - width) / 3).data;
+        for (ptrdiff_t k = 0, i = 0; k < HALF_NV && i < width; k++, i += W)
+            s[k] = mul_add(some(p + i, width - i, width - i >= W, ZERO), factor, s[k]);
+    }
+    return (double)sum_lanes(s, HALF_NV) / (4 * (double)width) / scale;
 }
 
 /* How many rows of n numbers the first level of sums adds up. */
@@ -216,8 +237,8 @@ NX_INLINE void row_powers(nx_rows x, nx_block b, C pivot, C scale, double *sum, 
             first_moments(rows_at(x, 0, i), first, p, factor, offset, s, q);
         }
     }
-    *sum = sum_lanes(s);
-    *squares = sum_lanes(q);
+    *sum = sum_lanes(s, NV);
+    *squares = sum_lanes(q, NV);
 }
 
 /* Moments of x * scale, from powers about a pivot, or about zero. */
@@ -229,19 +250,38 @@ NX_INLINE nx_moments moments(double count, int centred, C pivot, C scale, double
     return (nx_moments){count, (double)pivot * scale + mean, m2 < 0 ? 0 : m2};
 }
 
-/* Adds a block's moments to m. Squares are taken about a pivot near the mean: those of 10000 +- 1
- * would have no digit left for the variance. The first block's pivot is its own mean, roughly, for
- * which it is gone through twice. Later blocks take the mean of all before. Where that is a
- * distance d from their own mean, their squares are about it and too large by d * d, which is
- * subtracted again and leaves a rounding error that is small beside d * d; and the merged m2 has a
- * share of d * d in it, whatever the pivot. */
+/* Squares are taken about a pivot near the mean: those of 10000 +- 1 would have no digit left for
+ * the variance. That of a block is guessed from a sample. Where the guess is a distance d from the
+ * mean, the squares are too large by d * d, which is subtracted again and leaves a rounding error
+ * that is small beside d * d. Up to the standard deviation that does not matter; where it is more (a
+ * wild outlier was in the sample), the block is gone through once more, about the mean found. */
+NX_INLINE int missed(nx_moments m, double pivot)
+{
+    double distance = m.mean - pivot;
+    return distance * distance * m.count > m.m2;
+}
+
+NX_OUTLINE nx_moments moments_about(nx_rows x, nx_block b, C pivot, C scale)
+{
+    double sum, squares;
+    row_powers(x, b, pivot, scale, &sum, &squares);
+    return moments((double)b.rows * (double)b.n, 1, pivot, scale, sum, squares);
+}
+
+/* Adds a block's moments to m. For later blocks the mean of all before is the pivot: the merged m2
+ * has a share of the square of their distance in it, whatever the pivot. */
 NX_INLINE void add_moments(nx_rows x, nx_block b, int centred, C scale, nx_moments *m)
 {
-    double count = (double)b.rows * (double)b.n, sum, squares;
+    const int first = m->count == 0;
+    double sum, squares;
+    nx_moments added;
     C pivot = 0;
-    if (centred) pivot = (C)(m->count > 0 ? m->mean / scale : row_mean(x, b, scale));
+    if (centred) pivot = (C)(first ? sample_mean(x, b, scale) : m->mean / scale);
     row_powers(x, b, pivot, scale, &sum, &squares);
-    nx_merge(m, moments(count, centred, pivot, scale, sum, squares));
+    added = moments((double)b.rows * (double)b.n, centred, pivot, scale, sum, squares);
+    if (centred && first && missed(added, (double)pivot * scale))
+        added = moments_about(x, b, (C)(added.mean / scale), scale);
+    nx_merge(m, added);
 }
 
 NX_OUTLINE void row_moments(nx_rows x, nx_block b, int centred, double scale, nx_moments *m)
@@ -303,6 +343,12 @@ NX_OUTLINE void affine_far_out(const T *x, T *y, ptrdiff_t n, const nx_affine *m
     }
 }
 
+NX_INLINE nx_affine map_at(nx_affine map, ptrdiff_t r)
+{
+    map.mean += r * map.step, map.scale += r * map.step, map.shift += r * map.step;
+    return map;
+}
+
 /* The affine map under a relu, about its pivot: a gradient passes where the map's result, found
  * again from x as it was found in the forward pass, is above zero. */
 typedef struct {
@@ -361,6 +407,7 @@ NX_INLINE void first_dots(nx_backward of, V p, const V *minus_pivot, const relu_
         ptrdiff_t i = 0;
         for (; i + LANES <= b.n; i += LANES)
             for (int k = 0; k < NV; k++) {
+                if (of.ahead) NX_PREFETCH(x + i + k * W + of.ahead);
                 V d = sub(load(x + i + k * W), p);
                 if (gamma) c = load(gamma + i + k * W);
                 V g = load(dy + i + k * W);
@@ -405,9 +452,9 @@ NX_INLINE void dots_loop(nx_backward of, double mean, const double *pivot, nx_su
         }
         of = sums_part(of, count, 0, b);
         if (!sums.step && count < left) continue;
-        double block_sum = sum_lanes(s);
+        double block_sum = sum_lanes(s, NV);
         *sums.sum += pivot ? numbers * g_pivot + block_sum : block_sum;
-        *sums.dot += sum_lanes(q) - (mean - x_pivot) * block_sum;
+        *sums.dot += sum_lanes(q, NV) - (mean - x_pivot) * block_sum;
         for (int k = 0; k < NV; k++) s[k] = q[k] = ZERO;
         sums.sum += sums.step;
         sums.dot += sums.step;
@@ -457,38 +504,173 @@ NX_INLINE ptrdiff_t rows_interleaved(ptrdiff_t left, ptrdiff_t n, ptrdiff_t most
     return left < rows ? left : rows;
 }
 
+/* The statistics of a row whose pivot was missed, or that needs another scale than 1. */
+NX_OUTLINE void statistics_again(nx_rows x, ptrdiff_t n, int centred, double eps, double *mean,
+                                 double *rstd)
+{
+    nx_moments m = {0, 0, 0};
+    double scale;
+    row_moments(x, (nx_block){1, n}, centred, 1, &m);
+    scale = nx_rescale(&range, m);
+    if (scale != 1) {
+        m = (nx_moments){0, 0, 0};
+        row_moments(x, (nx_block){1, n}, centred, scale, &m);
+    }
+    nx_finish_moments(m, scale, eps, mean, rstd, NULL);
+}
+
 NX_OUTLINE void statistics_interleaved(nx_rows x, nx_block b, int centred, double eps, double *mean,
                                        double *rstd)
 {
-    C pivot[INTERLEAVED];
-    double sum[INTERLEAVED], squares[INTERLEAVED];
+    C pivot[INTERLEAVED] = {0};
+    double sum[INTERLEAVED] = {0}, squares[INTERLEAVED] = {0}, offset[INTERLEAVED], m2[INTERLEAVED],
+           wrong[INTERLEAVED], inverse[INTERLEAVED], any = 0;
     const nx_block row = {1, b.n};
-    for (ptrdiff_t r = 0; r < b.rows; r++)
-        pivot[r] = centred ? (C)row_mean(rows_at(x, r, 0), row, 1) : 0;
+    const double n = (double)b.n;
+    if (centred)
+        for (ptrdiff_t r = 0; r < b.rows; r++) pivot[r] = (C)sample_mean(rows_at(x, r, 0), row, 1);
     for (ptrdiff_t r = 0; r < b.rows; r++)
         row_powers(rows_at(x, r, 0), row, pivot[r], 1, sum + r, squares + r);
+    /* Without a branch, and of a constant length, these become vectors: as nx_finish_moments. */
+    for (int r = 0; r < INTERLEAVED; r++) {
+        offset[r] = centred ? sum[r] / n : 0;
+        m2[r] = squares[r] - sum[r] * offset[r];
+        m2[r] = m2[r] < 0 ? 0 : m2[r];
+        wrong[r] = (m2[r] <= DBL_MAX ? 0.0 : 1.0) + (m2[r] < range.tiny * n ? 1.0 : 0.0) +
+                   (offset[r] * offset[r] * n > m2[r] ? 1.0 : 0.0);
+        inverse[r] = m2[r] / n + eps;
+    }
+    for (int r = 0; r < INTERLEAVED; r++) inverse[r] = 1 / sqrt(inverse[r]);
+    for (int r = 0; r < INTERLEAVED; r++) any += wrong[r];
     for (ptrdiff_t r = 0; r < b.rows; r++) {
-        nx_moments m = moments((double)b.n, centred, pivot[r], 1, sum[r], squares[r]);
-        double scale = nx_rescale(&range, m);
-        if (scale != 1) {
-            m = (nx_moments){0, 0, 0};
-            row_moments(rows_at(x, r, 0), row, centred, scale, &m);
-        }
-        nx_finish_moments(m, scale, eps, mean + r, rstd + r, NULL);
+        mean[r] = pivot[r] + offset[r];
+        rstd[r] = inverse[r];
+    }
+    for (ptrdiff_t r = 0; r < b.rows && any != 0; r++)
+        if (wrong[r] != 0)
+            statistics_again(rows_at(x, r, 0), b.n, centred, eps, mean + r, rstd + r);
+}
+
+/* Rows of a backward pass that go through its first step together: gamma and the sums down the
+ * columns are loaded once for all of them. With 4 rows, their sums and coefficients are 16
+ * registers. */
+enum { ROWS_TOGETHER = 4 };
+
+/* Adds the part of `rows` rows from i on, a vector each at most: g and g * xhat to the rows' sums
+ * and dots, dy and dy * xhat to those of the columns. */
+NX_INLINE void layer_dots_vector(nx_backward of, ptrdiff_t rows, int centred, ptrdiff_t i,
+                                 ptrdiff_t left, int whole, const V *p, const V *scale,
+                                 const V *shift, V *sum, V *dot, C *col_sum, C *col_dot)
+{
+    V c = ZERO, s = ZERO, q = ZERO;
+    if (of.gamma) c = coefficients((const C *)of.gamma + i, left, whole);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const T *x = (const T *)of.x.data + r * of.x.stride + i;
+        const T *dy = (const T *)of.dy.data + r * of.dy.stride + i;
+        if (of.ahead) NX_PREFETCH(x + of.ahead);
+        V xhat = mul_add(sub(some(x, left, whole, p[r]), p[r]), scale[r], shift[r]);
+        V g = some(dy, left, whole, ZERO);
+        g = hold(g);
+        if (centred) s = r ? add(s, g) : g;
+        q = r ? mul_add(g, xhat, q) : mul(g, xhat);
+        if (of.gamma) g = mul(g, c);
+        if (centred) sum[r] = add(sum[r], g);
+        dot[r] = mul_add(g, xhat, dot[r]);
+    }
+    if (centred) store(col_sum + i, add(load(col_sum + i), s));
+    store(col_dot + i, add(load(col_dot + i), q));
+}
+
+/* The sums of g and of g * xhat of each of `rows` rows, and of all of them down the columns, added
+ * to col_sum and col_dot, which are padded to whole vectors. About zero no sum of g is needed. */
+NX_INLINE void layer_dots_rows(nx_backward of, ptrdiff_t rows, int centred, const double *mean,
+                               const double *rstd, double *sum, double *dot, C *col_sum, C *col_dot)
+{
+    V p[ROWS_TOGETHER], scale[ROWS_TOGETHER], shift[ROWS_TOGETHER];
+    V s[HALF_NV][ROWS_TOGETHER], q[HALF_NV][ROWS_TOGETHER];
+    V all_s[ROWS_TOGETHER][HALF_NV], all_q[ROWS_TOGETHER][HALF_NV];
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        C pivot = (C)mean[r];
+        p[r] = splat(pivot);
+        scale[r] = splat((C)rstd[r]);
+        shift[r] = splat((C)((pivot - mean[r]) * rstd[r]));
+        for (int k = 0; k < HALF_NV; k++) all_s[r][k] = all_q[r][k] = ZERO;
+    }
+#define VECTOR(k, i, left, whole)                                                              \
+    layer_dots_vector(of, rows, centred, i, left, whole, p, scale, shift, s[k], q[k], col_sum, \
+                      col_dot)
+    for (ptrdiff_t first = 0; first < of.block.n; first += FIRST_SUM) {
+        const ptrdiff_t end = of.block.n - first < FIRST_SUM ? of.block.n : first + FIRST_SUM;
+        ptrdiff_t i = first;
+        for (int k = 0; k < HALF_NV; k++)
+            for (ptrdiff_t r = 0; r < rows; r++) s[k][r] = q[k][r] = ZERO;
+        for (; i + WIDEST <= end; i += WIDEST)
+            for (int k = 0; k < HALF_NV; k++) VECTOR(k, i + k * W, W, 1);
+        for (int k = 0; k < HALF_NV && i < end; k++, i += W) VECTOR(k, i, end - i, end - i >= W);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (int k = 0; k < HALF_NV; k++) {
+                all_s[r][k] = add(all_s[r][k], s[k][r]);
+                all_q[r][k] = add(all_q[r][k], q[k][r]);
+            }
+    }
+#undef VECTOR
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        if (centred) sum[r] += sum_lanes(all_s[r], HALF_NV);
+        dot[r] += sum_lanes(all_q[r], HALF_NV);
     }
 }
 
-/* The sums of each row about its mean. */
-NX_OUTLINE void dots_interleaved(const nx_backward *of, const double *mean, double *sum,
-                                 double *dot)
+/* The same of any number of rows; one loop for each case. */
+NX_INLINE void layer_dots_of(nx_backward of, int centred, const double *mean, const double *rstd,
+                             double *sum, double *dot, C *col_sum, C *col_dot)
 {
-    for (ptrdiff_t r = 0; r < of->block.rows; r++) {
-        const nx_backward row = sums_part(*of, r, 0, (nx_block){1, of->block.n});
-        const nx_sums sums = {sum + r, dot + r, 0};
-        sum[r] = dot[r] = 0;
-        if (row.gamma) dots_loop(with(row, row.gamma, NULL, none), mean[r], NULL, sums);
-        else dots_loop(with(row, NULL, NULL, none), mean[r], NULL, sums);
-    }
+    ptrdiff_t r = 0;
+    for (; r + ROWS_TOGETHER <= of.block.rows; r += ROWS_TOGETHER)
+        layer_dots_rows(sums_part(of, r, 0, of.block), ROWS_TOGETHER, centred, mean + r, rstd + r,
+                        sum + r, dot + r, col_sum, col_dot);
+    for (; r < of.block.rows; r++)
+        layer_dots_rows(sums_part(of, r, 0, of.block), 1, centred, mean + r, rstd + r, sum + r,
+                        dot + r, col_sum, col_dot);
+}
+
+NX_OUTLINE void layer_dots_any(const nx_backward *of, int centred, const double *mean,
+                               const double *rstd, double *sum, double *dot, C *col_sum, C *col_dot)
+{
+#define DOTS(gamma, centred) \
+    layer_dots_of(with(*of, gamma, NULL, none), centred, mean, rstd, sum, dot, col_sum, col_dot)
+    if (of->gamma && centred) DOTS(of->gamma, 1);
+    else if (of->gamma) DOTS(of->gamma, 0);
+    else if (centred) DOTS(NULL, 1);
+    else DOTS(NULL, 0);
+#undef DOTS
+}
+
+/* Sums down columns, which are added up as C first, on their way to those in double. */
+NX_INLINE void add_to(double *NX_RESTRICT sum, const C *NX_RESTRICT some, ptrdiff_t n)
+{
+    for (ptrdiff_t j = 0; j < n; j++) sum[j] += some[j];
+}
+
+static void layer_dots(const nx_backward *of, int centred, const double *mean, const double *rstd,
+                       nx_sums sums, double *dbeta, double *dgamma)
+{
+    C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
+    const ptrdiff_t n = of->block.n;
+    memset(s, 0, (n + WIDEST) * sizeof(C));
+    memset(q, 0, (n + WIDEST) * sizeof(C));
+    layer_dots_any(of, centred, mean, rstd, sums.sum, sums.dot, s, q);
+    if (centred) add_to(dbeta, s, n);
+    add_to(dgamma, q, n);
+}
+
+/* Rows of a backward pass whose x and dy are met twice, the second time in the L1 cache where that
+ * holds several of them. */
+enum { MOST_TOGETHER = 32 };
+NX_INLINE ptrdiff_t rows_together(ptrdiff_t left, ptrdiff_t n)
+{
+    ptrdiff_t rows = ROW_BLOCK / n / ROWS_TOGETHER * ROWS_TOGETHER;
+    rows = rows < ROWS_TOGETHER ? ROWS_TOGETHER : rows < MOST_TOGETHER ? rows : MOST_TOGETHER;
+    return left < rows ? left : rows;
 }
 
 #include "kernels_short.h"
@@ -549,6 +731,32 @@ static void narrow(const double *x, ptrdiff_t n, void *y_)
 #endif
 }
 
+static void inverse_stds(double *variance, ptrdiff_t n, double eps)
+{ nx_inverse_stds(variance, n, eps); }
+
+static int any_outside(const double *p, ptrdiff_t n, double least, double largest)
+{
+    int64_t outside = 0; /* as wide as the numbers, to become vectors */
+    for (ptrdiff_t i = 0; i < n; i++) outside |= ((p[i] < least) & (p[i] > 0)) | (p[i] > largest);
+    return outside != 0;
+}
+
+static void multiply(double *NX_RESTRICT a, const double *NX_RESTRICT b, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++) a[i] *= b[i];
+}
+
+static void update_running(void *s, int single, ptrdiff_t n, double momentum, double share,
+                           const double *NX_RESTRICT batch)
+{
+    float *NX_RESTRICT f = s;
+    double *NX_RESTRICT d = s;
+    if (single)
+        for (ptrdiff_t i = 0; i < n; i++) f[i] = (float)(momentum * f[i] + share * batch[i]);
+    else
+        for (ptrdiff_t i = 0; i < n; i++) d[i] = momentum * d[i] + share * batch[i];
+}
+
 /* Columns ---------------------------------------------------------------------------------- *
  *
  * COLS_AT_ONCE columns at a time; within them row by row, so that memory is read in order,
@@ -570,14 +778,6 @@ static void narrow(const double *x, ptrdiff_t n, void *y_)
         if ((folded).tail) f(i_, 1, (folded).tail);                    \
     } while (0)
 
-/* f(row, numbers in it). What is written goes row by row: half as many streams through memory as
- * ROWS_AT_ONCE rows of both would be. */
-#define EACH_ROW(folded, f)                                                     \
-    do {                                                                        \
-        for (ptrdiff_t i_ = 0; i_ < (folded).rows; i_++) f(i_, (folded).lanes); \
-        if ((folded).tail) f((folded).rows, (folded).tail);                     \
-    } while (0)
-
 /* A column's coefficients for all its lanes. */
 NX_INLINE void spread(C *p, nx_fold folded)
 {
@@ -585,12 +785,18 @@ NX_INLINE void spread(C *p, nx_fold folded)
     for (ptrdiff_t j = cols; j < folded.lanes; j++) p[j] = p[j - cols];
 }
 
-/* The sums of the columns' lanes. */
-NX_INLINE void lane_sums(const C *NX_RESTRICT s, nx_fold folded, double *NX_RESTRICT sum)
+/* The same, and a vector more. */
+NX_INLINE void repeat(C *p, nx_fold folded)
 {
     ptrdiff_t cols = folded.lanes / folded.fold;
-    for (ptrdiff_t j = 0; j < cols; j++) sum[j] = s[j];
-    for (ptrdiff_t l = cols; l < folded.lanes; l += cols)
+    for (ptrdiff_t j = cols; j < folded.lanes + WIDEST; j++) p[j] = p[j - cols];
+}
+
+/* Adds the sums of the columns' lanes. */
+NX_INLINE void add_lanes(const C *NX_RESTRICT s, nx_fold folded, double *NX_RESTRICT sum)
+{
+    ptrdiff_t cols = folded.lanes / folded.fold;
+    for (ptrdiff_t l = 0; l < folded.lanes; l += cols)
         for (ptrdiff_t j = 0; j < cols; j++) sum[j] += s[l + j];
 }
 
@@ -598,29 +804,62 @@ NX_INLINE void lane_sums(const C *NX_RESTRICT s, nx_fold folded, double *NX_REST
 NX_INLINE nx_rows columns_at(nx_rows x, ptrdiff_t j0, nx_fold folded)
 { return (nx_rows){(T *)x.data + j0, folded.fold * x.stride}; }
 
-NX_INLINE void col_sum_rows(nx_rows x_, nx_block b, const C *factor, C *s)
+/* Adds a share of what the rows differ from the first. */
+NX_INLINE void col_pivots_rows(nx_rows x, nx_block b, const C *first, C *s)
 {
+    const V share = splat((C)(1.0 / SAMPLE));
     for (ptrdiff_t j = 0; j < b.n; j += W) {
-        const T *x = (const T *)x_.data + j;
-        V sum = load(s + j), f = load(factor + j);
-        if (b.n - j >= W)
-            for (ptrdiff_t r = 0; r < b.rows; r++) sum = mul_add(load(x + r * x_.stride), f, sum);
-        else
-            for (ptrdiff_t r = 0; r < b.rows; r++)
-                sum = mul_add(load_n(x + r * x_.stride, b.n - j, ZERO), f, sum);
+        V sum = load(s + j), p = load(first + j);
+        for (ptrdiff_t r = 0; r < b.rows; r++) {
+            const T *row = (const T *)x.data + r * x.stride + j;
+            V v = b.n - j >= W ? load(row) : load_n(row, b.n - j, p);
+            sum = mul_add(sub(v, p), share, sum);
+        }
         store(s + j, sum);
     }
 }
 
-NX_INLINE void col_moments_rows(nx_rows x, nx_block b, const C *pivot, const C *factor,
-                                const C *offset, C *s, C *q)
+/* The first row is taken off, so that a constant is found exactly. */
+static void col_pivots(nx_rows x_, nx_block b, double *pivot)
+{
+    const ptrdiff_t step = b.rows / SAMPLE > 1 ? b.rows / SAMPLE : 1;
+    const nx_rows sampled = {x_.data, step * x_.stride};
+    const ptrdiff_t rows = (b.rows + step - 1) / step;
+    C first[COLS_AT_ONCE], s[COLS_AT_ONCE];
+    double sum[COLS_AT_ONCE];
+    EACH_COLUMNS(j0, width)
+    {
+        const nx_fold folded = fold_rows((nx_block){rows, width}, sampled.stride == width);
+        const nx_rows x = columns_at(sampled, j0, folded);
+        const T *row = x.data;
+        const ptrdiff_t padded = (folded.lanes + W - 1) / W * W;
+        for (ptrdiff_t j = 0; j < width; j += W)
+            store(first + j, some(row + j, width - j, width - j >= W, ZERO));
+        spread(first, folded);
+        for (ptrdiff_t j = 0; j < padded; j++) s[j] = 0;
+#define PIVOTS_ROWS(i, rows, n) col_pivots_rows(rows_at(x, i, 0), (nx_block){rows, n}, first, s)
+        EACH_ROWS(folded, PIVOTS_ROWS);
+#undef PIVOTS_ROWS
+        for (ptrdiff_t j = 0; j < width; j++) sum[j] = 0;
+        add_lanes(s, folded, sum);
+        for (ptrdiff_t j = 0; j < width; j++) {
+            C p = (C)(first[j] + sum[j] * ((double)SAMPLE / (double)rows));
+            pivot[j0 + j] = p - p == 0 ? p : 0;
+        }
+    }
+}
+
+/* factor may be NULL. */
+NX_INLINE void col_powers_rows(nx_rows x, nx_block b, const C *pivot, const C *factor, C *s, C *q)
 {
     for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, squares = ZERO, f = load(factor + j), o = load(offset + j);
+        V sum = ZERO, squares = ZERO, p = load(pivot + j), f = ZERO, minus = ZERO;
+        if (factor) f = load(factor + j), minus = sub(ZERO, p);
         for (ptrdiff_t r = 0; r < b.rows; r++) {
             const T *row = (const T *)x.data + r * x.stride + j;
-            V v = b.n - j >= W ? load(row) : load_n(row, b.n - j, load(pivot + j));
-            V d = mul_add(v, f, o);
+            V v = b.n - j >= W ? load(row) : load_n(row, b.n - j, p);
+            V d = factor ? mul_add(v, f, minus) : sub(v, p);
+            if (factor && b.n - j < W) d = first_lanes(d, b.n - j);
             sum = add(sum, d);
             squares = mul_add(d, d, squares);
         }
@@ -629,77 +868,135 @@ NX_INLINE void col_moments_rows(nx_rows x, nx_block b, const C *pivot, const C *
     }
 }
 
-/* Merges the sums of columns, about their pivots and times their factors, into mean and m2. */
-NX_INLINE void merge_columns(nx_block b, const C *NX_RESTRICT pivot, const C *NX_RESTRICT factor,
-                             const double *NX_RESTRICT sum, const double *NX_RESTRICT squares,
-                             double count, double *NX_RESTRICT mean, double *NX_RESTRICT m2)
+static void col_powers(nx_rows x_, nx_block b, const double *scale, const double *pivot,
+                       double *sum, double *squares)
 {
-    double n = (double)b.rows, each = 1 / n, share = n / (count + n);
-    for (ptrdiff_t j = 0; j < b.n; j++) {
-        double block_m2 = squares[j] - sum[j] * (sum[j] * each);
-        double block_mean = (double)pivot[j] * factor[j] + sum[j] * each;
-        block_m2 = block_m2 < 0 ? 0 : block_m2;
-        if (count == 0) {
-            mean[j] = block_mean;
-            m2[j] = block_m2;
+    C factor[COLS_AT_ONCE], p[COLS_AT_ONCE], s[COLS_AT_ONCE], q[COLS_AT_ONCE];
+    EACH_COLUMNS(j0, width)
+    {
+        const nx_fold folded = fold_rows((nx_block){b.rows, width}, x_.stride == width);
+        const nx_rows x = columns_at(x_, j0, folded);
+        const ptrdiff_t padded = (folded.lanes + W - 1) / W * W;
+        for (ptrdiff_t j = 0; j < width; j++) p[j] = (C)pivot[j0 + j];
+        spread(p, folded);
+        for (ptrdiff_t j = folded.lanes; j < padded; j++) p[j] = factor[j] = 0;
+        for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
+#define POWERS(i, rows, n, factor) \
+    col_powers_rows(rows_at(x, i, 0), (nx_block){rows, n}, p, factor, s, q)
+#define POWERS_ROWS(i, rows, n) POWERS(i, rows, n, NULL)
+#define SCALED_ROWS(i, rows, n) POWERS(i, rows, n, factor)
+        if (scale) {
+            for (ptrdiff_t j = 0; j < width; j++) factor[j] = (C)scale[j0 + j];
+            spread(factor, folded);
+            EACH_ROWS(folded, SCALED_ROWS);
         } else {
-            nx_merge_share(mean + j, m2 + j, block_mean, block_m2, count, share);
+            EACH_ROWS(folded, POWERS_ROWS);
         }
+#undef POWERS
+#undef POWERS_ROWS
+#undef SCALED_ROWS
+        add_lanes(s, folded, sum + j0);
+        add_lanes(q, folded, squares + j0);
     }
 }
 
-/* The pivots are as those of add_moments. */
-static void col_moments(nx_rows x_, nx_block b, const double *scale, double count, double *mean,
-                        double *m2)
+/* Where the sums of a column say that they should be taken again: the squares are out of range, or
+ * its mean is farther from the pivot than numbers are from the mean, which costs more than a bit.
+ * A sum of ones, as wide as the numbers, becomes vectors. */
+NX_INLINE int64_t ask_again(double count, double each, double pivot, double sum, double squares)
 {
-    C factor[COLS_AT_ONCE], pivot[COLS_AT_ONCE], offset[COLS_AT_ONCE], s[COLS_AT_ONCE],
-        q[COLS_AT_ONCE];
-    double sum[COLS_AT_ONCE], squares[COLS_AT_ONCE];
-    EACH_COLUMNS(j0, width)
-    {
-        nx_fold folded = fold_rows((nx_block){b.rows, width}, x_.stride == width);
-        const nx_rows x = columns_at(x_, j0, folded);
-        const ptrdiff_t padded = (folded.lanes + W - 1) / W * W;
-        for (ptrdiff_t j = 0; j < width; j++) factor[j] = scale ? (C)scale[j0 + j] : 1;
-        spread(factor, folded);
-        for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
-        if (count == 0) {
-#define SUM_ROWS(i, rows, n) col_sum_rows(rows_at(x, i, 0), (nx_block){rows, n}, factor, s)
-            EACH_ROWS(folded, SUM_ROWS);
-#undef SUM_ROWS
-            lane_sums(s, folded, sum);
-            for (ptrdiff_t j = 0; j < width; j++)
-                pivot[j] = (C)(sum[j] / ((double)factor[j] * (double)b.rows));
-        } else {
-            for (ptrdiff_t j = 0; j < width; j++) pivot[j] = (C)(mean[j0 + j] / factor[j]);
-        }
-        spread(pivot, folded);
-        for (ptrdiff_t j = folded.lanes; j < padded; j++) pivot[j] = factor[j] = 0;
-        for (ptrdiff_t j = 0; j < padded; j++) {
-            offset[j] = -pivot[j] * factor[j];
-            s[j] = 0;
-        }
-#define MOMENTS_ROWS(i, rows, n) \
-    col_moments_rows(rows_at(x, i, 0), (nx_block){rows, n}, pivot, factor, offset, s, q)
-        EACH_ROWS(folded, MOMENTS_ROWS);
-#undef MOMENTS_ROWS
-        lane_sums(s, folded, sum);
-        lane_sums(q, folded, squares);
-        merge_columns((nx_block){b.rows, width}, pivot, factor, sum, squares, count, mean + j0,
-                      m2 + j0);
+    const double offset = sum * each, m2 = squares - sum * offset, far = offset * offset * count;
+    return (m2 <= DBL_MAX ? 0 : 1) + (far > m2 ? 1 : 0) +
+           (m2 < range.tiny * count ? 1 : 0) * (fabs(pivot + offset) < range.near_zero ? 1 : 0);
+}
+
+NX_INLINE int any_again(ptrdiff_t n, double count, const double *NX_RESTRICT sum,
+                        const double *NX_RESTRICT squares, const double *NX_RESTRICT pivot)
+{
+    const double each = 1 / count;
+    int64_t any = 0;
+    for (ptrdiff_t j = 0; j < n; j++)
+        any += ask_again(count, each, (C)pivot[j], sum[j], squares[j]);
+    return any != 0;
+}
+
+static int col_rescale(ptrdiff_t n, double count, const double *sum, const double *squares,
+                       double *pivot, double *scale)
+{
+    const double each = 1 / count;
+    if (!any_again(n, count, sum, squares, pivot)) return 0;
+    for (ptrdiff_t j = 0; j < n; j++) {
+        const double offset = sum[j] * each, mean = (C)pivot[j] + offset;
+        const int again = ask_again(count, each, (C)pivot[j], sum[j], squares[j]) != 0;
+        scale[j] = nx_rescale(&range, (nx_moments){count, mean, squares[j] - sum[j] * offset});
+        if (again) pivot[j] = (fabs(mean) <= DBL_MAX ? mean : pivot[j]) * scale[j];
+    }
+    return 1;
+}
+
+/* Without a branch in the loop it becomes vectors. */
+NX_INLINE void means_and_variances(ptrdiff_t n, double count, const double *NX_RESTRICT pivot,
+                                   const double *NX_RESTRICT sum, const double *NX_RESTRICT squares,
+                                   double *NX_RESTRICT mean, double *NX_RESTRICT var)
+{
+    const double each = 1 / count;
+    for (ptrdiff_t j = 0; j < n; j++) {
+        const double offset = sum[j] * each, m2 = squares[j] - sum[j] * offset;
+        mean[j] = (C)pivot[j] + offset;
+        var[j] = m2 < 0 ? 0 : m2 * each;
+    }
+}
+
+static void col_statistics(ptrdiff_t n, double count, double eps, const double *scale,
+                           const double *pivot, const double *sum, const double *squares,
+                           double *mean, double *rstd, double *var)
+{
+    means_and_variances(n, count, pivot, sum, squares, mean, rstd);
+    if (!scale) {
+        if (var) memcpy(var, rstd, n * sizeof *var);
+        nx_inverse_stds(rstd, n, eps);
+        return;
+    }
+    for (ptrdiff_t j = 0; j < n; j++)
+        nx_finish_moments((nx_moments){1, mean[j], rstd[j]}, scale[j], eps, mean + j, rstd + j,
+                          var ? var + j : NULL);
+}
+
+static void affines(const void *gamma_, const void *beta_, ptrdiff_t n,
+                    const double *NX_RESTRICT rstd, double *NX_RESTRICT scale,
+                    double *NX_RESTRICT shift)
+{
+    const C *gamma = gamma_, *beta = beta_;
+    if (gamma)
+        for (ptrdiff_t j = 0; j < n; j++) scale[j] = rstd[j] * gamma[j];
+    else
+        for (ptrdiff_t j = 0; j < n; j++) scale[j] = rstd[j];
+    if (beta)
+        for (ptrdiff_t j = 0; j < n; j++) shift[j] = beta[j];
+    else
+        for (ptrdiff_t j = 0; j < n; j++) shift[j] = 0;
+}
+
+static void col_lines(ptrdiff_t n, double each, const double *NX_RESTRICT rstd,
+                      const double *NX_RESTRICT factor, const double *NX_RESTRICT sum,
+                      const double *NX_RESTRICT dot, double *NX_RESTRICT mean,
+                      double *NX_RESTRICT slope, double *NX_RESTRICT constant)
+{
+    for (ptrdiff_t j = 0; j < n; j++) {
+        mean[j] = sum[j] * each;
+        slope[j] = nx_slope(factor[j], rstd[j], dot[j] * each);
+        constant[j] = nx_constant(factor[j], mean[j]);
     }
 }
 
 /* The relu masks of columns, about their pivots. */
-NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, ptrdiff_t j0, nx_fold folded,
+NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, ptrdiff_t j0, ptrdiff_t width,
                      C *scale, C *shift)
 {
-    for (ptrdiff_t j = 0, width = folded.lanes / folded.fold; j < width; j++) {
+    for (ptrdiff_t j = 0; j < width; j++) {
         scale[j] = (C)relu->scale[j0 + j];
         shift[j] = pivot_shift(mean[j0 + j], relu->scale[j0 + j], relu->shift[j0 + j]);
     }
-    spread(scale, folded);
-    spread(shift, folded);
 }
 
 /* minus_pivot may be NULL, and the mask's scale. */
@@ -741,7 +1038,11 @@ static void col_dots(const nx_backward *of, const double *mean, const double *pi
         spread(x_pivot, folded);
         spread(minus, folded);
         for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
-        if (of->relu) masks(of->relu, mean, j0, folded, scale, shift);
+        if (of->relu) {
+            masks(of->relu, mean, j0, width, scale, shift);
+            spread(scale, folded);
+            spread(shift, folded);
+        }
 #define DOTS(i, rows, n, minus, scale)                                                           \
     col_dots_rows(                                                                               \
         rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n},                                \
@@ -761,8 +1062,9 @@ static void col_dots(const nx_backward *of, const double *mean, const double *pi
 #undef MASKED_ROWS
 #undef PIVOTED_ROWS
 #undef PIVOTED_MASKED_ROWS
-        lane_sums(s, folded, block_sum);
-        lane_sums(q, folded, block_dot);
+        for (ptrdiff_t j = 0; j < width; j++) block_sum[j] = block_dot[j] = 0;
+        add_lanes(s, folded, block_sum);
+        add_lanes(q, folded, block_dot);
         for (ptrdiff_t j = 0; j < width; j++) {
             sums.sum[j0 + j] += block_sum[j] - (double)b.rows * (double)minus[j];
             sums.dot[j0 + j] += block_dot[j] - (mean[j0 + j] - x_pivot[j]) * block_sum[j];
@@ -796,53 +1098,6 @@ static int cols_are_far(nx_rows dy_, nx_block b, const double *sum, double count
         }
     }
     return any;
-}
-
-NX_INLINE void layer_parameters_rows(nx_rows x, nx_rows dy, nx_block b, const double *mean,
-                                     const double *rstd, C *s, C *q)
-{
-    V p[ROWS_AT_ONCE], scale[ROWS_AT_ONCE], shift[ROWS_AT_ONCE];
-    for (ptrdiff_t r = 0; r < b.rows; r++) {
-        C pivot = (C)mean[r];
-        p[r] = splat(pivot);
-        scale[r] = splat((C)rstd[r]);
-        shift[r] = splat((C)((pivot - mean[r]) * rstd[r]));
-    }
-    for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, dot = ZERO;
-        for (ptrdiff_t r = 0; r < b.rows; r++) {
-            const T *xr = (const T *)x.data + r * x.stride + j;
-            const T *gr = (const T *)dy.data + r * dy.stride + j;
-            V v = b.n - j >= W ? load(xr) : load_n(xr, b.n - j, p[r]);
-            V g = b.n - j >= W ? load(gr) : load_n(gr, b.n - j, ZERO);
-            sum = add(sum, g);
-            dot = mul_add(g, mul_add(sub(v, p[r]), scale[r], shift[r]), dot);
-        }
-        store(s + j, add(load(s + j), sum));
-        store(q + j, add(load(q + j), dot));
-    }
-}
-
-static void layer_parameters(const nx_backward *of, const double *mean, const double *rstd,
-                             double *dbeta, double *dgamma)
-{
-    const nx_block b = of->block;
-    C s[COLS_AT_ONCE], q[COLS_AT_ONCE];
-    EACH_COLUMNS(j0, width)
-    {
-        nx_fold folded = {1, width, b.rows, 0};
-        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded);
-        for (ptrdiff_t j = 0; j < width; j++) s[j] = q[j] = 0;
-#define PARAMETERS_ROWS(i, rows, n)                                                           \
-    layer_parameters_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, mean + i, \
-                          rstd + i, s, q)
-        EACH_ROWS(folded, PARAMETERS_ROWS);
-#undef PARAMETERS_ROWS
-        for (ptrdiff_t j = 0; j < width; j++) {
-            dbeta[j0 + j] += s[j];
-            dgamma[j0 + j] += q[j];
-        }
-    }
 }
 
 #ifdef T_INT

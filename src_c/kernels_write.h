@@ -31,41 +31,59 @@ NX_INLINE void WR(put)(T *p, ptrdiff_t left, int whole, V v)
         if (i_ < (n)) f(i_, (n) - i_, 0);            \
     } while (0)
 
-NX_INLINE void WR(affine_vector)(const T *x, T *y, ptrdiff_t left, int whole, V p, V a, V b,
-                                 const C *gamma, const C *beta, int relu)
+/* A vector of each of `rows` rows, which share gamma and beta. */
+NX_INLINE void WR(affine_vector)(nx_rows x, nx_rows y, ptrdiff_t rows, ptrdiff_t i, ptrdiff_t left,
+                                 int whole, const V *p, const V *scale, const V *shift,
+                                 const C *gamma, const C *beta, int relu, ptrdiff_t ahead)
 {
-    V v = mul_add(sub(some(x, left, whole, p), p), a, b), c = ZERO, d = ZERO;
-    if (gamma) c = coefficients(gamma, left, whole);
-    if (beta) d = coefficients(beta, left, whole);
-    if (gamma && beta) v = mul_add(v, c, d);
-    else if (gamma) v = mul(v, c);
-    else if (beta) v = add(v, d);
-    WR(put)(y, left, whole, relu ? greater(ZERO, v) : v);
+    V c = ZERO, d = ZERO;
+    if (gamma) c = coefficients(gamma + i, left, whole);
+    if (beta) d = coefficients(beta + i, left, whole);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const T *from = (const T *)x.data + r * x.stride + i;
+        if (ahead) NX_PREFETCH(from + ahead);
+        V v = mul_add(sub(some(from, left, whole, p[r]), p[r]), scale[r], shift[r]);
+        if (gamma && beta) v = mul_add(v, c, d);
+        else if (gamma) v = mul(v, c);
+        else if (beta) v = add(v, d);
+        WR(put)((T *)y.data + r * y.stride + i, left, whole, relu ? greater(ZERO, v) : v);
+    }
 }
 
-NX_INLINE void WR(affine_loop)(nx_rows x_, nx_rows y_, nx_block b, nx_affine map, const C *gamma,
+NX_INLINE void WR(affine_rows)(nx_rows x, nx_rows y, ptrdiff_t rows, ptrdiff_t n, nx_affine map,
+                               const C *gamma, const C *beta, int relu)
+{
+    V p[2], scale[2], shift[2];
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const nx_affine of_row = map_at(map, r);
+        p[r] = splat((C)*of_row.mean);
+        scale[r] = splat((C)*of_row.scale);
+        shift[r] = splat(pivot_shift(*of_row.mean, *of_row.scale, *of_row.shift));
+    }
+#define VECTOR(i, left, whole) \
+    WR(affine_vector)(x, y, rows, i, left, whole, p, scale, shift, gamma, beta, relu, map.ahead)
+    EACH_VECTOR((T *)y.data, n, VECTOR);
+#undef VECTOR
+}
+
+/* Two rows at a time, where their vectors are aligned alike: gamma and beta are loaded once. */
+NX_INLINE void WR(affine_loop)(nx_rows x, nx_rows y, nx_block b, nx_affine map, const C *gamma,
                                const C *beta, int relu)
 {
-    const T *x = x_.data;
-    T *y = y_.data;
-    V p = ZERO, scale = ZERO, shift = ZERO;
-    for (ptrdiff_t r = 0; r < b.rows; r++, x += x_.stride, y += y_.stride) {
-        if (far_out(*map.mean, *map.scale)) {
-            affine_far_out(x, y, b.n, &(nx_affine){map.mean, map.scale, map.shift, 0}, gamma, beta,
-                           relu);
+    const int alike = !STREAM || y.stride % W == 0;
+    for (ptrdiff_t r = 0; r < b.rows;) {
+        const nx_affine here = map_at(map, r), next = map_at(map, r + 1);
+        const nx_rows from = rows_at(x, r, 0), to = rows_at(y, r, 0);
+        if (far_out(*here.mean, *here.scale)) {
+            affine_far_out(from.data, to.data, b.n, &here, gamma, beta, relu);
+            r += 1;
+        } else if (alike && r + 1 < b.rows && !far_out(*next.mean, *next.scale)) {
+            WR(affine_rows)(from, to, 2, b.n, here, gamma, beta, relu);
+            r += 2;
         } else {
-            if (r == 0 || map.step) {
-                p = splat((C)*map.mean);
-                scale = splat((C)*map.scale);
-                shift = splat(pivot_shift(*map.mean, *map.scale, *map.shift));
-            }
-#define VECTOR(i, left, whole)                                                              \
-    WR(affine_vector)(x + i, y + i, left, whole, p, scale, shift, gamma ? gamma + i : NULL, \
-                      beta ? beta + i : NULL, relu)
-            EACH_VECTOR(y, b.n, VECTOR);
-#undef VECTOR
+            WR(affine_rows)(from, to, 1, b.n, here, gamma, beta, relu);
+            r += 1;
         }
-        map.mean += map.step, map.scale += map.step, map.shift += map.step;
     }
 }
 
@@ -88,6 +106,7 @@ NX_INLINE void WR(dx_vector)(nx_backward of, ptrdiff_t i, ptrdiff_t left, int wh
     const T *x = of.x.data, *dy = of.dy.data, *addend = of.addend.data;
     const C *gamma = of.gamma;
     const relu_mask *mask = of.relu ? &line->mask : NULL;
+    if (of.ahead) NX_PREFETCH(dy + i + of.ahead);
     V d = sub(some(x + i, left, whole, ZERO), line->x_pivot), c = ZERO;
     if (gamma) c = coefficients(gamma + i, left, whole);
     V g = some(dy + i, left, whole, ZERO);
@@ -129,6 +148,18 @@ NX_OUTLINE void WR(row_dx)(const nx_backward *of, const nx_line *line)
     else WR(dx_loop)(with(*of, NULL, NULL, none), *line, 1);
 }
 
+#if STREAM
+/* Short rows that lie one after the other are made in a buffer, and go around the caches as one run
+ * of numbers: by themselves, they would each end in lines of which they are a part. */
+enum { SHORT_RUN = 512 };
+static void stream_run(const T *from, T *to, ptrdiff_t n)
+{
+#define VECTOR(i, left, whole) WR(put)(to + i, left, whole, some(from + i, left, whole, ZERO))
+    EACH_VECTOR(to, n, VECTOR);
+#undef VECTOR
+}
+#endif
+
 static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd)
 {
@@ -139,70 +170,94 @@ static void WR(layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *
     }
     for (ptrdiff_t first = 0, count; first < b.rows; first += count) {
         count = rows_interleaved(b.rows - first, b.n, ROW_BLOCK);
-        const nx_rows some_x = rows_at(x, first, 0);
+        const nx_rows some_x = rows_at(x, first, 0), some_y = rows_at(y, first, 0);
         const nx_block some = {count, b.n};
-        const nx_affine map = {mean + first, rstd + first, zeros, 1};
+        const nx_affine map = {mean + first, rstd + first, zeros, 1, STREAM ? count * x.stride : 0};
         statistics_interleaved(some_x, some, norm->centred, norm->eps, mean + first, rstd + first);
-        WR(row_affine)(some_x, rows_at(y, first, 0), some, &map, norm->gamma, norm->beta, 0);
+#if STREAM
+        if (b.n < SHORT_RUN && y.stride == b.n) {
+            T run[ROW_BLOCK];
+            row_affine(some_x, (nx_rows){run, b.n}, some, &map, norm->gamma, norm->beta, 0);
+            stream_run(run, some_y.data, count * b.n);
+            continue;
+        }
+#endif
+        WR(row_affine)(some_x, some_y, some, &map, norm->gamma, norm->beta, 0);
     }
 }
 
-NX_INLINE void WR(layer_backward_loop)(nx_backward of, int centred, const double *mean,
-                                       const double *rstd)
+/* dx of rows whose sums are known, the dots being those of xhat. */
+NX_INLINE void WR(layer_dx)(nx_backward of, int centred, const double *mean, const double *rstd,
+                            const double *sum, const double *dot)
 {
-    double sums[INTERLEAVED], dots[INTERLEAVED], each = 1 / (double)of.block.n;
     const ptrdiff_t rows = of.block.rows, n = of.block.n;
-    for (ptrdiff_t count, first = 0; first < rows; first += count) {
-        count = rows_interleaved(rows - first, n, ROW_BLOCK * 2 / 3);
-        const nx_backward some = sums_part(of, first, 0, (nx_block){count, n});
-        dots_interleaved(&some, mean + first, sums, dots);
-        for (ptrdiff_t i = 0; i < count; i++) {
-            const ptrdiff_t r = first + i;
-            const nx_backward row = rows_part(of, r, (nx_block){1, n});
-            double sum = sums[i], dot = dots[i], g_mean = centred ? sum * each : 0;
-            const int far = is_far(row.dy.data, n, row.gamma, g_mean);
-            if (far) {
-                const nx_backward far_row = row;
-                sum = dot = 0;
-                dots_about(&far_row, mean[r], &g_mean, (nx_sums){&sum, &dot, 0});
-                g_mean = sum * each;
-            }
-            const double slope = nx_slope(rstd[r], rstd[r], dot * each);
-            const double constant = nx_constant(rstd[r], g_mean);
-            const nx_line line = {mean + r, &g_mean, rstd + r, &slope, &constant, 0};
-            if (far) {
-                const nx_backward far_row = row;
-                WR(row_dx)(&far_row, &line);
-            } else {
-                WR(dx_loop)(row, line, 0);
-            }
+    const double each = 1 / (double)n;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const nx_backward row = rows_part(of, r, (nx_block){1, n});
+        double g_mean = centred ? sum[r] * each : 0, slope = nx_slope(1, rstd[r], dot[r] * each);
+        const int far = is_far(row.dy.data, n, row.gamma, g_mean);
+        if (far) {
+            const nx_backward far_row = row;
+            double far_sum = 0, far_dot = 0;
+            dots_about(&far_row, mean[r], &g_mean, (nx_sums){&far_sum, &far_dot, 0});
+            g_mean = far_sum * each;
+            slope = nx_slope(rstd[r], rstd[r], far_dot * each);
+        }
+        const double constant = nx_constant(rstd[r], g_mean);
+        const nx_line line = {mean + r, &g_mean, rstd + r, &slope, &constant, 0};
+        if (far) {
+            const nx_backward far_row = row;
+            WR(row_dx)(&far_row, &line);
+        } else {
+            WR(dx_loop)(row, line, 0);
         }
     }
+}
+
+/* One loop for each case. */
+NX_OUTLINE void WR(layer_dx_any)(const nx_backward *of, int centred, const double *mean,
+                                 const double *rstd, const double *sum, const double *dot)
+{
+    const void *gamma = of->gamma;
+#define DX(gamma, addend) \
+    WR(layer_dx)(with(*of, gamma, NULL, addend), centred, mean, rstd, sum, dot)
+    if (gamma && of->addend.data) DX(gamma, of->addend);
+    else if (gamma) DX(gamma, none);
+    else if (of->addend.data) DX(NULL, of->addend);
+    else DX(NULL, none);
+#undef DX
 }
 
 static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma)
 {
-    enum { TWICE = 32 }; /* rows whose x and dy are met again in a second-level cache */
-    const nx_block b = of->block;
-    if (b.n <= SHORT_BACKWARD) {
+    C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
+    const ptrdiff_t rows = of->block.rows, n = of->block.n;
+    if (n <= SHORT_BACKWARD) {
         short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
         return;
     }
-    for (ptrdiff_t first = 0; first < b.rows; first += TWICE) {
-        const ptrdiff_t rows = b.rows - first < TWICE ? b.rows - first : TWICE;
-        const nx_backward part = rows_part(*of, first, (nx_block){rows, b.n});
-        const void *gamma = part.gamma;
-        const nx_rows addend = part.addend;
-        layer_parameters(&part, mean + first, rstd + first, dbeta, dgamma);
-#define BACKWARD(gamma, addend) \
-    WR(layer_backward_loop)(with(part, gamma, NULL, addend), centred, mean + first, rstd + first)
-        if (gamma && addend.data) BACKWARD(gamma, addend);
-        else if (gamma) BACKWARD(gamma, none);
-        else if (addend.data) BACKWARD(NULL, addend);
-        else BACKWARD(NULL, none);
-#undef BACKWARD
+    memset(s, 0, (n + WIDEST) * sizeof(C));
+    memset(q, 0, (n + WIDEST) * sizeof(C));
+    for (ptrdiff_t count, first = 0; first < rows; first += count) {
+        count = rows_together(rows - first, n);
+        nx_backward some = rows_part(*of, first, (nx_block){count, n});
+        double sum[MOST_TOGETHER] = {0}, dot[MOST_TOGETHER] = {0};
+        some.ahead = STREAM ? count * some.x.stride : 0; /* dy most often lies alike */
+        layer_dots_any(&some, centred, mean + first, rstd + first, sum, dot, s, q);
+#if STREAM
+        if (n < SHORT_RUN && of->dx.stride == n) {
+            T run[ROW_BLOCK], *to = some.dx.data;
+            some.dx.data = run;
+            layer_dx_any(&some, centred, mean + first, rstd + first, sum, dot);
+            stream_run(run, to, count * n);
+            continue;
+        }
+#endif
+        WR(layer_dx_any)(&some, centred, mean + first, rstd + first, sum, dot);
     }
+    if (centred) add_to(dbeta, s, n);
+    add_to(dgamma, q, n);
 }
 
 static void WR(group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, double eps, int relu,
@@ -249,17 +304,58 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
     return g->groups;
 }
 
-NX_INLINE void WR(col_affine_row)(const T *x, T *y, ptrdiff_t cols, const C *pivot, const C *scale,
-                                  const C *shift, int relu)
-{
-#define VECTOR(j, left, whole)                                      \
-    do {                                                            \
-        V d = sub(some(x + j, left, whole, ZERO), load(pivot + j)); \
-        V v = mul_add(d, load(scale + j), load(shift + j));         \
-        WR(put)(y + j, left, whole, relu ? greater(ZERO, v) : v);   \
+/* f(row, first number in it, rows, first coefficient, numbers) for all rows of columns. Around the
+ * caches memory is written in order, and where rows lie together they are one, through which aligned
+ * vectors go, and through the coefficients again and again. Otherwise ROWS_WRITTEN rows are written
+ * together, for which coefficients are loaded once. */
+#define EACH_WRITTEN(b, adjacent, folded, y, f)                                    \
+    do {                                                                           \
+        ptrdiff_t r_ = 0;                                                          \
+        if (STREAM && (adjacent)) {                                                \
+            const ptrdiff_t numbers_ = (b).rows * (folded).lanes / (folded).fold;  \
+            ptrdiff_t n_ = unaligned((y).data, numbers_), j_ = 0;                  \
+            for (ptrdiff_t i_ = 0; i_ < numbers_; i_ += n_) {                      \
+                if (i_ > 0 || n_ == 0) n_ = ((folded).lanes - j_ + W - 1) / W * W; \
+                if (n_ > numbers_ - i_) n_ = numbers_ - i_;                        \
+                f(0, i_, 1, j_, n_);                                               \
+                j_ = (j_ + n_) % (folded).lanes;                                   \
+            }                                                                      \
+        } else {                                                                   \
+            if (!STREAM)                                                           \
+                for (; r_ + ROWS_WRITTEN <= (folded).rows; r_ += ROWS_WRITTEN)     \
+                    f(r_, 0, ROWS_WRITTEN, 0, (folded).lanes);                     \
+            for (; r_ < (folded).rows; r_++) f(r_, 0, 1, 0, (folded).lanes);       \
+            if ((folded).tail) f(r_, 0, 1, 0, (folded).tail);                      \
+        }                                                                          \
     } while (0)
-    EACH_VECTOR(y, cols, VECTOR);
+
+NX_INLINE void WR(col_affine_loop)(nx_rows x_, nx_rows y_, nx_block b, const C *pivot,
+                                   const C *scale, const C *shift, int relu)
+{
+    const T *x = x_.data;
+    T *y = y_.data;
+#define VECTOR(j, left, whole)                                                        \
+    do {                                                                              \
+        const V p = load(pivot + j), a = load(scale + j), c = load(shift + j);        \
+        for (ptrdiff_t r = 0; r < b.rows; r++) {                                      \
+            V d = sub(some(x + r * x_.stride + j, left, whole, ZERO), p);             \
+            V v = mul_add(d, a, c);                                                   \
+            WR(put)(y + r * y_.stride + j, left, whole, relu ? greater(ZERO, v) : v); \
+        }                                                                             \
+    } while (0)
+    EACH_VECTOR(y, b.n, VECTOR);
 #undef VECTOR
+}
+
+/* One row, or ROWS_WRITTEN: loops with constants, which the compiler unrolls. */
+NX_OUTLINE void WR(col_affine_rows)(nx_rows x, nx_rows y, nx_block b, const C *pivot,
+                                    const C *scale, const C *shift, int relu)
+{
+    const nx_block one = {1, b.n}, some = {ROWS_WRITTEN, b.n};
+    if (b.rows == 1 && relu) WR(col_affine_loop)(x, y, one, pivot, scale, shift, 1);
+    else if (b.rows == 1) WR(col_affine_loop)(x, y, one, pivot, scale, shift, 0);
+    else if (relu) WR(col_affine_loop)(x, y, some, pivot, scale, shift, 1);
+    else WR(col_affine_loop)(x, y, some, pivot, scale, shift, 0);
 }
 
 static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *map, int relu)
@@ -269,7 +365,7 @@ static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *
     for (ptrdiff_t j0 = 0, width; j0 < b.n; j0 += width) {
         width = ordinary(mean + j0, scale + j0, b.n - j0 < COLS_AT_ONCE ? b.n - j0 : COLS_AT_ONCE);
         if (width == 0) {
-            const nx_affine far = {mean + j0, scale + j0, shift + j0, 0};
+            const nx_affine far = {mean + j0, scale + j0, shift + j0, 0, 0};
             width = 1;
             for (ptrdiff_t r = 0; r < b.rows; r++)
                 affine_far_out(rows_at(x_, r, j0).data, rows_at(y_, r, j0).data, 1, &far, NULL,
@@ -284,37 +380,50 @@ static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *
             scales[j] = (C)scale[j0 + j];
             shifts[j] = pivot_shift(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
         }
-        spread(pivots, folded);
-        spread(scales, folded);
-        spread(shifts, folded);
-#define AFFINE(r, n, relu)                                                                      \
-    WR(col_affine_row)(rows_at(x, r, 0).data, rows_at(y, r, 0).data, n, pivots, scales, shifts, \
-                       relu)
-#define AFFINE_ROW(r, n) AFFINE(r, n, 0)
-#define RELU_ROW(r, n) AFFINE(r, n, 1)
-        if (relu) EACH_ROW(folded, RELU_ROW);
-        else EACH_ROW(folded, AFFINE_ROW);
-#undef AFFINE
-#undef AFFINE_ROW
-#undef RELU_ROW
+        repeat(pivots, folded);
+        repeat(scales, folded);
+        repeat(shifts, folded);
+#define AFFINE_ROWS(r, i, rows, j, n)                                                        \
+    WR(col_affine_rows)(rows_at(x, r, i), rows_at(y, r, i), (nx_block){rows, n}, pivots + j, \
+                        scales + j, shifts + j, relu)
+        EACH_WRITTEN(b, adjacent, folded, y, AFFINE_ROWS);
+#undef AFFINE_ROWS
     }
 }
 
-NX_INLINE void WR(col_dx_row)(const T *x, const T *dy, T *dx, ptrdiff_t cols, line_columns l,
-                              int relu)
+NX_INLINE void WR(col_dx_loop)(nx_rows x_, nx_rows dy_, nx_rows dx_, nx_block b,
+                               const line_columns *l, ptrdiff_t j0, int relu)
 {
-#define VECTOR(j, left, whole)                                                                 \
-    do {                                                                                       \
-        V d = sub(some(x + j, left, whole, ZERO), load(l.x_pivot + j));                        \
-        V minus = load(l.minus_pivot + j);                                                     \
-        relu_mask mask;                                                                        \
-        if (relu) mask = (relu_mask){load(l.mask_scale + j), load(l.mask_shift + j)};          \
-        V g = gradient(some(dy + j, left, whole, ZERO), d, NULL, relu ? &mask : NULL, &minus); \
-        V rest = mul_add(d, load(l.slope + j), load(l.constant + j));                          \
-        WR(put)(dx + j, left, whole, mul_add(g, load(l.factor + j), rest));                    \
+    const T *x = x_.data, *dy = dy_.data;
+    T *dx = dx_.data;
+    const C *x_pivot = l->x_pivot + j0, *minus_pivot = l->minus_pivot + j0,
+            *factor = l->factor + j0, *slope = l->slope + j0, *constant = l->constant + j0,
+            *mask_scale = l->mask_scale + j0, *mask_shift = l->mask_shift + j0;
+#define VECTOR(j, left, whole)                                                              \
+    do {                                                                                    \
+        const V p = load(x_pivot + j), minus = load(minus_pivot + j), a = load(factor + j), \
+                s = load(slope + j), c = load(constant + j);                                \
+        relu_mask mask;                                                                     \
+        if (relu) mask = (relu_mask){load(mask_scale + j), load(mask_shift + j)};           \
+        for (ptrdiff_t r = 0; r < b.rows; r++) {                                            \
+            V d = sub(some(x + r * x_.stride + j, left, whole, ZERO), p);                   \
+            V g = some(dy + r * dy_.stride + j, left, whole, ZERO);                         \
+            g = gradient(g, d, NULL, relu ? &mask : NULL, &minus);                          \
+            WR(put)(dx + r * dx_.stride + j, left, whole, mul_add(g, a, mul_add(d, s, c))); \
+        }                                                                                   \
     } while (0)
-    EACH_VECTOR(dx, cols, VECTOR);
+    EACH_VECTOR(dx, b.n, VECTOR);
 #undef VECTOR
+}
+
+NX_OUTLINE void WR(col_dx_rows)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b,
+                                const line_columns *l, ptrdiff_t j, int relu)
+{
+    const nx_block one = {1, b.n}, some = {ROWS_WRITTEN, b.n};
+    if (b.rows == 1 && relu) WR(col_dx_loop)(x, dy, dx, one, l, j, 1);
+    else if (b.rows == 1) WR(col_dx_loop)(x, dy, dx, one, l, j, 0);
+    else if (relu) WR(col_dx_loop)(x, dy, dx, some, l, j, 1);
+    else WR(col_dx_loop)(x, dy, dx, some, l, j, 0);
 }
 
 static void WR(col_dx)(const nx_backward *of, const nx_line *line)
@@ -322,6 +431,7 @@ static void WR(col_dx)(const nx_backward *of, const nx_line *line)
     const nx_block b = of->block;
     C x_pivot[PADDED], minus_pivot[PADDED], factor[PADDED], slope[PADDED], constant[PADDED],
         mask_scale[PADDED], mask_shift[PADDED];
+    const line_columns l = {x_pivot, minus_pivot, factor, slope, constant, mask_scale, mask_shift};
     EACH_COLUMNS(j0, width)
     {
         const int adjacent =
@@ -339,24 +449,21 @@ static void WR(col_dx)(const nx_backward *of, const nx_line *line)
             constant[j] =
                 (C)(line->constant[j0 + j] - a * minus_pivot[j] - b * (mean - x_pivot[j]));
         }
-        spread(x_pivot, folded);
-        spread(minus_pivot, folded);
-        spread(factor, folded);
-        spread(slope, folded);
-        spread(constant, folded);
-        if (of->relu) masks(of->relu, line->mean, j0, folded, mask_scale, mask_shift);
-        const line_columns l = {x_pivot,  minus_pivot, factor,    slope,
-                                constant, mask_scale,  mask_shift};
-#define DX(r, n, relu)                                                                          \
-    WR(col_dx_row)(rows_at(x, r, 0).data, rows_at(dy, r, 0).data, rows_at(dx, r, 0).data, n, l, \
-                   relu)
-#define DX_ROW(r, n) DX(r, n, 0)
-#define MASKED_ROW(r, n) DX(r, n, 1)
-        if (of->relu) EACH_ROW(folded, MASKED_ROW);
-        else EACH_ROW(folded, DX_ROW);
-#undef DX
-#undef DX_ROW
-#undef MASKED_ROW
+        repeat(x_pivot, folded);
+        repeat(minus_pivot, folded);
+        repeat(factor, folded);
+        repeat(slope, folded);
+        repeat(constant, folded);
+        if (of->relu) {
+            masks(of->relu, line->mean, j0, width, mask_scale, mask_shift);
+            repeat(mask_scale, folded);
+            repeat(mask_shift, folded);
+        }
+#define DX_ROWS(r, i, rows, j, n)                                                                \
+    WR(col_dx_rows)(rows_at(x, r, i), rows_at(dy, r, i), rows_at(dx, r, i), (nx_block){rows, n}, \
+                    &l, j, of->relu != NULL)
+        EACH_WRITTEN(b, adjacent, folded, dx, DX_ROWS);
+#undef DX_ROWS
     }
 }
 
@@ -385,3 +492,4 @@ const nx_kernels TABLE = {
 #undef WR
 #undef TABLE
 #undef EACH_VECTOR
+#undef EACH_WRITTEN

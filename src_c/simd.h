@@ -18,6 +18,8 @@
  *     mul_add_once   the same, but of float rounded once everywhere, if slowly
  *     greater        the larger, and b where either is NaN
  *     keep_positive  a where b > 0 (or is NaN), elsewhere 0
+ *     hold           the same vector, which the compiler is to keep in a register, and not to load
+ *                    anew wherever it is used
  *     total          sum of the lanes, always in the same order: lane i + lane (i + W/2), and so
  *                    on by halves
  *     transpose_square  a square of E##_SIDE x E##_SIDE numbers, from rows to columns
@@ -56,6 +58,15 @@ typedef struct {
 #define NX_OUTLINE static __attribute__((noinline, noclone, unused))
 #endif
 #define NX_RESTRICT __restrict__
+#endif
+
+/* Asks for the cache line at an address, which need not be there, in the second-level cache. */
+#if defined(__GNUC__)
+#define NX_PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#elif defined(_M_X64)
+#define NX_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#else
+#define NX_PREFETCH(p) ((void)0)
 #endif
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -105,9 +116,15 @@ NX_INLINE void f64_transpose_square(const double *p, ptrdiff_t p_stride, double 
 enum { f32_TALL = 8, f64_TALL = 4 };
 /* Two squares, one in each half of the registers. */
 NX_INLINE __m256 nx_pair(const float *p, ptrdiff_t distance)
-{ return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + distance), 1); }
+{
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + distance),
+                                1);
+}
 NX_INLINE __m256d nx_pair_d(const double *p, ptrdiff_t distance)
-{ return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + distance), 1); }
+{
+    return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + distance),
+                                1);
+}
 NX_INLINE void nx_unpair(float *p, ptrdiff_t distance, __m256 v)
 {
     _mm_storeu_ps(p, _mm256_castps256_ps128(v));
@@ -160,6 +177,13 @@ NX_INLINE float nx_sum8(__m256 v)
 { return nx_sum4(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))); }
 NX_INLINE double nx_sum4d(__m256d v)
 { return nx_sum2(_mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1))); }
+#endif
+
+/* Any vector register, of which AVX-512 has twice as many. */
+#if defined(__AVX512F__)
+#define NX_VECTOR_REGISTER "v"
+#else
+#define NX_VECTOR_REGISTER "x"
 #endif
 
 #if defined(__AVX512F__)
@@ -490,6 +514,20 @@ NX_HALF(f16)
 NX_HALF(bf16)
 #endif
 
+#if defined(__GNUC__) && defined(NX_VECTOR_REGISTER)
+#define NX_HOLD(E)                               \
+    NX_INLINE E##_t E##_hold(E##_t v)            \
+    {                                            \
+        __asm__("" : "+" NX_VECTOR_REGISTER(v)); \
+        return v;                                \
+    }
+#else
+#define NX_HOLD(E) \
+    NX_INLINE E##_t E##_hold(E##_t v) { return v; }
+#endif
+NX_HOLD(f32)
+NX_HOLD(f64)
+
 /* One name for all types. Both kinds of pointer are listed, for compilers that tell them apart. */
 #define NX_BY_POINTER(p, name)      \
     _Generic((p),                   \
@@ -513,6 +551,7 @@ NX_HALF(bf16)
 #define mul(a, b) NX_BY_VECTOR(a, mul)(a, b)
 #define mul_add(a, b, c) NX_BY_VECTOR(a, mul_add)(a, b, c)
 #define mul_add_once(a, b, c) NX_BY_VECTOR(a, mul_add_once)(a, b, c)
+#define hold(a) NX_BY_VECTOR(a, hold)(a)
 #define greater(a, b) NX_BY_VECTOR(a, greater)(a, b)
 #define keep_positive(a, b) NX_BY_VECTOR(a, keep_positive)(a, b)
 #define total(v) NX_BY_VECTOR(v, total)(v)

@@ -89,9 +89,8 @@ def functions_in_c(root: Path) -> Iterator[Function]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "functions")
         kernels = [("src_c/kernels.c", f"-DNX_{element_type}") for element_type in TYPES]
-        others = [
-            (name,) for name in ("src_c/dispatch.c", "src_c/threads.h", "src_c/tasks.h") if (root / name).exists()
-        ]
+        names = ("src_c/dispatch.c", "src_c/threads.h", "src_c/tasks.h", "src_c/pages.h")
+        others = [(name,) for name in names if (root / name).exists()]
         for source, *macros in (*kernels, *others):
             subprocess.run([*command, str(found), *macros, source], cwd=root, check=True)
             for file, line, name, parameters in DEFINITION.findall(found.read_text()):

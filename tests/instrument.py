@@ -34,6 +34,7 @@ COMPILED = (
     "tests/test_windows.py",
     "tests/test_accuracy.py",
     "tests/test_runtime.py",
+    "tests/test_memory.py",
 )
 
 # GCC's OpenMP library is not compiled for ThreadSanitizer, which does not see how its threads wait for each other and

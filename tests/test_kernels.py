@@ -33,9 +33,9 @@ def struct(name, fields, **nested):
 Rows = struct("nx_rows", "p data; z stride")
 Groups = struct("nx_groups", "p data; z group row")
 Block = struct("nx_block", "z rows n")
-Affine = struct("nx_affine", "p mean scale shift; z step")
+Affine = struct("nx_affine", "p mean scale shift; z step ahead")
 ReluMask = struct("nx_relu_mask", "p scale shift")
-Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu", block=Block, rows=Rows)
+Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu; z ahead", block=Block, rows=Rows)
 Sums = struct("nx_sums", "p sum dot; z step")
 Line = struct("nx_line", "p mean pivot factor slope constant; z step")
 Layer = struct("nx_layer", "i centred; d eps; p gamma beta")
@@ -161,16 +161,88 @@ def row_moments(t, rng, rows, n):
         near(t, m[2], ((values - mean) ** 2).sum(), stored=False, terms=rows * n)
 
 
-def col_moments(t, rng, rows, n):
-    x, seen = Memory(t, rng.normal(3, 1, (rows, n)), room=rows % 3), rng.normal(3, 1, (5, n))
-    for scaled, before in itertools.product((False, True), (False, True)):
+def col_pivots(t, rng, rows, n):
+    room, pivot = rows % 3, np.full(n, np.nan)
+    values = rng.normal(3, 1, (rows, n))
+    values[:, n // 2] = values[0, n // 2]
+    x = Memory(t, values, room)
+    yield x.rows, Block(rows, n), p(pivot)
+    assert pivot[n // 2] == x.numbers()[0, n // 2]  # of a constant exactly
+    np.testing.assert_array_equal(pivot, pivot.astype(t.wide))
+    assert np.abs(pivot - 3).max() < (5 if rows < 32 else 1)
+    x = Memory(t, np.full((rows, n), np.inf), room)
+    yield x.rows, Block(rows, n), p(pivot)
+    assert (pivot == 0).all()
+
+
+def col_powers(t, rng, rows, n):
+    x = Memory(t, rng.normal(3, 1, (rows, n)), room=rows % 3)
+    pivot = rng.integers(8, 16, n) / 4
+    for scaled in (False, True):
         scale = 2.0 ** rng.integers(-2, 3, n) if scaled else np.ones(n)
-        values = np.concatenate([seen[: 5 * before], scale * x.numbers()])
-        mean = seen.mean(0) if before else np.zeros(n)
-        m2 = ((seen - mean) ** 2).sum(0) if before else np.zeros(n)
-        yield x.rows, Block(rows, n), p(scale) if scaled else None, 5 * before, p(mean), p(m2)
-        near(t, mean, values.mean(0), stored=False, terms=rows)
-        near(t, m2, ((values - values.mean(0)) ** 2).sum(0), stored=False, terms=rows)
+        total, squares = np.ones(n), np.ones(n)
+        yield x.rows, Block(rows, n), p(scale) if scaled else None, p(pivot), p(total), p(squares)
+        d = scale * x.numbers() - pivot
+        near(t, total, 1 + d.sum(0), stored=False, terms=rows)
+        near(t, squares, 1 + (d**2).sum(0), stored=False, terms=rows)
+
+
+def col_rescale(t, rng, rows, n):
+    """Numbers and their sums are made up: what is asked is how far these are from the pivot and from the range."""
+    count, j = 100.0, n // 2
+    cases = {  # what one column has -> what it should then have
+        "in order": (0.5, 1.0, None),
+        "far from the mean": (2.0, 4.5, (1, 5.0)),
+        "overflown": (0.0, np.inf, (t.head.shrink, 3.0)),
+        "all overflown": (np.nan, np.nan, (t.head.shrink, 3.0)),
+    }
+    for offset, square, expected in cases.values():
+        total, squares, pivot, scale = np.full(n, 50.0), np.full(n, 100.0), np.full(n, 3.0), np.full(n, np.nan)
+        total[j], squares[j] = count * offset, count * square
+        again = yield n, count, p(total), p(squares), p(pivot), p(scale)
+        assert again == (expected is not None)
+        if expected:
+            others = np.arange(n) != j
+            assert (scale[j], pivot[j]) == (expected[0], expected[1] * expected[0])
+            assert (scale[others] == 1).all() and (pivot[others] == 3).all()
+    total, squares, pivot, scale = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
+    again = yield n, count, p(total), p(squares), p(pivot), p(scale)
+    assert again and (scale == t.head.enlarge).all() and (pivot == 0).all()
+
+
+def col_statistics(t, rng, rows, n):
+    count, pivot = 50.0, rng.integers(-8, 8, n) / 4.0
+    d = rng.normal(0.1, 1, (50, n))
+    total, squares = d.sum(0), (d**2).sum(0)
+    for scaled, with_var in itertools.product((False, True), (False, True)):
+        scale = 2.0 ** rng.integers(-2, 3, n) if scaled else np.ones(n)
+        mean, rstd, var = (np.full(n, np.nan) for _ in range(3))
+        yield (n, count, EPS, p(scale) if scaled else None, p(pivot), p(total), p(squares), p(mean), p(rstd),
+               p(var) if with_var else None)  # fmt: skip
+        x = (pivot + d) / scale
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(rstd, 1 / np.sqrt(x.var(0) + EPS), rtol=1e-12)
+        if with_var:
+            np.testing.assert_allclose(var, x.var(0), rtol=1e-12)
+
+
+def affines(t, rng, rows, n):
+    rstd = rng.uniform(0.5, 2, n)
+    for with_gamma, with_beta in itertools.product((False, True), (False, True)):
+        (gamma, g), (beta, b) = parameters(t, rng, n, with_gamma), parameters(t, rng, n, with_beta)
+        scale, shift = np.full(n, np.nan), np.full(n, np.nan)
+        yield p(gamma), p(beta), n, p(rstd), p(scale), p(shift)
+        np.testing.assert_array_equal(scale, rstd if g is None else rstd * g)
+        np.testing.assert_array_equal(shift, np.zeros(n) if b is None else b)
+
+
+def col_lines(t, rng, rows, n):
+    rstd, factor, total, dot = rng.uniform(0.5, 2, (4, n))
+    mean, slope, constant = np.full((3, n), np.nan)
+    yield n, 0.25, p(rstd), p(factor), p(total), p(dot), p(mean), p(slope), p(constant)
+    np.testing.assert_array_equal(mean, total / 4)
+    np.testing.assert_allclose(slope, -factor * rstd**2 * dot / 4, rtol=1e-14)
+    np.testing.assert_array_equal(constant, -factor * mean)
 
 
 def parameters(t, rng, n, given):
@@ -347,37 +419,47 @@ def backward(x, g, mean, rstd, centred=True):
     return rstd[..., None] * (g - g_mean - xhat * (g * xhat).mean(-1, keepdims=True))
 
 
-def parameter_gradients(t, x, dy, mean, rstd, dbeta, dgamma):
-    """Whether the sums over rows were added to ones."""
+def parameter_gradients(t, x, dy, mean, rstd, centred, dbeta, dgamma):
+    """Whether the sums over rows were added to ones; about zero there is no dbeta."""
     products = dy.numbers() * (x.numbers() - mean[:, None]) * rstd[:, None]
-    for actual, each in ((dbeta, dy.numbers()), (dgamma, products)):
-        near(t, actual, 1 + each.sum(0), stored=False, terms=len(each), scale=np.abs(each).max())
+    near(t, dgamma, 1 + products.sum(0), stored=False, terms=len(products), scale=np.abs(products).max())
+    if centred:
+        each = dy.numbers()
+        near(t, dbeta, 1 + each.sum(0), stored=False, terms=len(each), scale=np.abs(each).max())
 
 
 def layer_backward(t, rng, rows, n):
     x, addend = Memory(t, rng.normal(3, 1, (rows, n))), Memory(t, rng.normal(0, 1, (rows, n)), room=1)
-    dx = Memory(t, np.zeros((rows, n)), room=4)
+    dx, one_run = Memory(t, np.zeros((rows, n)), room=4), Memory(t, np.zeros((rows, n)), room=0)
     for centred, kind, far in itertools.product((True, False), ("", "gamma", "addend", "gamma addend"), (0, 100)):
         dy = Memory(t, rng.normal(far * (np.arange(rows) % 2)[:, None], 1, (rows, n)), room=2)
         gamma, g = parameters(t, rng, n, "gamma" in kind)
         mean, rstd = statistics(x.numbers(), centred)
         more = addend.rows if "addend" in kind else NONE
-        of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, more, p(gamma), None)
-        dbeta, dgamma = np.ones(n), np.ones(n)
-        yield ref(of), centred, p(mean), p(rstd), p(dbeta), p(dgamma)
-        parameter_gradients(t, x, dy, mean, rstd, dbeta, dgamma)
         expected = backward(x.numbers(), dy.numbers() * (1 if g is None else g), mean, rstd, centred)
         expected = expected + (addend.numbers() if "addend" in kind else 0)
-        near(t, dx.numbers(), expected, terms=n, scale=rstd.max() * np.abs(dy.numbers()).max())
+        for into in (dx, one_run):
+            of = Backward(Block(rows, n), x.rows, dy.rows, into.rows, more, p(gamma), None)
+            dbeta, dgamma = np.ones(n), np.ones(n)
+            yield ref(of), centred, p(mean), p(rstd), p(dbeta), p(dgamma)
+            parameter_gradients(t, x, dy, mean, rstd, centred, dbeta, dgamma)
+            near(t, into.numbers(), expected, terms=n, scale=rstd.max() * np.abs(dy.numbers()).max())
 
 
-def layer_parameters(t, rng, rows, n):
+def layer_dots(t, rng, rows, n):
     x, dy = Memory(t, rng.normal(3, 1, (rows, n))), Memory(t, rng.normal(0, 1, (rows, n)), room=2)
-    mean, rstd = statistics(x.numbers(), True)
-    dbeta, dgamma = np.ones(n), np.ones(n)
-    of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, None, None)
-    yield ref(of), p(mean), p(rstd), p(dbeta), p(dgamma)
-    parameter_gradients(t, x, dy, mean, rstd, dbeta, dgamma)
+    for centred, with_gamma in itertools.product((True, False), (False, True)):
+        gamma, g = parameters(t, rng, n, with_gamma)
+        mean, rstd = statistics(x.numbers(), centred)
+        dbeta, dgamma, sums, dots = np.ones(n), np.ones(n), np.ones(rows), np.ones(rows)
+        of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, p(gamma), None, ahead=n)
+        yield ref(of), centred, p(mean), p(rstd), Sums(p(sums), p(dots), 1), p(dbeta), p(dgamma)
+        parameter_gradients(t, x, dy, mean, rstd, centred, dbeta, dgamma)
+        g = dy.numbers() * (1 if g is None else g)
+        xhat = (x.numbers() - mean[:, None]) * rstd[:, None]
+        near(t, dots, 1 + (g * xhat).sum(1), stored=False, terms=n, scale=np.abs(g * xhat).max())
+        if centred:
+            near(t, sums, 1 + g.sum(1), stored=False, terms=n, scale=np.abs(g).max())
 
 
 def group_forward(t, rng, rows, n):
@@ -458,6 +540,40 @@ def transpose(t, rng, rows, n):
     x, y = Memory(t, rng.normal(0, 1, (rows, n))), Memory(t, np.zeros((n, rows)), room=2)
     yield x.rows, Block(rows, n), y.rows
     np.testing.assert_array_equal(y.numbers(), x.numbers().T)
+
+
+def inverse_stds(t, rng, rows, n):
+    variance = rng.uniform(0, 2, n)
+    variance[n // 2] = 0
+    for eps in (EPS, 0.0):
+        rstd = variance.copy()
+        yield p(rstd), n, eps
+        expected = np.divide(1, np.sqrt(variance + eps), out=np.zeros(n), where=variance + eps > 0)
+        np.testing.assert_array_equal(rstd, expected)
+
+
+def any_outside(t, rng, rows, n):
+    a = rng.uniform(1, 2, n)
+    for value, expected in ((1.5, 0), (0, 0), (0.5, 1), (3, 1), (np.inf, 1)):
+        a[n // 2] = value
+        outside = yield p(a), n, 0.75, 2.5
+        assert outside == expected
+
+
+def multiply(t, rng, rows, n):
+    a, b = rng.normal(0, 1, (2, n))
+    product = a.copy()
+    yield p(product), p(b), n
+    np.testing.assert_array_equal(product, a * b)
+
+
+def update_running(t, rng, rows, n):
+    batch = rng.normal(0, 1, n)
+    for dtype in (np.float32, np.float64):
+        running = rng.normal(0, 1, n).astype(dtype)
+        expected = (0.9 * running.astype(np.float64) + 0.2 * batch).astype(dtype)
+        yield p(running), dtype == np.float32, n, 0.9, 0.2, p(batch)
+        np.testing.assert_array_equal(running, expected)
 
 
 def pool_row(t, rng, rows, n):

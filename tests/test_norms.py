@@ -838,7 +838,7 @@ def test_bad_backward_arguments():
             backward(X.astype(complex), cache)
 
 
-@pytest.mark.parametrize("module", [normext._core.arrays, normext._core.runtime])
+@pytest.mark.parametrize("module", [normext._core.arrays, normext._core.memory, normext._core.runtime])
 def test_examples_of_compiled_modules(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -341,7 +341,8 @@ def test_set_num_threads():
 def test_show_config(capsys):
     normext.show_config()
     shown = capsys.readouterr().out
-    for word in (normext.__version__, "compiler", "instruction sets built", "in use", "OpenMP", "threads", "BLAS"):
+    words = ("compiler", "instruction sets built", "in use", "OpenMP", "threads", "memory", "BLAS")
+    for word in (normext.__version__, *words):
         assert word in shown
 
 

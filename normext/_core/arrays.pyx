@@ -21,6 +21,8 @@ from normext cimport (
     nx_array, nx_io, nx_norm,
 )
 from normext._core cimport norms
+from normext._core.memory cimport empty, empty_like
+from normext._core.runtime cimport kernels_for, run_tasks
 from normext._core.sizes cimport (
     is_group_norm, is_row_norm, numbers_of, parameters_of, statistics_of,
 )
@@ -415,10 +417,6 @@ cdef inline const Py_ssize_t *strides_of(cnp.ndarray a) noexcept:
     return <const Py_ssize_t *> cnp.PyArray_STRIDES(a)
 
 
-cdef inline cnp.ndarray empty(int ndim, const Py_ssize_t *dims, int type_number):
-    return cnp.PyArray_EMPTY(ndim, <cnp.npy_intp *> dims, type_number, 0)
-
-
 cdef cnp.ndarray as_array(object a, str name):
     """NumPy would drop a mask without a word."""
     if isinstance(a, np.ma.MaskedArray):
@@ -585,13 +583,6 @@ cdef int check_own_memory(cnp.ndarray out) except -1:
     return 0
 
 
-cdef cnp.ndarray new_like(cnp.ndarray x):
-    """In the layout and dtype of x."""
-    if cnp.PyArray_IS_C_CONTIGUOUS(x):
-        return empty(cnp.PyArray_NDIM(x), dims_of(x), cnp.PyArray_TYPE(x))
-    return np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
-
-
 cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str over_name,
                               tuple inputs):
     """`out`, checked, or a new array in the layout and dtype of x.
@@ -601,7 +592,7 @@ cdef cnp.ndarray result_array(object out, cnp.ndarray x, cnp.ndarray over, str o
     """
     cdef cnp.ndarray array
     if out is None:
-        return new_like(x)
+        return empty_like(x)
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
     if not cnp.PyArray_CheckExact(out):
@@ -863,7 +854,7 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
     set_array(&io.x, x_)
     set_array(&io.y, y)
     if residual_ is not None:
-        total = new_like(x_)
+        total = empty_like(x_)
         set_array(&io.residual, residual_)
         set_array(&io.sum, total)
     # All memory is had before the loops update running statistics: they are updated both or, with
@@ -881,17 +872,28 @@ cpdef tuple forward(object x, object norm, object gamma, object beta, tuple runn
     return result
 
 
+cdef struct Sums:
+    const double *sums
+    float *singles
+    Py_ssize_t count, tasks
+
+
+cdef void narrow_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Sums *s = <const Sums *> job
+    cdef Py_ssize_t first = task * s.count // s.tasks, last = (task + 1) * s.count // s.tasks
+    kernels_for(NORMEXT_FLOAT32, False).narrow(s.sums + first, last - first, s.singles + first)
+
+
 cdef cnp.ndarray gradient(const double *sums, int ndim, const Py_ssize_t *dims, cnp.ndarray x):
     """In the shape of a parameter and the type that x is computed in."""
     cdef int type_number = computing_type(x)
     cdef cnp.ndarray array = empty(ndim, dims, type_number)
-    cdef float *singles = <float *> cnp.PyArray_DATA(array)
-    cdef Py_ssize_t i, n = cnp.PyArray_SIZE(array)
-    if type_number == cnp.NPY_FLOAT:
-        for i in range(n):
-            singles[i] = <float> sums[i]
-    else:
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(array)
+    cdef Sums s = Sums(sums, <float *> cnp.PyArray_DATA(array), n, max(1, n >> 12))
+    if type_number != cnp.NPY_FLOAT:
         memcpy(doubles(array), sums, n * sizeof(double))
+    elif run_tasks(narrow_task, &s, s.tasks, n) != NORMEXT_OK:
+        raise MemoryError("no memory for gradients")
     return array
 
 

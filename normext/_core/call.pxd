@@ -30,6 +30,7 @@ cdef struct Call:
     # `rows` rows of `n` columns, with a statistic for each, or, of so many groups (examples), one
     # for `per_group` columns. `channels` is for parameters PER_ROW.
     Py_ssize_t groups, rows, n, channels, per_group
+    Py_ssize_t ahead  # see nx_backward: of large calls along rows
     nx_groups x, y, residual, sum, dy, dx, addend
     const char *gamma
     const char *beta

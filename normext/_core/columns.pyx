@@ -1,35 +1,58 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Statistics down columns: batch norm of (N, D) and N,H,W,C, and group norm of the latter.
+"""Statistics down columns: batch norm of (N, D), N,H,W,C and small N,C,H,W, and group norm of N,H,W,C.
 
 The sizes of work are those of rows.pyx: here a row is the columns' numbers at one place, a block
-some rows of some columns, and a chunk the blocks of a task. Rows are walked in memory order. Work
-is split along the columns and, where there are many rows, along these: by the shape alone, and the
-chunks' sums are put together in their order, so that the number of threads changes no bit. Second
-passes go backwards, to meet first what is still in cache.
+some rows of some columns, and a chunk the blocks of a task. `per_group` columns in a row share a
+statistic: one in batch norm, but in N,C,H,W a channel's pixels; in group norm a group's channels.
+Their sums are made as those of any columns, and then added up.
+
+Rows are walked in memory order. Work is split along the columns and, where there are many rows,
+along these: by the shape alone, and the chunks' sums are put together in their order, so that the
+number of threads changes no bit. Second passes go backwards, to meet first what is still in cache.
 """
 
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memset
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
-from normext._core.call cimport GIVEN, Call, Job, gamma_of
+from normext._core.call cimport GIVEN, PER_ROW, Call, gamma_of
 from normext._core.kernels cimport (
-    affines_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant, nx_finish_moments,
-    nx_groups, nx_inverse_stds, nx_line, nx_merge, nx_merge_equal, nx_moments, nx_relu_mask,
-    nx_rescale, nx_rescale_columns, nx_rows, nx_slope, nx_sums, restore_pivot,
+    ceil_div, nx_affine, nx_backward, nx_block, nx_constant, nx_groups, nx_line, nx_relu_mask,
+    nx_rows, nx_slope, nx_sums, restore_pivot,
 )
-from normext._core.runtime cimport run_on, run_tasks, team_for
+from normext._core.runtime cimport Task, run_on, run_tasks, team_for
 
 cdef enum:
-    CHUNKS = 32  # as in rows.pyx
-    SPLIT = 1 << 16  # likewise
-    # Columns of a task, whose coefficients are on its stack: up to 5 arrays of 4 KiB, of which
-    # those that a kernel reads at a time fit the L1 cache.
+    # Into so many chunks large arrays are split: two for each of 64 threads. The bits depend on it.
+    CHUNKS = 128
+    SPLIT = 1 << 16  # as in rows.pyx
+    # Columns that are summed at a time: their sums and pivots, arrays of 2 KiB in the kernels, and
+    # 8 rows fit the L1 cache.
     COLUMNS = 512
+    # Columns that are written at a time: the more, the fewer ends of rows.
+    WRITTEN = 1024
+    # Columns whose chunks are put together by a task.
+    MERGED = 64
 
-# Some rows of some columns.
+# Some rows of some columns, of one example of group norm or of several.
 cdef struct Chunk:
-    Py_ssize_t row, rows, col, cols
+    Py_ssize_t example, examples, row, rows, col, cols
+
+# How rows of columns are split: into strips of so many columns, and these into chunks.
+cdef struct Split:
+    Py_ssize_t width, across, chunks
+
+# What tasks of a large call need. `sums` has a row of sums and one of squares (or dots) for each
+# chunk, `pivots` and `scales` (which may be NULL) a number for each column, `again` for each task
+# that puts chunks together, whether all are to be taken once more.
+cdef struct Job:
+    const Call *call
+    Split split
+    Py_ssize_t merged
+    double *sums
+    double *pivots
+    double *scales
+    double *again
 
 
 cdef inline Py_ssize_t block_rows(const Call *c, Chunk t) noexcept nogil:
@@ -45,159 +68,326 @@ cdef inline nx_block block_at(const Call *c, Chunk t, Py_ssize_t index) noexcept
     return nx_block(min(block_rows(c, t), t.rows - index * block_rows(c, t)), t.cols)
 
 
-cdef inline nx_rows at(const Call *c, nx_groups a, Chunk t, Py_ssize_t block) noexcept nogil:
-    """The rows of a chunk's block in an array; no data where there is none."""
+cdef inline nx_rows rows_of(const Call *c, nx_groups a, Py_ssize_t example, Py_ssize_t row,
+                            Py_ssize_t col) noexcept nogil:
+    """Rows of an array, from one place on; no data where there is none."""
     if a.data == NULL:
         return nx_rows(NULL, 0)
-    cdef Py_ssize_t row = t.row + block * block_rows(c, t)
-    return nx_rows(<char *> a.data + (row * a.row + t.col) * c.k.itemsize, a.row)
+    return nx_rows(
+        <char *> a.data + (example * a.group + row * a.row + col) * c.k.itemsize, a.row
+    )
 
 
-cdef inline Job job_of(const Call *c) noexcept nogil:
-    """`blocks`: into how many the columns are split; then the rows' chunks, and all tasks."""
-    cdef Py_ssize_t across = ceil_div(c.n, COLUMNS), chunks = 1
+cdef inline nx_rows at(const Call *c, nx_groups a, Chunk t, Py_ssize_t block) noexcept nogil:
+    """The rows of a block of a chunk's first example."""
+    return rows_of(c, a, t.example, t.row + block * block_rows(c, t), t.col)
+
+
+cdef inline Split split_of(const Call *c, Py_ssize_t most) noexcept nogil:
+    """Into strips of `most` columns at most, whole groups where these are not wider."""
+    cdef Py_ssize_t step = c.per_group if c.per_group <= most else 1
+    cdef Py_ssize_t across = ceil_div(c.n, most // step * step)
+    cdef Py_ssize_t width = ceil_div(c.n // step, across), chunks = 1
+    if step == 1:
+        width = (width + 15) // 16 * 16  # vectors and cache lines
+    width = min(width * step, c.n)
+    across = ceil_div(c.n, width)
     if c.rows * c.n >= SPLIT:
-        chunks = min(block_count(c, Chunk(0, c.rows, 0, c.n)), ceil_div(CHUNKS, across))
-    return Job(c, across, chunks, across * chunks, NULL, NULL)
+        chunks = min(block_count(c, Chunk(0, 1, 0, c.rows, 0, width)), ceil_div(CHUNKS, across))
+    return Split(width, across, chunks)
 
 
-cdef inline Chunk chunk_at(const Job *j, Py_ssize_t task) noexcept nogil:
-    cdef const Call *c = j.call
-    cdef Py_ssize_t chunk = task // j.blocks, col = task % j.blocks * COLUMNS
-    cdef Py_ssize_t row = chunk * c.rows // j.chunks
-    return Chunk(row, (chunk + 1) * c.rows // j.chunks - row, col,
-                 min(<Py_ssize_t> COLUMNS, c.n - col))
+cdef inline Chunk chunk_at(const Call *c, Split s, Py_ssize_t task) noexcept nogil:
+    cdef Py_ssize_t chunk = task // s.across, col = task % s.across * s.width
+    cdef Py_ssize_t row = chunk * c.rows // s.chunks
+    return Chunk(0, 1, row, (chunk + 1) * c.rows // s.chunks - row, col, min(s.width, c.n - col))
+
+
+# Groups of columns -------------------------------------------------------------------------------
+
+
+cdef inline void expand(const double *numbers, Py_ssize_t per_group, Py_ssize_t first,
+                        Py_ssize_t cols, double *to) noexcept nogil:
+    """Groups' numbers, once for each of the columns from `first` on. May be in place."""
+    cdef Py_ssize_t j, group = (first + cols - 1) // per_group
+    cdef Py_ssize_t left = first + cols - group * per_group
+    for j in range(cols - 1, -1, -1):
+        to[j] = numbers[group]
+        left -= 1
+        if left == 0:
+            group -= 1
+            left = per_group
+
+
+cdef inline void share_pivots(double *pivot, Py_ssize_t per_group, Py_ssize_t cols) noexcept nogil:
+    """Each group's mean, for all of its columns: of constants exactly."""
+    cdef Py_ssize_t group, first, j
+    cdef double rest
+    if per_group == 1:
+        return
+    for group in range(cols // per_group):
+        first, rest = group * per_group, 0
+        for j in range(first, first + per_group):
+            rest += pivot[j] - pivot[first]
+        rest = pivot[first] + rest / per_group
+        for j in range(first, first + per_group):
+            pivot[j] = rest
+
+
+cdef void add_chunks(const double *sums, Py_ssize_t chunks, Py_ssize_t step, Py_ssize_t per_group,
+                     Py_ssize_t groups, double *to) noexcept nogil:
+    """Groups' sums from those of their columns, which each chunk has, `step` apart."""
+    cdef Py_ssize_t chunk, group, j
+    for group in range(groups):
+        to[group] = 0
+    for chunk in range(chunks):
+        if per_group == 1:
+            for group in range(groups):
+                to[group] += sums[group]
+        else:
+            for group in range(groups):
+                for j in range(group * per_group, (group + 1) * per_group):
+                    to[group] += sums[j]
+        sums += step
+
+
+cdef bint finish_groups(const Call *c, Py_ssize_t first, Py_ssize_t groups, bint again,
+                        double *pivot, double *scale, const double *sums, Py_ssize_t chunks,
+                        Py_ssize_t step) noexcept nogil:
+    """Statistics of groups from sums (and, `step` on, squares) of their columns.
+
+    Or whether these are to be taken again, with `pivot` and `scale` as they are then.
+    """
+    cdef double[MERGED] p, s, sum, squares
+    cdef double count = <double> c.rows * <double> c.per_group
+    cdef Py_ssize_t per_group = c.per_group, some, j, col = 0
+    cdef double *var
+    cdef bint once_more = False
+    while groups > 0:
+        var = NULL if c.var == NULL else c.var + first
+        if per_group == 1 and chunks == 1:
+            if not again and c.k.col_rescale(groups, count, sums, sums + step, pivot, scale):
+                return True
+            c.k.col_statistics(groups, count, c.eps, scale if again else NULL, pivot, sums,
+                               sums + step, c.mean + first, c.rstd + first, var)
+            return False
+        some = min(groups, <Py_ssize_t> MERGED)
+        add_chunks(sums + col, chunks, 2 * step, per_group, some, sum)
+        add_chunks(sums + step + col, chunks, 2 * step, per_group, some, squares)
+        for j in range(some):
+            p[j] = pivot[col + j * per_group]
+            s[j] = scale[col + j * per_group] if again else 1
+        if not again and c.k.col_rescale(some, count, sum, squares, p, s):
+            once_more = True
+        expand(p, per_group, 0, some * per_group, pivot + col)
+        expand(s, per_group, 0, some * per_group, scale + col)
+        if not once_more:
+            c.k.col_statistics(some, count, c.eps, s if again else NULL, p, sum, squares,
+                               c.mean + first, c.rstd + first, var)
+        first, groups, col = first + some, groups - some, col + some * per_group
+    return once_more
+
+
+# What columns are normalized by.
+cdef struct Columns:
+    const double *mean
+    const double *rstd
+    const double *scale
+    const double *shift
+
+
+cdef inline Columns columns_of(const Call *c, Py_ssize_t example, Py_ssize_t col, Py_ssize_t cols,
+                               double *work) noexcept nogil:
+    """Of columns of an example; `work` has room for 5 numbers of each."""
+    cdef Py_ssize_t size = c.k.parameter_size, statistics = example * (c.n // c.per_group)
+    cdef Py_ssize_t group = col // c.per_group, first = col % c.per_group, groups
+    cdef const double *mean = c.mean + statistics + group
+    cdef const double *rstd = c.rstd + statistics + group
+    cdef double *scale = work + 2 * cols
+    cdef double *shift = work + 3 * cols
+    cdef double *expanded = work + 4 * cols
+    if c.per_group > 1 and c.parameters != PER_ROW:
+        groups = ceil_div(first + cols, c.per_group)
+        c.k.affines(NULL if c.gamma == NULL else c.gamma + group * size,
+                    NULL if c.beta == NULL else c.beta + group * size, groups, rstd, scale, shift)
+        expand(shift, c.per_group, first, cols, expanded)
+        expand(scale, c.per_group, first, cols, shift)
+        scale, shift = shift, expanded
+    if c.per_group > 1:
+        expand(mean, c.per_group, first, cols, work)
+        expand(rstd, c.per_group, first, cols, work + cols)
+        mean, rstd = work, work + cols
+    if c.per_group == 1 or c.parameters == PER_ROW:
+        c.k.affines(NULL if c.gamma == NULL else c.gamma + col * size,
+                    NULL if c.beta == NULL else c.beta + col * size, cols, rstd, scale, shift)
+    return Columns(mean, rstd, scale, shift)
 
 
 # Forward -----------------------------------------------------------------------------------------
 
 
-cdef void chunk_moments(const Call *c, Chunk t, const double *scale, double *mean,
-                        double *m2) noexcept nogil:
-    """Of numbers times `scale`, NULL for 1; all of the chunk's columns."""
-    cdef Py_ssize_t block, j
-    for j in range(t.cols):
-        mean[j] = m2[j] = 0
-    for block in range(block_count(c, t)):
-        c.k.col_moments(at(c, c.x, t, block), block_at(c, t, block), scale,
-                        <double> (block * block_rows(c, t)), mean, m2)
-
-
-cdef void finish_columns(const Call *c, Py_ssize_t col, Py_ssize_t cols,
-                         double *scale) noexcept nogil:
-    """mean, rstd and var of columns from their moments, the m2 of which lie in rstd.
-
-    `scale`, NULL for 1, is of the columns from `col` on, and written over.
-    """
-    cdef Py_ssize_t j
-    cdef double *m2_to_rstd = c.rstd
-    for j in range(col, col + cols):
-        if scale == NULL:
-            m2_to_rstd[j] /= <double> c.rows
-        else:  # rstd may be a number where the variance is none
-            nx_finish_moments(nx_moments(<double> c.rows, c.mean[j], m2_to_rstd[j]), scale[j - col],
-                              c.eps, c.mean + j, scale + j - col, m2_to_rstd + j)
-    if c.var != NULL:
-        memcpy(c.var + col, m2_to_rstd + col, cols * sizeof(double))
-    if scale == NULL:
-        nx_inverse_stds(m2_to_rstd + col, cols, c.eps)
-    else:
-        memcpy(m2_to_rstd + col, scale, cols * sizeof(double))
-
-
-cdef void chunk_affine(const Call *c, Chunk t, const double *mean,
-                       const double *rstd) noexcept nogil:
-    """y of a chunk; mean and rstd are those of the array's columns."""
-    cdef double scale[COLUMNS]
-    cdef double shift[COLUMNS]
-    cdef nx_affine map = nx_affine(mean + t.col, &scale[0], &shift[0], 1)
+cdef void chunk_powers(const Call *c, Chunk t, const double *scale, const double *pivot,
+                       double *sum, double *squares) noexcept nogil:
+    """Of a chunk's columns, of numbers times `scale` (NULL for 1), about `pivot`."""
     cdef Py_ssize_t block
-    affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd + t.col, scale, shift)
-    for block in range(block_count(c, t) - 1, -1, -1):
-        c.k.col_affine(at(c, c.x, t, block), at(c, c.y, t, block), block_at(c, t, block), &map,
-                       c.relu)
+    memset(sum, 0, t.cols * sizeof(double))
+    memset(squares, 0, t.cols * sizeof(double))
+    for block in range(block_count(c, t)):
+        c.k.col_powers(at(c, c.x, t, block), block_at(c, t, block), scale, pivot, sum, squares)
+
+
+cdef void all_statistics(const Call *c, Chunk t, double *work) noexcept nogil:
+    """Of all rows of some groups, or of several examples' groups, which then are all that there are.
+
+    `work` has room for 4 numbers of each column.
+    """
+    cdef Py_ssize_t columns = t.examples * t.cols, i
+    cdef double *scale = work + columns
+    cdef double *sum = scale + columns
+    cdef double *squares = sum + columns
+    cdef Py_ssize_t first = t.example * (c.n // c.per_group) + t.col // c.per_group
+    cdef bint again
+    cdef Chunk each = t
+    for i in range(t.examples):
+        each.example = t.example + i
+        c.k.col_pivots(at(c, c.x, each, 0), nx_block(t.rows, t.cols), work + i * t.cols)
+    share_pivots(work, c.per_group, columns)
+    for again in range(2):  # with pivots and scales that the first attempt has found
+        for i in range(t.examples):
+            each.example = t.example + i
+            chunk_powers(c, each, scale + i * t.cols if again else NULL, work + i * t.cols,
+                         sum + i * t.cols, squares + i * t.cols)
+        if not finish_groups(c, first, columns // c.per_group, again, work, scale, sum, 1, columns):
+            return
+
+
+cdef void chunk_affine(const Call *c, Chunk t) noexcept nogil:
+    cdef double[5 * WRITTEN] work
+    cdef Py_ssize_t part, col, cols
+    cdef Columns by
+    cdef nx_affine map
+    for part in range(ceil_div(t.cols, WRITTEN)):
+        col = t.col + part * WRITTEN
+        cols = min(<Py_ssize_t> WRITTEN, t.col + t.cols - col)
+        by = columns_of(c, t.example, col, cols, work)
+        map = nx_affine(by.mean, by.scale, by.shift, 1, 0)
+        c.k.col_affine(rows_of(c, c.x, t.example, t.row, col), rows_of(c, c.y, t.example, t.row, col),
+                       nx_block(t.rows, cols), &map, c.relu)
 
 
 cdef void normalize_task(const void *job, Py_ssize_t task) noexcept nogil:
     """All rows of some columns."""
     cdef const Call *c = (<const Job *> job).call
-    cdef Chunk t = chunk_at(<const Job *> job, task)
-    cdef double scale[COLUMNS]
-    cdef bint again
+    cdef Chunk t = chunk_at(c, (<const Job *> job).split, task)
+    cdef double[4 * COLUMNS] work
     if c.statistics != GIVEN:
-        chunk_moments(c, t, NULL, c.mean + t.col, c.rstd + t.col)
-        again = nx_rescale_columns(&c.k.range, t.cols, <double> t.rows, c.mean + t.col,
-                                   c.rstd + t.col, scale)
-        if again:
-            chunk_moments(c, t, scale, c.mean + t.col, c.rstd + t.col)
-        finish_columns(c, t.col, t.cols, scale if again else NULL)
+        all_statistics(c, t, work)
     if c.y.data != NULL:
-        chunk_affine(c, t, c.mean, c.rstd)
+        chunk_affine(c, t)
 
 
-cdef inline double *partial_of(const Job *j, Py_ssize_t task, int which) noexcept nogil:
-    """Where a chunk's means (0) or m2 (1), or its sums and dots, go: row by row of chunks."""
-    return j.partial + (2 * (task // j.blocks) + which) * j.call.n + task % j.blocks * COLUMNS
+cdef inline Py_ssize_t groups_merged(const Call *c) noexcept nogil:
+    """Groups whose chunks are put together by a task."""
+    return max(<Py_ssize_t> 1, MERGED // c.per_group)
 
 
-cdef inline double *adjust_of(const Job *j, Py_ssize_t task) noexcept nogil:
-    return NULL if j.adjust == NULL else j.adjust + task % j.blocks * COLUMNS
+cdef inline Chunk merged_at(const Call *c, Py_ssize_t task) noexcept nogil:
+    """All rows of the columns whose chunks are put together by a task."""
+    cdef Py_ssize_t width = groups_merged(c) * c.per_group
+    return Chunk(0, 1, 0, c.rows, task * width, min(width, c.n - task * width))
 
 
-cdef void moments_task(const void *job, Py_ssize_t task) noexcept nogil:
+cdef void pivots_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    chunk_moments(j.call, chunk_at(j, task), adjust_of(j, task), partial_of(j, task, 0),
-                  partial_of(j, task, 1))
+    cdef const Call *c = j.call
+    cdef Chunk t = merged_at(c, task)
+    c.k.col_pivots(at(c, c.x, t, 0), nx_block(t.rows, t.cols), j.pivots + t.col)
+    share_pivots(j.pivots + t.col, c.per_group, t.cols)
+
+
+cdef inline double *sums_of(const Job *j, Py_ssize_t chunk, Py_ssize_t col) noexcept nogil:
+    """Where the sums of a chunk's columns begin; n further on, their squares or dots."""
+    return j.sums + 2 * chunk * j.call.n + col
+
+
+cdef inline const double *from_column(const double *numbers, Py_ssize_t col) noexcept nogil:
+    return NULL if numbers == NULL else numbers + col
+
+
+cdef void powers_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef Chunk t = chunk_at(j.call, j.split, task)
+    cdef double *sums = sums_of(j, task // j.split.across, t.col)
+    chunk_powers(j.call, t, from_column(j.scales, t.col), j.pivots + t.col, sums, sums + j.call.n)
+
+
+cdef void statistics_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Chunk t = merged_at(c, task)
+    j.again[task] = finish_groups(
+        c, t.col // c.per_group, t.cols // c.per_group, j.scales != NULL, j.pivots + t.col,
+        j.pivots + c.n + t.col, sums_of(j, 0, t.col), j.split.chunks, c.n,
+    )
 
 
 cdef void affine_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    chunk_affine(j.call, chunk_at(j, j.tasks - 1 - task), j.call.mean, j.call.rstd)
+    chunk_affine(j.call, chunk_at(j.call, j.split, j.split.across * j.split.chunks - 1 - task))
 
 
-cdef int moments_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
-    """The statistics of columns whose rows are split."""
-    cdef Py_ssize_t col, chunk
-    cdef double *scale
-    cdef double rows
-    cdef nx_moments m
-    j.partial = <double *> malloc((2 * j.chunks + 1) * c.n * sizeof(double))
-    if j.partial == NULL:
+cdef int begin(const Call *c, Job *j, int *threads) noexcept nogil:
+    """A call of columns: its split, and memory where rows are split."""
+    cdef Py_ssize_t chunks
+    j[0] = Job(c, split_of(c, COLUMNS), 0, NULL, NULL, NULL, NULL)
+    threads[0] = team_for(j.split.across * j.split.chunks, c.rows * c.n)
+    if threads[0] == 0:
         return NORMEXT_NO_MEMORY
-    scale = j.partial + 2 * j.chunks * c.n
-    while True:
-        run_on(threads, moments_task, j, j.tasks)
-        for col in range(c.n):
-            m = nx_moments(0, 0, 0)
-            for chunk in range(j.chunks):
-                rows = <double> ((chunk + 1) * c.rows // j.chunks - chunk * c.rows // j.chunks)
-                nx_merge(&m, nx_moments(rows, j.partial[2 * chunk * c.n + col],
-                                        j.partial[(2 * chunk + 1) * c.n + col]))
-            c.mean[col], c.rstd[col] = m.mean, m.m2
-        if j.adjust != NULL or not nx_rescale_columns(&c.k.range, c.n, <double> c.rows, c.mean,
-                                                      c.rstd, scale):
-            break
-        j.adjust = scale  # once more, with scales that the first attempt has found
-    finish_columns(c, 0, c.n, j.adjust)
-    free(j.partial)
+    if j.split.chunks > 1:
+        j.merged, chunks = ceil_div(c.n, groups_merged(c) * c.per_group), j.split.chunks
+        j.sums = <double *> malloc(((2 * chunks + 2) * c.n + j.merged) * sizeof(double))
+        if j.sums == NULL:
+            return NORMEXT_NO_MEMORY
+        j.pivots = j.sums + 2 * chunks * c.n
+        j.again = j.pivots + 2 * c.n
     return NORMEXT_OK
 
 
+cdef bint any_again(const Job *j) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(j.merged):
+        if j.again[i] != 0:
+            return True
+    return False
+
+
+cdef void large_statistics(const Call *c, Job *j, int threads) noexcept nogil:
+    """The statistics of columns whose rows are split."""
+    cdef Py_ssize_t tasks = j.split.across * j.split.chunks
+    run_on(threads, pivots_task, j, j.merged)
+    run_on(threads, powers_task, j, tasks)
+    run_on(threads, statistics_task, j, j.merged)
+    if any_again(j):  # with pivots and scales that the first attempt has found
+        j.scales = j.pivots + c.n
+        run_on(threads, powers_task, j, tasks)
+        run_on(threads, statistics_task, j, j.merged)
+
+
 cdef int normalize_columns(const Call *c) noexcept nogil:
-    """y = gamma * (x - mean) * rstd + beta, one of each for a column; see rows.normalize_rows."""
-    cdef Job j = job_of(c)
-    cdef int status, threads = team_for(j.tasks, c.rows * c.n)
-    if threads == 0:
-        return NORMEXT_NO_MEMORY
-    if j.chunks == 1:
-        run_on(threads, normalize_task, &j, j.tasks)
+    """y = gamma * (x - mean) * rstd + beta, one of each for a group; see rows.normalize_rows."""
+    cdef Job j
+    cdef int threads, status = begin(c, &j, &threads)
+    if status != NORMEXT_OK:
+        return status
+    if j.split.chunks == 1:
+        run_on(threads, normalize_task, &j, j.split.across)
         return NORMEXT_OK
     if c.statistics != GIVEN:
-        status = moments_in_chunks(c, &j, threads)
-        if status != NORMEXT_OK:
-            return status
+        large_statistics(c, &j, threads)
     if c.y.data != NULL:
-        run_on(threads, affine_task, &j, j.tasks)
+        j.split = split_of(c, WRITTEN)
+        run_on(threads, affine_task, &j, j.split.across * j.split.chunks)
+    free(j.sums)
     return NORMEXT_OK
 
 
@@ -210,233 +400,218 @@ cdef inline nx_backward backward_of(const Call *c, Chunk t, Py_ssize_t block,
     cdef nx_backward of
     of.block, of.x, of.dy = block_at(c, t, block), at(c, c.x, t, block), at(c, c.dy, t, block)
     of.dx, of.addend = at(c, c.dx, t, block), nx_rows(NULL, 0)
-    of.gamma, of.relu = NULL, relu
+    of.gamma, of.relu, of.ahead = NULL, relu, 0
     return of
 
 
-cdef void chunk_dots(const Call *c, Chunk t, const double *pivots, nx_sums sums) noexcept nogil:
+cdef void chunk_dots(const Call *c, Chunk t, const double *pivots, double *sum,
+                     double *dot) noexcept nogil:
     """The sums of the chunk's columns, whose `pivots` may be NULL."""
-    cdef double scale[COLUMNS]
-    cdef double shift[COLUMNS]
-    cdef nx_relu_mask mask = nx_relu_mask(&scale[0], &shift[0])
+    cdef double[5 * COLUMNS] work
+    cdef Columns by = columns_of(c, t.example, t.col, t.cols, work)
+    cdef nx_relu_mask mask = nx_relu_mask(by.scale, by.shift)
     cdef nx_backward of
-    cdef Py_ssize_t block, j
-    for j in range(t.cols):
-        sums.sum[j] = sums.dot[j] = 0
-    if c.relu:
-        affines_of(c.k, c.gamma, c.beta, t.col, t.cols, c.rstd + t.col, scale, shift)
+    cdef Py_ssize_t block
+    memset(sum, 0, t.cols * sizeof(double))
+    memset(dot, 0, t.cols * sizeof(double))
     for block in range(block_count(c, t)):
         of = backward_of(c, t, block, &mask if c.relu else NULL)
-        c.k.col_dots(&of, c.mean + t.col, pivots, sums)
+        c.k.col_dots(&of, by.mean, pivots, nx_sums(sum, dot, 1))
 
 
 cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
-    cdef double factor[COLUMNS]
-    cdef double shift[COLUMNS]
-    cdef double slope[COLUMNS]
-    cdef double dy_mean[COLUMNS]
-    cdef double constant[COLUMNS]
-    # Pointers of its own, for the loop to become vectors.
-    cdef const double *rstd = c.rstd + t.col
-    cdef const double *sums = c.sums + t.col
-    cdef const double *dots = c.dots + t.col
-    cdef double each = 1 / c.count
+    """dx of a chunk, with the sums and dots of its groups."""
+    cdef double[5 * WRITTEN] work
+    cdef double[5 * WRITTEN] lines
+    cdef double *dy_mean = lines
+    cdef double *slope = lines + WRITTEN
+    cdef double *constant = slope + WRITTEN
     cdef bint own = c.statistics != GIVEN
-    cdef nx_relu_mask mask = nx_relu_mask(&factor[0], &shift[0])
-    cdef nx_line line = nx_line(c.mean + t.col, &dy_mean[0], &factor[0], &slope[0], &constant[0], 1)
-    cdef nx_affine map = nx_affine(&dy_mean[0], &factor[0], &slope[0], 1)
+    cdef Py_ssize_t part, col, cols, group
+    cdef const double *sums
+    cdef const double *dots
+    cdef Columns by
+    cdef nx_relu_mask mask
+    cdef nx_line line
+    cdef nx_affine map
     cdef nx_backward of
-    cdef Py_ssize_t j, block
-    affines_of(c.k, c.gamma, c.beta, t.col, t.cols, rstd, factor, shift)
-    for j in range(t.cols):
-        slope[j] = nx_slope(factor[j], rstd[j], dots[j] * each) if own else 0
-        dy_mean[j] = sums[j] * each if own else 0
-        constant[j] = nx_constant(factor[j], dy_mean[j])
-    for block in range(block_count(c, t) - 1, -1, -1):
-        of = backward_of(c, t, block, &mask if c.relu else NULL)
+    if not own:
+        memset(lines, 0, 3 * WRITTEN * sizeof(double))
+    for part in range(ceil_div(t.cols, WRITTEN)):
+        col = t.col + part * WRITTEN
+        cols = min(<Py_ssize_t> WRITTEN, t.col + t.cols - col)
+        by = columns_of(c, t.example, col, cols, work)
+        if own:
+            group = col // c.per_group
+            sums, dots = c.sums + group, c.dots + group
+            if c.per_group > 1:
+                expand(sums, c.per_group, col % c.per_group, cols, lines + 3 * WRITTEN)
+                expand(dots, c.per_group, col % c.per_group, cols, lines + 4 * WRITTEN)
+                sums, dots = lines + 3 * WRITTEN, lines + 4 * WRITTEN
+            c.k.col_lines(cols, 1 / c.count, by.rstd, by.scale, sums, dots, dy_mean, slope,
+                          constant)
+        mask = nx_relu_mask(by.scale, by.shift)
+        of.block, of.gamma, of.ahead = nx_block(t.rows, cols), NULL, 0
+        of.relu = &mask if c.relu else NULL
+        of.x, of.dy = rows_of(c, c.x, 0, t.row, col), rows_of(c, c.dy, 0, t.row, col)
+        of.dx, of.addend = rows_of(c, c.dx, 0, t.row, col), nx_rows(NULL, 0)
         if own or c.relu:
+            line = nx_line(by.mean, dy_mean, by.scale, slope, constant, 1)
             c.k.col_dx(&of, &line)
         else:  # the statistics are constants, and x does not matter: slope and dy_mean are zeros
+            map = nx_affine(dy_mean, by.scale, slope, 1, 0)
             c.k.col_affine(of.dy, of.dx, of.block, &map, False)
 
 
-cdef inline const double *pivots_of(const Call *c, Chunk t) noexcept nogil:
-    return NULL if c.pivots == NULL else c.pivots + t.col
+cdef bint finish_dots(const Call *c, Chunk t, const double *sums, Py_ssize_t chunks,
+                      Py_ssize_t step, double *pivots) noexcept nogil:
+    """Sums and dots of groups from those of their columns.
+
+    Or whether these are to be taken again about `pivots`, which may be NULL.
+    """
+    cdef Py_ssize_t group, first = t.col // c.per_group, groups = t.cols // c.per_group
+    cdef bint far = False
+    cdef Chunk column
+    add_chunks(sums, chunks, 2 * step, c.per_group, groups, c.sums + first)
+    add_chunks(sums + step, chunks, 2 * step, c.per_group, groups, c.dots + first)
+    if pivots == NULL or c.statistics == GIVEN or c.dx.data == NULL:
+        return False
+    if c.per_group == 1:
+        return c.k.cols_are_far(at(c, c.dy, t, 0), nx_block(t.rows, t.cols), c.sums + first, c.count,
+                                pivots)
+    for group in range(groups):
+        column = Chunk(0, 1, 0, c.rows, t.col + group * c.per_group, 1)
+        far |= c.k.cols_are_far(at(c, c.dy, column, 0), nx_block(c.rows, 1), c.sums + first + group,
+                                c.count, pivots + group)
+    expand(pivots, c.per_group, 0, t.cols, pivots)
+    return far
+
+
+cdef inline const double *given_pivots(const Call *c, Chunk t, double *work) noexcept nogil:
+    """Those of a chunk's columns; NULL where there are none."""
+    if c.pivots == NULL or c.per_group == 1:
+        return from_column(c.pivots, t.col)
+    expand(c.pivots + t.col // c.per_group, c.per_group, t.col % c.per_group, t.cols, work)
+    return work
 
 
 cdef void backward_task(const void *job, Py_ssize_t task) noexcept nogil:
     """All rows of some columns."""
     cdef const Call *c = (<const Job *> job).call
-    cdef Chunk t = chunk_at(<const Job *> job, task)
-    cdef nx_sums sums = nx_sums(c.sums + t.col, c.dots + t.col, 1)
-    cdef double pivots[COLUMNS]
+    cdef Chunk t = chunk_at(c, (<const Job *> job).split, task)
+    cdef double[COLUMNS] pivots
+    cdef double[2 * COLUMNS] sums
     if not c.given:
-        chunk_dots(c, t, pivots_of(c, t), sums)
-        if c.statistics != GIVEN and c.dx.data != NULL and c.k.cols_are_far(
-                at(c, c.dy, t, 0), nx_block(t.rows, t.cols), sums.sum, c.count, pivots):
-            chunk_dots(c, t, pivots, sums)
+        chunk_dots(c, t, given_pivots(c, t, pivots), sums, sums + COLUMNS)
+        if finish_dots(c, t, sums, 1, COLUMNS, pivots):
+            chunk_dots(c, t, pivots, sums, sums + COLUMNS)
+            finish_dots(c, t, sums, 1, COLUMNS, NULL)
     if c.dx.data != NULL:
         chunk_dx(c, t)
 
 
 cdef void dots_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    chunk_dots(j.call, chunk_at(j, task), adjust_of(j, task),
-               nx_sums(partial_of(j, task, 0), partial_of(j, task, 1), 1))
+    cdef const Call *c = j.call
+    cdef Chunk t = chunk_at(c, j.split, task)
+    cdef double *sums = sums_of(j, task // j.split.across, t.col)
+    cdef double[COLUMNS] work
+    chunk_dots(c, t, given_pivots(c, t, work) if j.scales == NULL else j.scales + t.col, sums,
+               sums + c.n)
+
+
+cdef void merge_dots_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    cdef Chunk t = merged_at(j.call, task)
+    j.again[task] = finish_dots(j.call, t, sums_of(j, 0, t.col), j.split.chunks, j.call.n,
+                                j.pivots + t.col if j.scales == NULL else NULL)
 
 
 cdef void dx_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
-    chunk_dx(j.call, chunk_at(j, j.tasks - 1 - task))
+    chunk_dx(j.call, chunk_at(j.call, j.split, j.split.across * j.split.chunks - 1 - task))
 
 
-cdef int dots_in_chunks(const Call *c, Job *j, int threads) noexcept nogil:
+cdef void large_dots(const Call *c, Job *j, int threads) noexcept nogil:
     """The sums of columns whose rows are split."""
-    cdef Py_ssize_t col, chunk, attempt
-    cdef double *pivots
-    j.partial = <double *> malloc((2 * j.chunks + 1) * c.n * sizeof(double))
-    if j.partial == NULL:
-        return NORMEXT_NO_MEMORY
-    pivots, j.adjust = j.partial + 2 * j.chunks * c.n, <double *> c.pivots
-    for attempt in range(2):  # the second about pivots that the first has found
-        run_on(threads, dots_task, j, j.tasks)
-        for col in range(c.n):
-            c.sums[col] = c.dots[col] = 0
-            for chunk in range(j.chunks):
-                c.sums[col] += j.partial[2 * chunk * c.n + col]
-                c.dots[col] += j.partial[(2 * chunk + 1) * c.n + col]
-        if attempt == 1 or c.statistics == GIVEN or c.dx.data == NULL or not c.k.cols_are_far(
-                nx_rows(c.dy.data, c.dy.row), nx_block(c.rows, c.n), c.sums, c.count, pivots):
-            break
-        j.adjust = pivots
-    free(j.partial)
-    return NORMEXT_OK
+    cdef Py_ssize_t tasks = j.split.across * j.split.chunks
+    run_on(threads, dots_task, j, tasks)
+    run_on(threads, merge_dots_task, j, j.merged)
+    if any_again(j):  # about pivots that the first attempt has found
+        j.scales = j.pivots
+        run_on(threads, dots_task, j, tasks)
+        run_on(threads, merge_dots_task, j, j.merged)
 
 
 cdef int columns_backward(const Call *c) noexcept nogil:
-    """The gradient dx and, for each column, its sum and dot; see rows.rows_backward."""
-    cdef Job j = job_of(c)
-    cdef int status, threads = team_for(j.tasks, c.rows * c.n)
-    if threads == 0:
-        return NORMEXT_NO_MEMORY
-    if j.chunks == 1:
-        run_on(threads, backward_task, &j, j.tasks)
+    """The gradient dx and, for each group, its sum and dot; see rows.rows_backward."""
+    cdef Job j
+    cdef int threads, status = begin(c, &j, &threads)
+    if status != NORMEXT_OK:
+        return status
+    if j.split.chunks == 1:
+        run_on(threads, backward_task, &j, j.split.across)
         return NORMEXT_OK
     if not c.given:
-        status = dots_in_chunks(c, &j, threads)
-        if status != NORMEXT_OK:
-            return status
+        large_dots(c, &j, threads)
     if c.dx.data != NULL:
-        run_on(threads, dx_task, &j, j.tasks)
+        j.split = split_of(c, WRITTEN)
+        run_on(threads, dx_task, &j, j.split.across * j.split.chunks)
+    free(j.sums)
     return NORMEXT_OK
 
 
 # Group norm, channels last -----------------------------------------------------------------------
 
-# A task is an example and some of its groups. The columns' moments make the groups'. `partial` has,
-# for each example, several numbers for each column.
+# An example has statistics of its own. Small ones are tasks, several at a time; the rows of large
+# ones are split as those of batch norm.
 
 cdef enum:
-    FORWARD_NUMBERS = 3
+    FORWARD_NUMBERS = 4  # for a column of those that are done together
     BACKWARD_NUMBERS = 8
 
-# An example's groups first to last, and numbers for its columns; in what order, the passes say.
-cdef struct Example:
-    Py_ssize_t index, first, last
-    double *columns
+# `work` has room for `numbers` of each task; in the backward pass its sums and dots come first.
+cdef struct Examples:
+    const Call *call
+    Py_ssize_t tasks, at_once, numbers
+    double *work
 
 
-cdef inline Py_ssize_t groups_of_task(const Call *c) noexcept nogil:
-    return max(1, COLUMNS // c.per_group)
-
-
-cdef inline Example example_at(const Job *j, Py_ssize_t task, int numbers) noexcept nogil:
-    cdef const Call *c = j.call
-    cdef Py_ssize_t groups = c.n // c.per_group, step = groups_of_task(c)
-    cdef Py_ssize_t n = task // j.blocks, first = task % j.blocks * step
-    return Example(n, first, min(first + step, groups), j.partial + n * numbers * c.n)
-
-
-cdef inline Call call_of(const Call *c, Example e) noexcept nogil:
+cdef inline Call call_of(const Call *c, Py_ssize_t example) noexcept nogil:
     """The call for one example, with the statistics of its groups."""
-    cdef Call of_example = c[0]
-    cdef Py_ssize_t size = c.k.itemsize, groups = c.n // c.per_group
-    of_example.x.data = <char *> c.x.data + e.index * c.x.group * size
-    of_example.y.data = <char *> c.y.data + e.index * c.y.group * size
-    of_example.dy.data = <char *> c.dy.data + e.index * c.dy.group * size
-    of_example.dx.data = <char *> c.dx.data + e.index * c.dx.group * size
-    of_example.mean = c.mean + e.index * groups
-    of_example.rstd = c.rstd + e.index * groups
-    return of_example
+    cdef Call of = c[0]
+    cdef Py_ssize_t groups = c.n // c.per_group
+    of.x.data = rows_of(c, c.x, example, 0, 0).data
+    of.y.data = rows_of(c, c.y, example, 0, 0).data
+    of.dy.data = rows_of(c, c.dy, example, 0, 0).data
+    of.dx.data = rows_of(c, c.dx, example, 0, 0).data
+    of.mean, of.rstd = c.mean + example * groups, c.rstd + example * groups
+    return of
 
 
-cdef inline Py_ssize_t chunks_of(const Call *c, Example e) noexcept nogil:
-    return ceil_div((e.last - e.first) * c.per_group, COLUMNS)
+cdef bint are_large(const Call *c) noexcept nogil:
+    """Whether examples are so few and large that the rows of each are split."""
+    return c.groups < CHUNKS // 2 and split_of(c, COLUMNS).chunks > 1
 
 
-cdef inline Chunk chunk_of(const Call *c, Example e, Py_ssize_t index) noexcept nogil:
-    """All rows of some of the example's columns."""
-    cdef Py_ssize_t col = e.first * c.per_group + index * COLUMNS
-    return Chunk(0, c.rows, col, min(<Py_ssize_t> COLUMNS, e.last * c.per_group - col))
-
-
-cdef void spread(const Call *c, Example e, double *mean, double *rstd) noexcept nogil:
-    """Each group's statistics, once for each of its columns."""
-    cdef Py_ssize_t group, j
-    for group in range(e.first, e.last):
-        for j in range(group * c.per_group, (group + 1) * c.per_group):
-            mean[j] = c.mean[group]
-            rstd[j] = c.rstd[group]
-
-
-cdef void normalize_example(const Call *c, Example e) noexcept nogil:
-    cdef Py_ssize_t group, index, j, col, attempt
-    cdef double *mean = e.columns
-    cdef double *rstd = mean + c.n
-    cdef double *scale = rstd + c.n
-    cdef double *scales = NULL  # of the columns, a group's all alike
-    cdef nx_moments m
-    cdef Chunk t
-    cdef bint again
-    for attempt in range(2):  # the second with scales that the first has found
-        for index in range(chunks_of(c, e)):
-            t = chunk_of(c, e, index)
-            chunk_moments(c, t, NULL if scales == NULL else scales + t.col, mean + t.col,
-                          rstd + t.col)
-        again = False
-        for group in range(e.first, e.last):
-            j = group * c.per_group
-            m = nx_merge_equal(<double> c.rows, c.per_group, mean + j, rstd + j)
-            nx_finish_moments(m, 1 if scales == NULL else scales[j], c.eps, c.mean + group,
-                              c.rstd + group, NULL)
-            if attempt == 0:
-                for col in range(j, j + c.per_group):
-                    scale[col] = nx_rescale(&c.k.range, m)
-                again |= scale[j] != 1
-        if not again:
-            break
-        scales = scale
-    spread(c, e, mean, rstd)
-    for index in range(chunks_of(c, e)):
-        chunk_affine(c, chunk_of(c, e, index), mean, rstd)
-
-
-cdef void normalize_example_task(const void *job, Py_ssize_t task) noexcept nogil:
-    cdef const Job *j = <const Job *> job
-    cdef Example e = example_at(j, task, FORWARD_NUMBERS)
-    cdef Call of_example = call_of(j.call, e)
-    normalize_example(&of_example, e)
-
-
-cdef int run_examples(const Call *c, Job *j, bint backward) noexcept nogil:
-    j.blocks = ceil_div(c.n // c.per_group, groups_of_task(c))
-    j.partial = <double *> malloc(
-        c.groups * c.n * (BACKWARD_NUMBERS if backward else FORWARD_NUMBERS) * sizeof(double)
-    )
-    if j.partial == NULL:
+cdef int run_examples(const Call *c, Task f, Examples *j) noexcept nogil:
+    j.work = <double *> malloc(j.tasks * j.numbers * sizeof(double))
+    if j.work == NULL:
         return NORMEXT_NO_MEMORY
-    return run_tasks(example_backward_task if backward else normalize_example_task, j,
-                     c.groups * j.blocks, c.groups * c.rows * c.n)
+    return run_tasks(f, j, j.tasks, c.groups * c.rows * c.n)
+
+
+cdef void normalize_examples_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Examples *j = <const Examples *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t last = (task + 1) * c.groups // j.tasks, example
+    cdef Chunk t = Chunk(task * c.groups // j.tasks, 0, 0, c.rows, 0, c.n)
+    while t.example < last:
+        t.examples = min(j.at_once, last - t.example)
+        all_statistics(c, t, j.work + task * j.numbers)
+        for t.example in range(t.example, t.example + t.examples):
+            chunk_affine(c, t)
+        t.example += 1
 
 
 cdef int normalize_column_groups(const Call *c) noexcept nogil:
@@ -444,53 +619,65 @@ cdef int normalize_column_groups(const Call *c) noexcept nogil:
 
     There are a mean and rstd for each group of each example, a gamma and beta for each column.
     """
-    cdef Job j = Job(c, 0, 1, 0, NULL, NULL)
-    cdef int status = run_examples(c, &j, False)
-    free(j.partial)
+    cdef Examples j
+    cdef Call of_example
+    cdef Py_ssize_t example
+    cdef int status = NORMEXT_OK
+    if are_large(c):
+        for example in range(c.groups):
+            of_example = call_of(c, example)
+            status = normalize_columns(&of_example)
+            if status != NORMEXT_OK:
+                break
+        return status
+    j.call, j.at_once = c, max(<Py_ssize_t> 1, COLUMNS // c.n)
+    # Each example is on its own, and no bit depends on the split.
+    j.tasks, j.numbers = min(c.groups, <Py_ssize_t> CHUNKS), FORWARD_NUMBERS * j.at_once * c.n
+    status = run_examples(c, normalize_examples_task, &j)
+    free(j.work)
     return status
 
 
-cdef void example_backward(const Call *c, Example e) noexcept nogil:
-    """chunk_dx where the columns of a group share a statistic, and each has a gamma of its own."""
-    cdef double *sums = e.columns  # then dots, which become those of xhat
+cdef void example_dx(const Call *c, Chunk t, const double *mean, const double *rstd,
+                     const double *slope, const double *constant,
+                     const double *pivots) noexcept nogil:
+    cdef double[2 * WRITTEN] work
+    cdef double *factor = work
+    cdef Py_ssize_t size = c.k.parameter_size, part, col, cols
+    cdef nx_line line
+    cdef nx_backward of
+    for part in range(ceil_div(t.cols, WRITTEN)):
+        col = t.col + part * WRITTEN
+        cols = min(<Py_ssize_t> WRITTEN, t.col + t.cols - col)
+        c.k.affines(NULL if c.gamma == NULL else c.gamma + col * size, NULL, cols, rstd + col,
+                    factor, factor + WRITTEN)
+        line = nx_line(mean + col, pivots + col, factor, slope + col, constant + col, 1)
+        of.block, of.gamma, of.relu, of.ahead = nx_block(t.rows, cols), NULL, NULL, 0
+        of.x, of.dy = rows_of(c, c.x, 0, t.row, col), rows_of(c, c.dy, 0, t.row, col)
+        of.dx, of.addend = rows_of(c, c.dx, 0, t.row, col), nx_rows(NULL, 0)
+        c.k.col_dx(&of, &line)
+
+
+cdef void dots_of_columns(const Call *c) noexcept nogil:
+    """Each column's sum and dot."""
+    cdef Py_ssize_t part, col
+    for part in range(ceil_div(c.n, COLUMNS)):
+        col = part * COLUMNS
+        chunk_dots(c, Chunk(0, 1, 0, c.rows, col, min(<Py_ssize_t> COLUMNS, c.n - col)),
+                   from_column(c.pivots, col), c.sums + col, c.dots + col)
+
+
+cdef void example_lines(const Call *c, double *work, bint far) noexcept nogil:
+    """Slope and constant of each column, from all columns' sums and dots, which become xhat's."""
+    cdef double *sums = work
     cdef double *dots = sums + c.n
-    cdef double *mean = dots + c.n
-    cdef double *rstd = mean + c.n
-    cdef double *slope = rstd + c.n
+    cdef double *slope = work + 4 * c.n
     cdef double *constant = slope + c.n
     cdef double *pivots = constant + c.n
     cdef double *deviations = pivots + c.n
-    cdef double factor[COLUMNS]
-    cdef double zero[COLUMNS]
     cdef double sum, dot, r, n = <double> c.rows * <double> c.per_group
-    cdef Py_ssize_t group, index, j, col, block
-    cdef nx_line line
-    cdef nx_backward of
-    cdef bint far = False
-    cdef Chunk t
-    cdef Call of_columns = c[0]
-    of_columns.mean, of_columns.rstd = mean, rstd
-    spread(c, e, mean, rstd)
-    for index in range(chunks_of(c, e)):
-        t = chunk_of(c, e, index)
-        chunk_dots(&of_columns, t, NULL, nx_sums(sums + t.col, dots + t.col, 1))
-    for group in range(e.first, e.last):
-        j = group * c.per_group
-        sum = 0
-        for col in range(j, j + c.per_group):
-            sum += sums[col]
-        t = Chunk(0, c.rows, j, 1)
-        far |= c.k.cols_are_far(at(c, c.dy, t, 0), nx_block(c.rows, 1), &sum, n, pivots + j)
-        for col in range(j + 1, j + c.per_group):
-            pivots[col] = pivots[j]
-    if far:
-        for index in range(chunks_of(c, e)):
-            t = chunk_of(c, e, index)
-            chunk_moments(c, t, NULL, deviations + t.col, slope + t.col)
-            chunk_dots(&of_columns, t, pivots + t.col, nx_sums(sums + t.col, dots + t.col, 1))
-        for j in range(e.first * c.per_group, e.last * c.per_group):
-            deviations[j] = c.rows * (deviations[j] - mean[j])
-    for group in range(e.first, e.last):
+    cdef Py_ssize_t group, j, col
+    for group in range(c.n // c.per_group):
         j, r = group * c.per_group, c.rstd[group]
         sum = dot = 0
         if far:
@@ -502,33 +689,98 @@ cdef void example_backward(const Call *c, Example e) noexcept nogil:
             dots[col] *= r
         for col in range(j, j + c.per_group):
             slope[col], constant[col] = nx_slope(r, r, dot / n), nx_constant(r, sum / n)
-    for index in range(chunks_of(c, e)):
-        t = chunk_of(c, e, index)
-        affines_of(c.k, c.gamma, NULL, t.col, t.cols, rstd + t.col, factor, zero)
-        line = nx_line(mean + t.col, pivots + t.col, &factor[0], slope + t.col, constant + t.col, 1)
-        for block in range(block_count(c, t) - 1, -1, -1):
-            of = backward_of(c, t, block, NULL)
-            c.k.col_dx(&of, &line)
 
 
-cdef void example_backward_task(const void *job, Py_ssize_t task) noexcept nogil:
-    cdef const Job *j = <const Job *> job
-    cdef Example e = example_at(j, task, BACKWARD_NUMBERS)
-    cdef Call of_example = call_of(j.call, e)
-    example_backward(&of_example, e)
+cdef bint are_far(const Call *c, const double *sums, double *pivots) noexcept nogil:
+    """Whether the gradients of any group are far from zero, and pivots for all columns."""
+    cdef Py_ssize_t group, j, col
+    cdef double sum
+    cdef bint far = False
+    for group in range(c.n // c.per_group):
+        j = group * c.per_group
+        sum = 0
+        for col in range(j, j + c.per_group):
+            sum += sums[col]
+        far |= c.k.cols_are_far(rows_of(c, c.dy, 0, 0, j), nx_block(c.rows, 1), &sum,
+                                <double> c.rows * <double> c.per_group, pivots + j)
+        for col in range(j + 1, j + c.per_group):
+            pivots[col] = pivots[j]
+    return far
+
+
+cdef void all_deviations(const Call *c, double *deviations, double *squares) noexcept nogil:
+    """Each column's sum of x - mean."""
+    cdef Chunk t = Chunk(0, 1, 0, c.rows, 0, c.n)
+    cdef double pivot
+    cdef Py_ssize_t col
+    chunk_powers(c, t, NULL, c.mean, deviations, squares)
+    for col in range(c.n):
+        pivot = <float> c.mean[col] if c.k.parameter_size == 4 else c.mean[col]
+        deviations[col] += c.rows * (pivot - c.mean[col])
+
+
+cdef void example_backward(const Call *c, double *work) noexcept nogil:
+    """chunk_dx where the columns of a group share a statistic, and each has a gamma of its own.
+
+    `work` has room for BACKWARD_NUMBERS of each column; sums and dots come first.
+    """
+    cdef double *mean = work + 2 * c.n
+    cdef double *rstd = mean + c.n
+    cdef double *slope = rstd + c.n
+    cdef double *constant = slope + c.n
+    cdef double *pivots = constant + c.n
+    cdef double *deviations = pivots + c.n
+    cdef Call columns = c[0]  # with a statistic each
+    cdef bint far
+    expand(c.mean, c.per_group, 0, c.n, mean)
+    expand(c.rstd, c.per_group, 0, c.n, rstd)
+    columns.mean, columns.rstd, columns.per_group, columns.statistics = mean, rstd, 1, GIVEN
+    columns.sums, columns.dots, columns.dx.data, columns.pivots = work, work + c.n, NULL, NULL
+    dots_of_columns(&columns)
+    far = are_far(c, work, pivots)
+    if far:
+        all_deviations(&columns, deviations, slope)
+        columns.pivots = pivots
+        dots_of_columns(&columns)
+    example_lines(c, work, far)
+    example_dx(c, Chunk(0, 1, 0, c.rows, 0, c.n), mean, rstd, slope, constant, pivots)
+
+
+cdef void examples_backward_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Some examples; their sums go to `work`, in the place of the task."""
+    cdef const Examples *j = <const Examples *> job
+    cdef const Call *c = j.call
+    cdef double *total = j.work + task * j.numbers
+    cdef double *work = total + 2 * c.n
+    cdef Call of_example
+    cdef Py_ssize_t example, i
+    memset(total, 0, 2 * c.n * sizeof(double))
+    for example in range(task * c.groups // j.tasks, (task + 1) * c.groups // j.tasks):
+        of_example = call_of(c, example)
+        example_backward(&of_example, work)
+        for i in range(2 * c.n):
+            total[i] += work[i]
+
+
+cdef void add_examples_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Adds the sums of some columns up."""
+    cdef const Examples *j = <const Examples *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t col, i
+    cdef double *sums = j.work
+    for i in range(j.tasks):
+        for col in range(task * MERGED, min((task + 1) * MERGED, c.n)):
+            c.dbeta[col] += sums[col]
+            c.dgamma[col] += sums[c.n + col]
+        sums += j.numbers
 
 
 cdef int column_groups_backward(const Call *c) noexcept nogil:
     """dx; each column's sum(dy) and sum(dy * xhat) are added to dbeta and dgamma."""
-    cdef Job j = Job(c, 0, 1, 0, NULL, NULL)
-    cdef int status = run_examples(c, &j, True)
-    cdef Py_ssize_t n, col
-    cdef double *sums
+    cdef Examples j = Examples(c, min(c.groups, <Py_ssize_t> CHUNKS), 1,
+                               (2 + BACKWARD_NUMBERS) * c.n, NULL)
+    cdef int status = run_examples(c, examples_backward_task, &j)
     if status == NORMEXT_OK:
-        for n in range(c.groups):
-            sums = j.partial + n * BACKWARD_NUMBERS * c.n
-            for col in range(c.n):
-                c.dbeta[col] += sums[col]
-                c.dgamma[col] += sums[c.n + col]
-    free(j.partial)
+        status = run_tasks(add_examples_task, &j, ceil_div(c.n, MERGED), j.tasks * c.n)
+    free(j.work)
     return status

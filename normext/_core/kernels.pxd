@@ -9,7 +9,6 @@ cdef extern from "kernels.h" nogil:
     void nx_merge_share(double *mean, double *m2, double other_mean, double other_m2,
                         double count, double share)
     void nx_merge(nx_moments *m, nx_moments other)
-    nx_moments nx_merge_equal(double numbers, ptrdiff_t sets, const double *mean, const double *m2)
     bint nx_near(double g, double mean)
     ctypedef struct nx_range:
         double tiny, enlarge, shrink, near_zero
@@ -17,8 +16,6 @@ cdef extern from "kernels.h" nogil:
     double nx_rescale(const nx_range *range, nx_moments m)
     bint nx_rescale_columns(const nx_range *range, ptrdiff_t n, double count, const double *mean,
                             const double *m2, double *scale)
-    void nx_inverse_stds(double *variance, ptrdiff_t n, double eps)
-    bint nx_any_outside(const double *p, ptrdiff_t n, double least, double largest)
     void nx_finish_moments(nx_moments m, double scale, double eps, double *mean, double *rstd,
                            double *var)
 
@@ -37,7 +34,7 @@ cdef extern from "kernels.h" nogil:
         const double *mean
         const double *scale
         const double *shift
-        ptrdiff_t step
+        ptrdiff_t step, ahead
 
     ctypedef struct nx_relu_mask:
         const double *scale
@@ -48,6 +45,7 @@ cdef extern from "kernels.h" nogil:
         nx_rows x, dy, dx, addend
         const void *gamma
         const nx_relu_mask *relu
+        ptrdiff_t ahead
 
     ctypedef struct nx_sums:
         double *sum
@@ -95,8 +93,19 @@ cdef extern from "kernels.h" nogil:
         nx_range range
         void (*row_moments)(nx_rows x, nx_block b, bint centred, double scale,
                             nx_moments *m) noexcept nogil
-        void (*col_moments)(nx_rows x, nx_block b, const double *scale, double count,
-                            double *mean, double *m2) noexcept nogil
+        void (*col_pivots)(nx_rows x, nx_block b, double *pivot) noexcept nogil
+        void (*col_powers)(nx_rows x, nx_block b, const double *scale, const double *pivot,
+                           double *sum, double *squares) noexcept nogil
+        bint (*col_rescale)(ptrdiff_t n, double count, const double *sum, const double *squares,
+                            double *pivot, double *scale) noexcept nogil
+        void (*col_statistics)(ptrdiff_t n, double count, double eps, const double *scale,
+                               const double *pivot, const double *sum, const double *squares,
+                               double *mean, double *rstd, double *var) noexcept nogil
+        void (*affines)(const void *gamma, const void *beta, ptrdiff_t n, const double *rstd,
+                        double *scale, double *shift) noexcept nogil
+        void (*col_lines)(ptrdiff_t n, double each, const double *rstd, const double *factor,
+                          const double *sum, const double *dot, double *mean, double *slope,
+                          double *constant) noexcept nogil
         void (*row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
                            const void *gamma, const void *beta, bint relu) noexcept nogil
         void (*col_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
@@ -115,10 +124,11 @@ cdef extern from "kernels.h" nogil:
                                  double *rstd) noexcept nogil
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
+        void (*layer_dots)(const nx_backward *of, bint centred, const double *mean,
+                           const double *rstd, nx_sums sums, double *dbeta,
+                           double *dgamma) noexcept nogil
         void (*layer_backward)(const nx_backward *of, bint centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma) noexcept nogil
-        void (*layer_parameters)(const nx_backward *of, const double *mean, const double *rstd,
-                                 double *dbeta, double *dgamma) noexcept nogil
         void (*group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, double eps, bint relu,
                               double *mean, double *rstd) noexcept nogil
         ptrdiff_t (*group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
@@ -127,6 +137,12 @@ cdef extern from "kernels.h" nogil:
         void (*add_rows)(nx_rows a, nx_rows b, nx_rows sum, nx_block block) noexcept nogil
         void (*widen)(const void *x, ptrdiff_t n, double *y) noexcept nogil
         void (*narrow)(const double *x, ptrdiff_t n, void *y) noexcept nogil
+        void (*inverse_stds)(double *variance, ptrdiff_t n, double eps) noexcept nogil
+        bint (*any_outside)(const double *p, ptrdiff_t n, double least,
+                            double largest) noexcept nogil
+        void (*multiply)(double *a, const double *b, ptrdiff_t n) noexcept nogil
+        void (*update_running)(void *s, bint single, ptrdiff_t n, double momentum, double share,
+                               const double *batch) noexcept nogil
         void (*transpose)(nx_rows x, nx_block b, nx_rows y) noexcept nogil
         void (*pool_row)(nx_rows x, const nx_window *window, ptrdiff_t n, void *y, void *winner,
                          int winner_size) noexcept nogil
@@ -146,6 +162,7 @@ cdef extern from "kernels.h" nogil:
 
     const nx_isa nx_isas[]
     const int nx_isa_count
+    ptrdiff_t nx_cache(int level)
     const char *nx_compiler()
 
 
@@ -163,31 +180,6 @@ cdef inline void affine_of(const nx_kernels *k, const char *gamma, const char *b
     """
     scale[0] = rstd if gamma == NULL else rstd * element(k, gamma, channel)
     shift[0] = 0 if beta == NULL else element(k, beta, channel)
-
-
-cdef inline void affines_of(const nx_kernels *k, const char *gamma, const char *beta,
-                            Py_ssize_t channel, Py_ssize_t channels, const double *rstd,
-                            double *scale, double *shift) noexcept nogil:
-    """The same for channels in a row; one loop for each case, so that they become vectors."""
-    cdef Py_ssize_t j
-    if gamma == NULL:
-        for j in range(channels):
-            scale[j] = rstd[j]
-    elif k.parameter_size == 4:
-        for j in range(channels):
-            scale[j] = rstd[j] * (<const float *> gamma)[channel + j]
-    else:
-        for j in range(channels):
-            scale[j] = rstd[j] * (<const double *> gamma)[channel + j]
-    if beta == NULL:
-        for j in range(channels):
-            shift[j] = 0
-    elif k.parameter_size == 4:
-        for j in range(channels):
-            shift[j] = (<const float *> beta)[channel + j]
-    else:
-        for j in range(channels):
-            shift[j] = (<const double *> beta)[channel + j]
 
 
 cdef inline double restore_pivot(const nx_kernels *k, const char *gamma, Py_ssize_t channel,

@@ -20,13 +20,19 @@ from normext cimport (
     nx_norm, nx_running,
 )
 from normext._core.blocks cimport add_by_blocks, backward_by_blocks, forward_by_blocks
-from normext._core.kernels cimport nx_any_outside, nx_inverse_stds
-from normext._core.runtime cimport isa_name, threads_used, tracing
+from normext._core.kernels cimport ceil_div, nx_kernels
+from normext._core.runtime cimport (
+    Task, isa_name, kernels_for, run_tasks, threads_used, tracing,
+)
 from normext._core.sizes cimport is_group_norm, numbers_of, parameters_of, statistics_of
 from normext._core.walk cimport (
     BLOCKS, CHANNELS_FIRST, CHANNELS_LAST, COLUMNS, LAYERS, NOTHING, ONE_PIXEL, ROWS, Walk,
     Way, walk_backward, walk_forward,
 )
+
+cdef enum:
+    CHANNELS = 4096  # of a task
+    MOST_TASKS = 64
 
 cdef extern from "<time.h>" nogil:
     ctypedef long time_t
@@ -80,38 +86,47 @@ cdef int check(const nx_norm *norm) noexcept nogil:
 
 
 cdef void read_statistic(const void *s, bint single, Py_ssize_t n, double *to) noexcept nogil:
-    cdef Py_ssize_t i
     if single:
-        for i in range(n):
-            to[i] = (<const float *> s)[i]
+        kernels_for(NORMEXT_FLOAT32, False).widen(s, n, to)
     else:
         memcpy(to, s, n * sizeof(double))
 
 
-cdef void update_statistic(void *s, bint single, Py_ssize_t n, double momentum, double share,
-                           const double *batch) noexcept nogil:
+# Running statistics and the batch's, of which a task takes some.
+cdef struct Update:
+    const nx_running *running
+    Py_ssize_t channels
+    double momentum, mean_share, var_share
+    const double *mean
+    const double *var
+
+
+cdef inline void update_some(void *s, bint single, Py_ssize_t first, Py_ssize_t n, double momentum,
+                             double share, const double *batch) noexcept nogil:
     """``momentum * s + share * batch``; nothing where there is no s."""
-    cdef Py_ssize_t i
-    if s == NULL:
-        return
-    if single:
-        for i in range(n):
-            (<float *> s)[i] = <float> (momentum * (<float *> s)[i] + share * batch[i])
-    else:
-        for i in range(n):
-            (<double *> s)[i] = momentum * (<double *> s)[i] + share * batch[i]
+    if s != NULL:
+        s = <char *> s + first * (sizeof(float) if single else sizeof(double))
+        kernels_for(NORMEXT_FLOAT64, False).update_running(s, single, n, momentum, share,
+                                                           batch + first)
 
 
-cdef void update_running(const nx_norm *norm, const nx_running *running, const double *mean,
-                         const double *var) noexcept nogil:
+cdef void update_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Update *u = <const Update *> job
+    cdef Py_ssize_t first = task * CHANNELS, n = min(<Py_ssize_t> CHANNELS, u.channels - first)
+    update_some(u.running.mean, u.running.single_mean, first, n, u.momentum, u.mean_share, u.mean)
+    update_some(u.running.var, u.running.single_var, first, n, u.momentum, u.var_share, u.var)
+
+
+cdef int update_running(const nx_norm *norm, const nx_running *running, const double *mean,
+                        const double *var) noexcept nogil:
     """From the batch's mean and biased variance."""
     cdef Py_ssize_t channels = norm.shape[norm.axis], numbers = numbers_of(norm, 0, norm.ndim)
     cdef double share = 1 - running.momentum, correction = 1
+    cdef Update u
     if running.unbiased:
         correction = <double> numbers / (numbers - channels)
-    update_statistic(running.mean, running.single_mean, channels, running.momentum, share, mean)
-    share *= correction
-    update_statistic(running.var, running.single_var, channels, running.momentum, share, var)
+    u = Update(running, channels, running.momentum, share, share * correction, mean, var)
+    return run_tasks(update_task, &u, ceil_div(channels, CHANNELS), channels)
 
 
 # The door ----------------------------------------------------------------------------------------
@@ -178,7 +193,7 @@ cdef int batch_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept n
     if not norm.training and io.running.mean != NULL:
         read_statistic(io.running.mean, io.running.single_mean, channels, io.mean)
         read_statistic(io.running.var, io.running.single_var, channels, io.rstd)
-        nx_inverse_stds(io.rstd, channels, norm.eps)
+        kernels_for(norm.type, False).inverse_stds(io.rstd, channels, norm.eps)
     if numbers_of(norm, 0, norm.ndim) == 0:
         return NORMEXT_OK
     if norm.training and var == NULL and io.running.var != NULL:
@@ -188,7 +203,7 @@ cdef int batch_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept n
     w.var = var
     status = run_forward(norm, io, w)
     if status == NORMEXT_OK and norm.training:
-        update_running(norm, &io.running, io.mean, var)
+        status = update_running(norm, &io.running, io.mean, var)
     if var != &few[0] and var != io.var:
         free(var)
     return status
@@ -207,35 +222,102 @@ cdef int forward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     return status
 
 
+# What is done to a number of each channel, row or parameter, of which there may be as many as
+# numbers of x: a task takes a share.
+cdef struct Each:
+    const nx_kernels *k
+    double *numbers
+    const double *factors
+    Py_ssize_t count, tasks
+    double least, largest
+    bint *outside  # what each task has found
+
+
+cdef inline Py_ssize_t share_of(const Each *e, Py_ssize_t task) noexcept nogil:
+    return task * e.count // e.tasks
+
+
+cdef void zero_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Each *e = <const Each *> job
+    cdef Py_ssize_t first = share_of(e, task)
+    memset(e.numbers + first, 0, (share_of(e, task + 1) - first) * sizeof(double))
+
+
+cdef void multiply_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Each *e = <const Each *> job
+    cdef Py_ssize_t first = share_of(e, task)
+    e.k.multiply(e.numbers + first, e.factors + first, share_of(e, task + 1) - first)
+
+
+cdef void outside_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Each *e = <const Each *> job
+    cdef Py_ssize_t first = share_of(e, task)
+    e.outside[task] = e.k.any_outside(e.numbers + first, share_of(e, task + 1) - first, e.least,
+                                      e.largest)
+
+
+cdef inline int do_each(Task f, Each *e) noexcept nogil:
+    e.tasks = max(1, min(<Py_ssize_t> MOST_TASKS, e.count // CHANNELS))
+    if e.tasks == 1:
+        f(e, 0)
+        return NORMEXT_OK
+    return run_tasks(f, e, e.tasks, e.count)
+
+
+cdef int zero(double *numbers, Py_ssize_t count) noexcept nogil:
+    cdef Each e = Each(NULL, numbers, NULL, count, 1, 0, 0, NULL)
+    return do_each(zero_task, &e)
+
+
+cdef int multiply(const nx_kernels *k, double *numbers, const double *factors,
+                  Py_ssize_t count) noexcept nogil:
+    cdef Each e = Each(k, numbers, factors, count, 1, 0, 0, NULL)
+    return do_each(multiply_task, &e)
+
+
+cdef int find_outside(const nx_kernels *k, double *numbers, Py_ssize_t count, double largest,
+                      bint *any_is) noexcept nogil:
+    """Whether any number that is not 0 is above `largest` or below its inverse."""
+    cdef bint outside[MOST_TASKS]
+    cdef Each e = Each(k, numbers, NULL, count, 1, 1 / largest, largest, &outside[0])
+    cdef int task, status = do_each(outside_task, &e)
+    if status == NORMEXT_OK:
+        any_is[0] = False
+        for task in range(e.tasks):
+            any_is[0] |= outside[task]
+    return status
+
+
 cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef Walk walk = Walk(NOTHING, False, NULL, NULL)
     cdef double began = milliseconds() if tracing else 0
     cdef double largest = 1e100 if norm.type == NORMEXT_FLOAT64 else 1e10
-    cdef Py_ssize_t c, numbers = numbers_of(norm, 0, norm.ndim), parameters = parameters_of(norm)
+    cdef const nx_kernels *k = kernels_for(norm.type, False)
+    cdef Py_ssize_t numbers = numbers_of(norm, 0, norm.ndim), parameters = parameters_of(norm)
     cdef nx_io call = io[0]
     cdef bint wide = False
     cdef int status = NORMEXT_OK
     if io.part != NORMEXT_APPLY:
-        memset(io.dgamma, 0, parameters * sizeof(double))
-        memset(io.dbeta, 0, parameters * sizeof(double))
+        status = zero(io.dgamma, parameters)
+        if status == NORMEXT_OK:
+            status = zero(io.dbeta, parameters)
     if norm.kind == NORMEXT_BATCH_NORM and io.part != NORMEXT_APPLY:
         call.count = <double> (numbers // parameters)
-    if numbers != 0:
+    if numbers != 0 and status == NORMEXT_OK:
         # rstd is cubed, and sums of dy * (x - mean) are taken: deviations, and their inverses, must
         # not be such that these overflow or underflow. The cube of 1e10 leaves a factor of 1e8 to
         # what it is multiplied by, before float is at its end; 1e100 does to double. Such data are
         # rare.
-        wide = nx_any_outside(io.rstd, statistics_of(norm), 1 / largest, largest)
+        status = find_outside(k, io.rstd, statistics_of(norm), largest, &wide)
         if wide:
             walk.way = BLOCKS
-        else:
+        elif status == NORMEXT_OK:
             status = walk_backward(norm, &call, &walk)
         if status == NORMEXT_OK and walk.way == BLOCKS:
             status = backward_by_blocks(norm, &call, wide)
         if (status == NORMEXT_OK and norm.kind == NORMEXT_BATCH_NORM and io.part == NORMEXT_WHOLE
                 and not wide):
-            for c in range(parameters):  # from dots
-                io.dgamma[c] *= io.rstd[c]
+            status = multiply(k, io.dgamma, io.rstd, parameters)  # from dots
     if tracing:
         trace(norm, "backward", way_name(walk.way, wide), began)
     return status

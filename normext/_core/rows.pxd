@@ -6,3 +6,4 @@ cdef int normalize_sums(const Call *c) noexcept nogil
 cdef int rows_backward(const Call *c) noexcept nogil
 cdef int layer_backward(const Call *c) noexcept nogil
 cdef int grouped_backward(const Call *c) noexcept nogil
+cdef void look_ahead(Call *c, int arrays) noexcept nogil

@@ -16,31 +16,39 @@ split depends on the shape alone and partial sums are put together in its order,
 of threads changes no bit. Second passes go backwards, to meet first what is still in cache.
 """
 
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
 from normext._core.call cimport (
     ALONG_ROW, CENTRED, GIVEN, PER_GROUP, PER_ROW, Call, Job, gamma_of, rows_at,
 )
 from normext._core.kernels cimport (
-    affine_of, affines_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant,
+    affine_of, ceil_div, nx_affine, nx_backward, nx_block, nx_constant,
     nx_finish_moments, nx_grouping, nx_groups, nx_layer, nx_line, nx_merge,
     nx_moments, nx_relu_mask, nx_rescale, nx_rows, nx_slope, nx_sums, restore_pivot,
 )
 from normext._core.runtime cimport run_on, run_tasks, team_for
 
 cdef enum:
-    # Into so many chunks the work is split where groups are few and large: two for each of 16
-    # threads. The bits depend on it, and so not on the machine.
-    CHUNKS = 32
-    # Elements from which a group may be split: what two threads are started for (runtime.pyx).
+    # Into so many chunks the work is split where groups are few and large: for 64 threads. The bits
+    # depend on it, and so not on the machine.
+    CHUNKS = 64
+    # With fewer chunks of rows, large arrays are split along the columns too.
+    FEW_CHUNKS = 16
+    # Elements from which a group may be split: what two threads are started for (runtime.pyx); and
+    # of a chunk at least.
     SPLIT = 1 << 16
-    # Rows of layer norm whose x and dy are met twice, the second time in cache: 2 * 32 rows of 1024
-    # floats are 256 KiB, and half of a second-level cache.
+    TASK = 1 << 15
+    # Rows of layer norm whose sums down the columns are made as floats, before they are added up in
+    # double: 8 times 4 of them.
     CHUNK_ROWS = 32
-    # Columns of a task that sums down all rows: 1 KiB of a row of floats, so that memory is read in
-    # stretches that its prefetcher follows, and 4 KiB of sums.
-    COLUMNS = 256
+    # Bytes of x and dy that are met twice, the second time in cache: half of a second-level cache.
+    CACHED = 1 << 19
+    # Columns of a task that sums down all rows: 4 KiB of a row of floats.
+    STRIP = 1024
+    # Columns of a task that adds up the sums of chunks.
+    COLUMNS = 1024
     # Rows whose coefficients are held on the stack: 3 arrays of 512 bytes.
     ROWS_AT_ONCE = 64
     # Groups whose statistics are taken together: as many as the kernel interleaves.
@@ -119,6 +127,21 @@ cdef inline Py_ssize_t first_of(const Job *j, Py_ssize_t task, Py_ssize_t things
     return task * things // j.tasks
 
 
+cdef void look_ahead(Call *c, int arrays) noexcept nogil:
+    """Set `ahead` to the distance from a group, as far as it is one piece of work, to the next.
+
+    Of a large call whose groups, so many arrays of them, stay in cache between the two passes.
+    Where x alone is read, and row by row, the processor itself looks ahead as well.
+    """
+    cdef Py_ssize_t groups = 1
+    if c.parameters == ALONG_ROW:
+        if arrays == 1:
+            return
+        groups = rows_at_once(c)
+    if groups * arrays * c.rows * c.n * c.k.itemsize <= CACHED:
+        c.ahead = groups * c.x.group
+
+
 # Forward -----------------------------------------------------------------------------------------
 
 
@@ -146,15 +169,15 @@ cdef void group_affine(const Call *c, Py_ssize_t group, Py_ssize_t first,
     cdef double scale[ROWS_AT_ONCE]
     cdef double shift[ROWS_AT_ONCE]
     cdef double means[ROWS_AT_ONCE]
-    cdef nx_affine map = nx_affine(&mean, &rstd, &zero, 0)
+    cdef nx_affine map = nx_affine(&mean, &rstd, &zero, 0, c.ahead)
     cdef Block b
     if c.parameters == PER_GROUP:
         affine_of(c.k, c.gamma, c.beta, group, rstd, scale, shift)
-        map = nx_affine(&mean, &scale[0], &shift[0], 0)
+        map = nx_affine(&mean, &scale[0], &shift[0], 0, c.ahead)
     elif c.parameters == PER_ROW:
         for r in range(min(<Py_ssize_t> ROWS_AT_ONCE, c.rows)):
             means[r] = mean
-        map = nx_affine(&means[0], &scale[0], &shift[0], 1)
+        map = nx_affine(&means[0], &scale[0], &shift[0], 1, c.ahead)
     for index in range(last - 1, first - 1, -1):
         b = block_at(shape_of(c), c.k.row_block, index)
         if c.parameters != PER_ROW:
@@ -298,12 +321,13 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
         j.tasks = threads  # each row is on its own, and no bit depends on the split
         run_on(threads, layer_task, &j, j.tasks)
         return NORMEXT_OK
-    if (own and c.var == NULL and c.rows * c.n <= c.k.short_group
-            and (c.parameters == PER_ROW or c.rows == 1)):
+    # Batch norm's bits are not to depend on whether its variances are wanted, which these leave out.
+    if own and c.parameters == PER_ROW and c.rows * c.n <= c.k.short_group:
         j.tasks = threads
         run_on(threads, short_groups_task, &j, j.tasks)
         return NORMEXT_OK
-    if own and c.var == NULL and joined(c).rows == 1 and c.rows * c.n <= c.k.row_block:
+    if (own and c.parameters == PER_ROW and joined(c).rows == 1
+            and c.rows * c.n <= c.k.row_block):
         j.tasks = threads
         run_on(threads, block_groups_task, &j, j.tasks)
         return NORMEXT_OK
@@ -325,7 +349,8 @@ cdef void affine_block_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Call *c = j.call
     cdef Py_ssize_t group = task // j.blocks
     cdef Block b = block_at(shape_of(c), c.k.row_block, task % j.blocks)
-    cdef nx_affine map = nx_affine(c.mean + b.row, j.partial + b.row, j.partial + c.rows + b.row, 1)
+    cdef nx_affine map = nx_affine(c.mean + b.row, j.partial + b.row, j.partial + c.rows + b.row, 1,
+                                   0)
     c.k.row_affine(at(c, c.x, group, b), at(c, c.y, group, b), nx_block(b.rows, b.n), &map, NULL,
                    NULL, c.relu)
 
@@ -340,7 +365,7 @@ cdef int affine_rows(const Call *c) noexcept nogil:
     j.partial = <double *> malloc(2 * c.rows * sizeof(double))
     if j.partial == NULL:
         return NORMEXT_NO_MEMORY
-    affines_of(c.k, c.gamma, c.beta, 0, c.rows, c.rstd, j.partial, j.partial + c.rows)
+    c.k.affines(c.gamma, c.beta, c.rows, c.rstd, j.partial, j.partial + c.rows)
     status = run_tasks(affine_block_task, &j, c.groups * j.blocks, c.groups * c.rows * c.n)
     free(j.partial)
     return status
@@ -397,7 +422,7 @@ cdef inline nx_backward backward_of(const Call *c, Py_ssize_t group, Block b,
     """The backward pass of a block."""
     return nx_backward(
         nx_block(b.rows, b.n), at(c, c.x, group, b), at(c, c.dy, group, b), at(c, c.dx, group, b),
-        at(c, c.addend, group, b), along(c, c.gamma, b), relu,
+        at(c, c.addend, group, b), along(c, c.gamma, b), relu, c.ahead,
     )
 
 
@@ -416,7 +441,7 @@ cdef void group_dots(const Call *c, Chunk t, const double *pivot, nx_sums sums) 
         b = block_at(shape_of(c), c.k.row_block, index)
         of = nx_backward(
             nx_block(b.rows, b.n), at(c, c.x, t.group, b), at(c, c.dy, t.group, b), none, none,
-            along(c, c.gamma, b), relu,
+            along(c, c.gamma, b), relu, c.ahead,
         )
         c.k.row_dots(&of, c.mean[t.group], pivot, sums)
 
@@ -440,7 +465,7 @@ cdef void group_dx(const Call *c, Chunk t, double sum, double dot) noexcept nogi
     cdef double zero = 0, rstd = c.rstd[group], factor = rstd, shift, slope, constant
     cdef double g_mean = sum / c.count if c.statistics == CENTRED else 0
     cdef nx_relu_mask mask = nx_relu_mask(&factor, &shift)
-    cdef nx_affine map = nx_affine(&zero, &factor, &zero, 0)
+    cdef nx_affine map = nx_affine(&zero, &factor, &zero, 0, 0)
     cdef nx_line line = nx_line(c.mean + group, &g_mean, &factor, &slope, &constant, 0)
     if c.parameters == PER_GROUP:
         affine_of(c.k, c.gamma, c.beta, group, rstd, &factor, &shift)
@@ -537,83 +562,181 @@ cdef int rows_backward(const Call *c) noexcept nogil:
     return NORMEXT_OK
 
 
+cdef inline nx_backward backward_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows,
+                                         Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    """The backward pass of some rows, one a group, or of a part of each, from `start` on."""
+    cdef Block part = Block(0, 1, start, n)
+    cdef nx_backward of = backward_of(c, first, part, NULL)
+    of.block.rows = rows
+    of.x.stride, of.dy.stride, of.dx.stride = c.x.group, c.dy.group, c.dx.group
+    of.addend.stride = c.addend.group
+    return of
+
+
+cdef void backward_long_row(const Call *c, Py_ssize_t row, double sum, double dot) noexcept nogil:
+    """dx of a row of more than a block, whose dot is that of xhat."""
+    cdef Chunk whole = Chunk(row, 0, block_count(shape_of(c), c.k.row_block))
+    cdef double pivot = sum / c.count
+    if is_far(c, row, pivot):
+        group_dots(c, whole, &pivot, nx_sums(&sum, &dot, 0))
+    elif c.rstd[row] != 0:
+        dot /= c.rstd[row]
+    group_dx(c, whole, sum, dot)
+
+
+cdef void dots_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows, Py_ssize_t start,
+                       Py_ssize_t end, nx_sums sums, double *dbeta,
+                       double *dgamma) noexcept nogil:
+    """The sums of a part of some rows, added to theirs and to those of the columns."""
+    cdef nx_backward of
+    cdef Py_ssize_t n
+    while start < end:
+        n = min(c.k.row_block, end - start)
+        of = backward_of_rows(c, first, rows, start, n)
+        c.k.layer_dots(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, sums,
+                       dbeta + start, dgamma + start)
+        start += n
+
+
+cdef inline Py_ssize_t rows_at_once(const Call *c) noexcept nogil:
+    """Rows of layer norm's backward pass that go together; long ones stay in cache."""
+    if c.n <= c.k.row_block:
+        return max(<Py_ssize_t> CHUNK_ROWS, c.k.row_block // c.n)
+    return max(1, min(<Py_ssize_t> CHUNK_ROWS, CACHED // (2 * c.n * c.k.itemsize)))
+
+
 cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, double *dbeta,
                           double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma."""
-    cdef Py_ssize_t row, blocks = block_count(shape_of(c), c.k.row_block), end, size = c.k.itemsize
+    cdef Py_ssize_t row, rows, at_once = rows_at_once(c)
     cdef nx_backward of
-    cdef double sum, dot
+    cdef double sum[CHUNK_ROWS]
+    cdef double dot[CHUNK_ROWS]
     while first < last:
-        end = last if blocks == 1 else min(first + CHUNK_ROWS, last)
-        of = nx_backward(
-            nx_block(end - first, c.n), rows_at(c.x, size, first), rows_at(c.dy, size, first),
-            rows_at(c.dx, size, first), rows_at(c.addend, size, first), c.gamma, NULL,
-        )
-        if blocks == 1:
+        rows = min(at_once, last - first)
+        if c.n <= c.k.row_block:
+            of = backward_of_rows(c, first, rows, 0, c.n)
             c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, dbeta,
                                dgamma)
-        else:  # first the sums, since dx may be written over dy
-            c.k.layer_parameters(&of, c.mean + first, c.rstd + first, dbeta, dgamma)
-            for row in range(first, end):
-                backward_group(c, Chunk(row, 0, blocks), nx_sums(&sum, &dot, 0))
-        first = end
+        else:
+            for row in range(rows):
+                sum[row] = dot[row] = 0
+            dots_of_rows(c, first, rows, 0, c.n, nx_sums(&sum[0], &dot[0], 1), dbeta, dgamma)
+            for row in range(rows - 1, -1, -1):
+                backward_long_row(c, first + row, sum[row], dot[row])
+        first += rows
+
+
+cdef inline double *parameters_of(const Job *j, Py_ssize_t chunk) noexcept nogil:
+    """Where the sums of a chunk of rows down the columns go: dbeta, then dgamma."""
+    return j.partial + 2 * chunk * j.call.n
 
 
 cdef void layer_chunk_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """A chunk of rows; its sums go to `partial`, those of the other chunks beside them."""
     cdef const Job *j = <const Job *> job
     cdef const Call *c = j.call
-    cdef double *dbeta = j.partial + 2 * task * c.n
+    cdef double *dbeta = parameters_of(j, task)
+    memset(dbeta, 0, 2 * c.n * sizeof(double))
     backward_layers(c, first_of(j, task, c.groups), first_of(j, task + 1, c.groups), dbeta,
                     dbeta + c.n)
 
 
 cdef void parameters_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """The sums over all rows for some columns."""
-    cdef const Call *c = (<const Job *> job).call
-    cdef Py_ssize_t index, first, column = task * COLUMNS
-    cdef Block b = Block(0, 1, column, min(<Py_ssize_t> COLUMNS, c.n - column))
-    cdef nx_backward of
-    for index in range(ceil_div(c.groups, c.k.col_rows)):
-        first = index * c.k.col_rows
-        of = backward_of(c, first, b, NULL)
-        of.block.rows = min(c.k.col_rows, c.groups - first)
-        of.x.stride, of.dy.stride = c.x.group, c.dy.group
-        c.k.layer_parameters(&of, c.mean + first, c.rstd + first, c.dbeta + column,
-                             c.dgamma + column)
+    """The sums of all chunks for some columns, in their order."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t chunk, i, first = task * COLUMNS, last = min(first + COLUMNS, c.n)
+    cdef const double *sums
+    cdef double *dbeta = c.dbeta
+    cdef double *dgamma = c.dgamma
+    for chunk in range(j.chunks):
+        sums = parameters_of(j, chunk)
+        for i in range(first, last):
+            dbeta[i] += sums[i]
+            dgamma[i] += sums[c.n + i]
+
+
+cdef void strip_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A strip of columns of a chunk of rows; the rows' sums go to `adjust`, strip by strip."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t chunk = task // j.blocks, strip = task % j.blocks, row, start = strip * STRIP
+    cdef Py_ssize_t first = chunk * CHUNK_ROWS, end = min(start + STRIP, c.n)
+    cdef Py_ssize_t rows = min(<Py_ssize_t> CHUNK_ROWS, c.groups - first)
+    cdef double *dbeta = c.dbeta
+    cdef double *dgamma = c.dgamma
+    cdef double *sums = j.adjust + 2 * strip * c.groups
+    if j.chunks > 1:
+        dbeta = parameters_of(j, chunk)
+        dgamma = dbeta + c.n
+        memset(dbeta + start, 0, (end - start) * sizeof(double))
+        memset(dgamma + start, 0, (end - start) * sizeof(double))
+    for row in range(first, first + rows):
+        sums[row] = sums[c.groups + row] = 0
+    dots_of_rows(c, first, rows, start, end, nx_sums(sums + first, sums + c.groups + first, 1),
+                 dbeta, dgamma)
+
+
+cdef void strip_sums_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """A row's sum and dot, of all strips in their order."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Py_ssize_t strip
+    cdef double sum = 0, dot = 0, pivot
+    for strip in range(j.blocks):
+        sum += j.adjust[2 * strip * c.groups + task]
+        dot += j.adjust[(2 * strip + 1) * c.groups + task]
+    pivot = sum / c.count
+    if is_far(c, task, pivot):
+        group_dots(c, Chunk(task, 0, block_count(shape_of(c), c.k.row_block)), &pivot,
+                   nx_sums(&sum, &dot, 0))
+    elif c.rstd[task] != 0:
+        dot /= c.rstd[task]
+    c.sums[task], c.dots[task] = sum, dot
+
+
+cdef int strips_backward(const Call *c) noexcept nogil:
+    """layer_backward of few rows, which cannot be shared out: strips of columns are, for the sums,
+    and then chunks of each row."""
+    cdef Job j = Job(c, ceil_div(c.n, STRIP), ceil_div(c.groups, CHUNK_ROWS), 0, NULL, NULL)
+    cdef Py_ssize_t elements = c.groups * c.n
+    cdef Call of_rows = c[0]
+    cdef int status
+    j.partial = <double *> malloc((2 * j.chunks * c.n + 2 * (j.blocks + 1) * c.groups)
+                                  * sizeof(double))
+    if j.partial == NULL:
+        return NORMEXT_NO_MEMORY
+    j.adjust = j.partial + 2 * j.chunks * c.n
+    of_rows.sums = j.adjust + 2 * j.blocks * c.groups
+    of_rows.dots, of_rows.given, j.call = of_rows.sums + c.groups, True, &of_rows
+    status = run_tasks(strip_task, &j, j.chunks * j.blocks, elements)
+    if status == NORMEXT_OK and j.chunks > 1:
+        status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), 2 * j.chunks * c.n)
+    if status == NORMEXT_OK:
+        status = run_tasks(strip_sums_task, &j, c.groups, elements)
+    if status == NORMEXT_OK:
+        status = rows_backward(&of_rows)
+    free(j.partial)
+    return status
 
 
 cdef int layer_backward(const Call *c) noexcept nogil:
     """dx of rows (one a group); sums of dy and dy * xhat over them are added to dbeta, dgamma."""
     cdef Job j
-    cdef Call rows
-    cdef Py_ssize_t chunk, i, elements = c.groups * c.n
+    cdef Py_ssize_t elements = c.groups * c.n, tasks = elements // TASK
     cdef int status
-    j = Job(c, 0, 0, max(1, min(<Py_ssize_t> CHUNKS, c.groups // CHUNK_ROWS)), NULL, NULL)
     if elements < SPLIT:
         backward_layers(c, 0, c.groups, c.dbeta, c.dgamma)
         return NORMEXT_OK
-    if j.tasks < CHUNKS // 4:  # too few rows to share out: columns instead, and chunks of each row
-        status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), elements)
-        if status != NORMEXT_OK:
-            return status
-        rows = c[0]
-        rows.sums = <double *> malloc(2 * c.groups * sizeof(double))
-        if rows.sums == NULL:
-            return NORMEXT_NO_MEMORY
-        rows.dots = rows.sums + c.groups
-        status = rows_backward(&rows)
-        free(rows.sums)
-        return status
-    j.partial = <double *> calloc(2 * j.tasks * c.n, sizeof(double))
+    j = Job(c, 0, 0, min(tasks, <Py_ssize_t> CHUNKS, c.groups // CHUNK_ROWS), NULL, NULL)
+    if j.tasks < min(tasks, <Py_ssize_t> FEW_CHUNKS):
+        return strips_backward(c)
+    j.chunks, j.partial = j.tasks, <double *> malloc(2 * j.tasks * c.n * sizeof(double))
     if j.partial == NULL:
         return NORMEXT_NO_MEMORY
     status = run_tasks(layer_chunk_task, &j, j.tasks, elements)
     if status == NORMEXT_OK:
-        for chunk in range(j.tasks):
-            for i in range(c.n):
-                c.dbeta[i] += j.partial[2 * chunk * c.n + i]
-                c.dgamma[i] += j.partial[(2 * chunk + 1) * c.n + i]
+        status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), 2 * j.tasks * c.n)
     free(j.partial)
     return status
 

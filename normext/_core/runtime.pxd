@@ -10,7 +10,7 @@ cdef extern from "tasks.h" nogil:
 
 cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept nogil
 cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ssize_t n,
-                                    const void *read, const void *written) noexcept nogil
+                                    bint fresh) noexcept nogil
 cdef int team_for(Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil
 cdef int threads_for(Py_ssize_t tasks, Py_ssize_t elements) except 0
 cdef int run_tasks(Task f, const void *job, Py_ssize_t tasks, Py_ssize_t elements) noexcept nogil

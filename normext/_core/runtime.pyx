@@ -10,6 +10,7 @@ from normext._core.kernels cimport (
     NX_FLOAT16,
     NX_FLOAT32,
     NX_FLOAT64,
+    nx_cache,
     nx_compiler,
     nx_isa_count,
     nx_isas,
@@ -25,12 +26,18 @@ cdef extern from "threads.h" nogil:
 
 cdef enum:
     ELEMENTS_PER_THREAD = 1 << 15  # some 10 microseconds: to start a thread on less takes longer
-    STREAMED = 1 << 24  # bytes of a result that, with its argument, the caches will hardly hold
     STREAMED_ROW = 512  # elements that lie together: of 32 cache lines two are filled in part
 
 cdef int chosen_isa
 cdef int num_threads
 cdef int openmp_threads  # OpenMP's own number, at import
+
+# Bytes that a call reads and writes from which on its result goes around the caches. Stores into
+# the last cache first read the line that they write over. Measured with 1 and 32 MiB of second and
+# last cache: from results of 4 MiB on it takes no longer around them, from 12 MiB on half as long,
+# also if they are read again next. A last cache that many cores share is not one's own: so the
+# second counts too.
+cdef Py_ssize_t streamed = min(nx_cache(3) // 2, 12 * nx_cache(2))
 
 
 cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept nogil:
@@ -38,14 +45,15 @@ cdef const nx_kernels *kernels_for(int element_type, bint stream) noexcept nogil
 
 
 cdef const nx_kernels *norm_kernels(int element_type, Py_ssize_t elements, Py_ssize_t n,
-                                    const void *read, const void *written) noexcept nogil:
-    """Those for a result of so many elements, of which n lie together.
+                                    bint fresh) noexcept nogil:
+    """Those for a call that reads and writes so many elements; n of its result lie together.
 
-    A large one goes around the caches, unless it is written over what was just read into them, or
-    in pieces so short that much of it lies in cache lines that it fills in part only.
+    A large result goes around the caches, unless it is written over what was just read into them
+    (and so is not fresh), or in pieces so short that much of it lies in cache lines that it fills
+    in part only.
     """
     cdef const nx_kernels *kernels = kernels_for(element_type, False)
-    if elements * kernels.itemsize >= STREAMED and n >= STREAMED_ROW and written != read:
+    if fresh and elements * kernels.itemsize >= streamed and n >= STREAMED_ROW:
         return kernels_for(element_type, True)
     return kernels
 
@@ -223,6 +231,7 @@ def config():
         "in use": nx_isas[chosen_isa].name.decode(),
         "OpenMP": NX_OPENMP or None,
         "threads": num_threads,
+        "caches": [f"{nx_cache(level) >> 10} KiB" for level in (2, 3)],
     }
 
 

@@ -6,6 +6,7 @@ from cython.parallel cimport prange
 cimport numpy as cnp
 
 from normext._core.kernels cimport NX_FLOAT32, NX_FLOAT64, ceil_div, nx_adam, nx_kernels
+from normext._core.memory cimport empty_like
 from normext._core.runtime cimport kernels_for, threads_for
 
 cnp.import_array()
@@ -40,9 +41,7 @@ def adam(cnp.ndarray w not None, cnp.ndarray dw not None, cnp.ndarray m not None
             raise ValueError("w, dw, m and v must be contiguous arrays of one size and type")
     if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
         raise TypeError(f"w, dw, m and v must be of float32 or float64, got {w.dtype}")
-    cdef cnp.ndarray next_w = cnp.PyArray_EMPTY(w.ndim, cnp.PyArray_DIMS(w), kind, 0)
-    cdef cnp.ndarray next_m = cnp.PyArray_EMPTY(w.ndim, cnp.PyArray_DIMS(w), kind, 0)
-    cdef cnp.ndarray next_v = cnp.PyArray_EMPTY(w.ndim, cnp.PyArray_DIMS(w), kind, 0)
+    cdef cnp.ndarray next_w = empty_like(w), next_m = empty_like(w), next_v = empty_like(w)
     cdef int type = NX_FLOAT64 if kind == cnp.NPY_DOUBLE else NX_FLOAT32
     cdef const nx_kernels *k = kernels_for(type, False)
     cdef int threads = threads_for(tasks, n)

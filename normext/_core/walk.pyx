@@ -19,10 +19,17 @@ from normext._core.columns cimport (
 )
 from normext._core.kernels cimport nx_groups
 from normext._core.rows cimport (
-    affine_rows, grouped_backward, layer_backward, normalize_rows, normalize_sums, rows_backward,
+    affine_rows, grouped_backward, layer_backward, look_ahead, normalize_rows, normalize_sums,
+    rows_backward,
 )
 from normext._core.runtime cimport kernels_for, norm_kernels
 from normext._core.sizes cimport is_group_norm, numbers_of
+
+cdef enum:
+    # Batch norm of so many images of so few pixels: their rows are so short, and their columns so
+    # long, that it goes down columns.
+    SMALL_IMAGE = 256
+    MANY_IMAGES = 16
 
 # The arrays that a call walks together, and where their place in it is to be noted.
 cdef struct Arrays:
@@ -140,6 +147,18 @@ cdef void sort_by_stride(const Py_ssize_t *strides, int *axes, int count) noexce
         axes[j] = axis
 
 
+cdef bint are_columns(const Arrays *a, Py_ssize_t channels, Py_ssize_t outer,
+                      Py_ssize_t inner) noexcept nogil:
+    """Whether images are so small and many that each pixel is better taken for a column."""
+    cdef int i
+    if inner > SMALL_IMAGE or outer < MANY_IMAGES:
+        return False
+    for i in range(a.count):
+        if channels > 1 and a.to[i].group != inner:
+            return False
+    return True
+
+
 cdef Way batch_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
     """(outer, channels, inner), where inner is contiguous, or 1 and the channels are contiguous."""
     cdef Py_ssize_t itemsize = c.k.itemsize, channels = norm.shape[norm.axis], outer, inner
@@ -181,7 +200,11 @@ cdef Way batch_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
             a.to[i][0] = nx_groups(a.of[i].data, a.strides[i][norm.axis] // itemsize,
                                    m.strides[i][0] // itemsize if m.count == 1 else 0)
     c.groups, c.rows, c.n = channels, outer, channels if by_columns else inner
-    return COLUMNS if by_columns else ROWS
+    c.per_group = 1
+    if by_columns or not are_columns(a, channels, outer, inner):
+        return COLUMNS if by_columns else ROWS
+    c.n, c.per_group = channels * inner, inner
+    return COLUMNS
 
 
 cdef Way row_layout(const nx_norm *norm, Arrays *a, Call *c) noexcept nogil:
@@ -286,9 +309,18 @@ cdef void begin(const nx_norm *norm, const nx_io *io, Call *c) noexcept nogil:
             c.statistics = ABOUT_ZERO
 
 
-cdef inline void choose(const nx_norm *norm, Call *c, const void *read,
-                        const void *written) noexcept nogil:
-    c.k = norm_kernels(norm.type, numbers_of(norm, 0, norm.ndim), c.n, read, written)
+cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_groups read,
+                        nx_groups written) noexcept nogil:
+    """The kernels for a call that reads and writes so many arrays."""
+    cdef Py_ssize_t numbers = numbers_of(norm, 0, norm.ndim), together = c.n
+    if way == LAYERS and written.group == c.n:
+        together = numbers
+    if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
+        together *= c.rows
+    c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
+    if c.k != kernels_for(norm.type, False) and (way == LAYERS or way == ROWS
+                                                 or way == CHANNELS_FIRST):
+        look_ahead(c, arrays - 1)
 
 
 cdef inline void step_to(nx_groups *a, Py_ssize_t bytes) noexcept nogil:
@@ -348,7 +380,7 @@ cdef int walk_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept no
     w.way = layout(norm, &a, &c)
     if w.way == BLOCKS:
         return NORMEXT_OK
-    choose(norm, &c, NULL if io.residual.data != NULL else c.x.data, c.y.data)
+    choose(norm, &c, w.way, 2, c.sum if io.residual.data != NULL else c.x, c.y)
     if w.way == COLUMNS:
         return normalize_columns(&c)
     if w.way == ROWS and c.statistics == GIVEN:
@@ -381,7 +413,7 @@ cdef int walk_backward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept n
     w.way = layout(norm, &a, &c)
     if w.way == BLOCKS:
         return NORMEXT_OK
-    choose(norm, &c, c.dy.data, c.dx.data)
+    choose(norm, &c, w.way, 3, c.dy, c.dx)
     if norm.kind == NORMEXT_BATCH_NORM:
         c.sums, c.dots, c.given = io.dbeta, io.dgamma, io.part == NORMEXT_APPLY
         c.count = io.count
