@@ -413,12 +413,13 @@ NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivo
         for (ptrdiff_t i = j; i < end; i++) {
             if (gamma) c = splat(gamma[i]);
             EACH_REGISTER (k) {
-                V g = load(dy + i * t.lanes + k * W);
+                /* Both are loaded first: whole tiles apart, they would wait for what is stored. */
+                V g = load(dy + i * t.lanes + k * W), h = load(xhat + i * t.lanes + k * W);
                 if (gamma && t.n == 1) g = add(mul(g, c), minus_pivot[k]);
                 else g = gradient(g, g, gamma ? &c : NULL, NULL, minus_pivot + k);
                 store(dy + i * t.lanes + k * W, g);
                 first_s[k] = add(first_s[k], g);
-                first_q[k] = mul_add(g, load(xhat + i * t.lanes + k * W), first_q[k]);
+                first_q[k] = mul_add(g, h, first_q[k]);
             }
         }
         add_vectors(s, first_s, vectors);
