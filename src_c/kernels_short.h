@@ -49,48 +49,34 @@ NX_INLINE void turn_by_number(const C *NX_RESTRICT p, ptrdiff_t p_stride, C *NX_
 /* The same by f(p, p_stride, q, q_stride) for `height` rows of `width` numbers, of which the last
  * may overlap. */
 #define TURN_BY(f, height, width)                                                      \
-    for (ptrdiff_t i = 0; i < b.rows; i += height) {                                   \
-        const ptrdiff_t row = i + height <= b.rows ? i : b.rows - height;              \
+    for (ptrdiff_t i = 0; i < b.rows; i += height)                                     \
         for (ptrdiff_t j = 0; j < b.n; j += width) {                                   \
+            const ptrdiff_t row = i + height <= b.rows ? i : b.rows - height;          \
             const ptrdiff_t col = j + width <= b.n ? j : b.n - width;                  \
             f(p + row * p_stride + col, p_stride, q + col * q_stride + row, q_stride); \
-        }                                                                              \
-    }
+        }
 
 /* Of 1 to 3 numbers side by side the compiler makes vectors, if it knows how many they are. */
-NX_INLINE void turn_in(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
+NX_OUTLINE void turn_in(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
 {
-#define TURN_ROWS(m)                    \
-    else if (b.n == m && p_stride == m) \
-    { turn_by_number(p, m, q, q_stride, (nx_block){b.rows, m}); }
-    if (b.rows >= TALL && b.n >= SIDE) {
-        TURN_BY(transpose_tall, TALL, SIDE)
-    } else if (b.rows >= SIDE && b.n >= SIDE) {
-        TURN_BY(transpose_square, SIDE, SIDE)
-    }
-    TURN_ROWS(1)
-    TURN_ROWS(2)
-    TURN_ROWS(3)
+    if (b.rows >= TALL && b.n >= SIDE) TURN_BY(transpose_tall, TALL, SIDE)
+    else if (b.rows >= SIDE && b.n >= SIDE) TURN_BY(transpose_square, SIDE, SIDE)
+    else if (b.n == 1 && p_stride == 1) turn_by_number(p, 1, q, q_stride, (nx_block){b.rows, 1});
+    else if (b.n == 2 && p_stride == 2) turn_by_number(p, 2, q, q_stride, (nx_block){b.rows, 2});
+    else if (b.n == 3 && p_stride == 3) turn_by_number(p, 3, q, q_stride, (nx_block){b.rows, 3});
     else turn_by_number(p, p_stride, q, q_stride, b);
-#undef TURN_ROWS
 }
 
-NX_INLINE void turn_out(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
+NX_OUTLINE void turn_out(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
 {
-#define TURN_COLUMNS(m)                    \
-    else if (b.rows == m && q_stride == m) \
-    { turn_by_number(p, p_stride, q, m, (nx_block){m, b.n}); }
-    if (b.n >= TALL && b.rows >= SIDE) {
-        TURN_BY(transpose_wide, SIDE, TALL)
-    } else if (b.n >= SIDE && b.rows >= SIDE) {
-        TURN_BY(transpose_square, SIDE, SIDE)
-    }
-    TURN_COLUMNS(1)
-    TURN_COLUMNS(2)
-    TURN_COLUMNS(3)
+    if (b.n >= TALL && b.rows >= SIDE) TURN_BY(transpose_wide, SIDE, TALL)
+    else if (b.n >= SIDE && b.rows >= SIDE) TURN_BY(transpose_square, SIDE, SIDE)
+    else if (b.rows == 1 && q_stride == 1) turn_by_number(p, p_stride, q, 1, (nx_block){1, b.n});
+    else if (b.rows == 2 && q_stride == 2) turn_by_number(p, p_stride, q, 2, (nx_block){2, b.n});
+    else if (b.rows == 3 && q_stride == 3) turn_by_number(p, p_stride, q, 3, (nx_block){3, b.n});
     else turn_by_number(p, p_stride, q, q_stride, b);
-#undef TURN_COLUMNS
 }
+#undef TURN_BY
 
 /* Rows that lie one after the other, as one long one. */
 NX_INLINE nx_block joined(nx_rows x, nx_block b)
@@ -158,13 +144,22 @@ static void tile_out(const C *tile, tile_shape t, ptrdiff_t first, nx_rows y, pt
     for (ptrdiff_t j = 0, end; \
          j < t.n && (end = t.n - j < ROWS_AT_ONCE ? t.n : j + ROWS_AT_ONCE, 1); j = end)
 
-NX_INLINE void clear(V *v, int vectors) { EACH_REGISTER(k) v[k] = ZERO; }
+NX_INLINE void clear(V *v, int vectors)
+{
+    EACH_REGISTER (k) v[k] = ZERO;
+}
 NX_INLINE void load_lanes(const C *p, V *v, int vectors)
-{ EACH_REGISTER(k) v[k] = load(p + k * W); }
+{
+    EACH_REGISTER (k) v[k] = load(p + k * W);
+}
 NX_INLINE void store_lanes(C *p, const V *v, int vectors)
-{ EACH_REGISTER(k) store(p + k * W, v[k]); }
+{
+    EACH_REGISTER (k) store(p + k * W, v[k]);
+}
 NX_INLINE void add_vectors(V *sum, const V *v, int vectors)
-{ EACH_REGISTER(k) sum[k] = add(sum[k], v[k]); }
+{
+    EACH_REGISTER (k) sum[k] = add(sum[k], v[k]);
+}
 
 /* The mean of each lane, roughly, and the sums about it of numbers and of their squares; or 0, 0
  * and the sum of squares. */
@@ -174,25 +169,23 @@ NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C
     V p[NV], s[NV], q[NV];
     clear(p, vectors);
     if (centred) {
-        EACH_FIRST(j, end)
-        {
+        EACH_FIRST (j, end) {
             load_lanes(tile + j * t.lanes, s, vectors);
             for (ptrdiff_t i = j + 1; i < end; i++)
-                EACH_REGISTER(k) s[k] = add(s[k], load(tile + i * t.lanes + k * W));
+                EACH_REGISTER (k) s[k] = add(s[k], load(tile + i * t.lanes + k * W));
             add_vectors(p, s, vectors);
         }
         const V share = splat((C)(1 / (double)t.n));
-        EACH_REGISTER(k) p[k] = mul(p[k], share);
+        EACH_REGISTER (k) p[k] = mul(p[k], share);
     }
     clear(s, vectors);
     clear(q, vectors);
-    EACH_FIRST(j, end)
-    {
+    EACH_FIRST (j, end) {
         V first_s[NV], first_q[NV];
         clear(first_s, vectors);
         clear(first_q, vectors);
-        for (ptrdiff_t i = j; i < end; i++) EACH_REGISTER(k)
-            {
+        for (ptrdiff_t i = j; i < end; i++)
+            EACH_REGISTER (k) {
                 V d = sub(load(tile + i * t.lanes + k * W), p[k]);
                 first_s[k] = add(first_s[k], d);
                 first_q[k] = mul_add(d, d, first_q[k]);
@@ -290,8 +283,7 @@ NX_INLINE void lane_affine(C *tile, tile_shape t, const tile_line *line, ptrdiff
         C *numbers = tile + j * t.lanes + l;
         if (gamma) g = splat(gamma[j]);
         if (beta) h = splat(beta[j]);
-        EACH_REGISTER(k)
-        {
+        EACH_REGISTER (k) {
             V v = mul_add(sub(load(numbers + k * W), p[k]), a[k], b[k]);
             if (gamma && beta) v = mul_add(v, g, h);
             else if (gamma) v = mul(v, g);
@@ -362,36 +354,36 @@ NX_INLINE double fold(C *sums)
     return (double)sum_lanes(lanes, NV);
 }
 
-/* The first half of a backward pass: x becomes xhat, and `mean` the mean of gamma * dy, roughly. */
-NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, const tile_line *line, ptrdiff_t l,
-                         const C *gamma, position_sums *sums, V *mean, int vectors)
+/* The first half of a backward pass: x becomes xhat. The pivot is the mean of gamma * dy, roughly
+ * (nx_near says what it is for), or 0 about zero, where it does not matter. */
+NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, int centred, const tile_line *line,
+                         ptrdiff_t l, const C *gamma, position_sums *sums, V *minus_pivot,
+                         int vectors)
 {
-    const V share = splat((C)(1 / (double)t.n));
+    const V share = splat((C)(-1 / (double)t.n));
     V p[NV], a[NV], b[NV], s[NV];
     load_lanes(line->pivot + l, p, vectors);
     load_lanes(line->scale + l, a, vectors);
     load_lanes(line->shift + l, b, vectors);
     clear(s, vectors);
-    EACH_FIRST(j, end)
-    {
+    EACH_FIRST (j, end) {
         V first_s[NV], g[NV], products[NV], c = ZERO;
         clear(first_s, vectors);
         for (ptrdiff_t i = j; i < end; i++) {
             if (gamma) c = splat(gamma[i]);
-            EACH_REGISTER(k)
-            {
+            EACH_REGISTER (k) {
                 V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
                 g[k] = load(dy + i * t.lanes + k * W);
                 products[k] = mul(g[k], h);
                 store(x + i * t.lanes + k * W, h);
                 first_s[k] = add(first_s[k], gamma ? mul(g[k], c) : g[k]);
             }
-            add_halves(sums[i].dbeta, g, vectors);
+            if (centred) add_halves(sums[i].dbeta, g, vectors);
             add_halves(sums[i].dgamma, products, vectors);
         }
         add_vectors(s, first_s, vectors);
     }
-    EACH_REGISTER(k) mean[k] = mul(s[k], share);
+    EACH_REGISTER (k) minus_pivot[k] = centred ? mul(s[k], share) : ZERO;
 }
 
 /* The second: dy becomes gamma * dy - pivot, and added up. The product is rounded with the pivot
@@ -402,21 +394,20 @@ NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivo
     V s[NV], q[NV];
     clear(s, vectors);
     clear(q, vectors);
-    EACH_FIRST(j, end)
-    {
+    EACH_FIRST (j, end) {
         V first_s[NV], first_q[NV], c = ZERO;
         clear(first_s, vectors);
         clear(first_q, vectors);
         for (ptrdiff_t i = j; i < end; i++) {
             if (gamma) c = splat(gamma[i]);
-            EACH_REGISTER(k)
-            {
-                V g = load(dy + i * t.lanes + k * W);
+            EACH_REGISTER (k) {
+                /* Both are loaded first: whole tiles apart, they would wait for what is stored. */
+                V g = load(dy + i * t.lanes + k * W), h = load(xhat + i * t.lanes + k * W);
                 if (gamma && t.n == 1) g = add(mul(g, c), minus_pivot[k]);
                 else g = gradient(g, g, gamma ? &c : NULL, NULL, minus_pivot + k);
                 store(dy + i * t.lanes + k * W, g);
                 first_s[k] = add(first_s[k], g);
-                first_q[k] = mul_add(g, load(xhat + i * t.lanes + k * W), first_q[k]);
+                first_q[k] = mul_add(g, h, first_q[k]);
             }
         }
         add_vectors(s, first_s, vectors);
@@ -434,8 +425,8 @@ NX_INLINE void lane_dx(C *xhat, const C *dy, tile_shape t, const tile_line *line
     load_lanes(line->pivot + l, slope, vectors);
     load_lanes(line->scale + l, factor, vectors);
     load_lanes(line->shift + l, constant, vectors);
-    for (ptrdiff_t i = l; i < t.n * t.lanes; i += t.lanes) EACH_REGISTER(k)
-        {
+    for (ptrdiff_t i = l; i < t.n * t.lanes; i += t.lanes)
+        EACH_REGISTER (k) {
             V rest = mul_add(load(xhat + i + k * W), slope[k], constant[k]);
             store(xhat + i + k * W, mul_add(load(dy + i + k * W), factor[k], rest));
         }
@@ -453,10 +444,9 @@ NX_INLINE void lane_gradients(C *x, C *dy, tile_shape t, int centred, const tile
                               ptrdiff_t l, const C *gamma, position_sums *sums, C *sum, C *dot,
                               int vectors)
 {
-    V pivot[NV];
-    lane_xhat(x + l, dy + l, t, line, l, gamma, sums, pivot, vectors);
-    EACH_REGISTER(k) pivot[k] = centred ? sub(ZERO, pivot[k]) : ZERO;
-    lane_dots(x + l, dy + l, t, pivot, gamma, sum + l, dot + l, vectors);
+    V minus_pivot[NV];
+    lane_xhat(x + l, dy + l, t, centred, line, l, gamma, sums, minus_pivot, vectors);
+    lane_dots(x + l, dy + l, t, minus_pivot, gamma, sum + l, dot + l, vectors);
 }
 
 /* A tile of x becomes that of dx. dy is taken about a pivot (nx_near says what for) near its mean,
@@ -464,7 +454,7 @@ NX_INLINE void lane_gradients(C *x, C *dy, tile_shape t, int centred, const tile
 NX_INLINE void tile_backward(C *x, C *dy, tile_shape t, int centred, const double *mean,
                              const double *rstd, const C *gamma, position_sums *sums)
 {
-    const double each = 1 / (double)t.n, mean_each = centred ? each : 0;
+    const double each = 1 / (double)t.n;
     tile_line line;
     C sum[TILE_ROWS], dot[TILE_ROWS];
     tile_standardize(&line, t, mean, rstd);
@@ -474,7 +464,7 @@ NX_INLINE void tile_backward(C *x, C *dy, tile_shape t, int centred, const doubl
 #undef GRADIENTS
     for (ptrdiff_t r = 0; r < t.rows; r++) {
         line.pivot[r] = (C)(-rstd[r] * (dot[r] * each));
-        line.shift[r] = (C)(-rstd[r] * (sum[r] * mean_each));
+        line.shift[r] = centred ? (C)nx_constant(rstd[r], sum[r] * each) : 0;
     }
     tile_dx(x, dy, t, &line);
 }
@@ -506,7 +496,7 @@ NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double 
         added += t.rows;
         if (added >= FOLDED || first + t.rows == b.rows) {
             for (ptrdiff_t j = 0; j < b.n; j++) {
-                dbeta[j] += fold(sums[j].dbeta);
+                if (centred) dbeta[j] += fold(sums[j].dbeta);
                 dgamma[j] += fold(sums[j].dgamma);
             }
             added = 0;
@@ -616,13 +606,12 @@ NX_INLINE void lane_sums_of_row(C *x, const C *dy, tile_shape t, const tile_line
     load_lanes(line->shift + l, b, vectors);
     clear(s, vectors);
     clear(q, vectors);
-    EACH_FIRST(j, end)
-    {
+    EACH_FIRST (j, end) {
         V first_s[NV], first_q[NV];
         clear(first_s, vectors);
         clear(first_q, vectors);
-        for (ptrdiff_t i = j; i < end; i++) EACH_REGISTER(k)
-            {
+        for (ptrdiff_t i = j; i < end; i++)
+            EACH_REGISTER (k) {
                 V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
                 V g = load(dy + i * t.lanes + k * W);
                 store(x + i * t.lanes + k * W, h);
