@@ -16,8 +16,8 @@
  * A tile is read as a whole before any of it is written, so that y may be x, and dx dy or x. */
 
 enum {
-    SHORT = 64,
-    SHORT_BACKWARD = 32,
+    SHORT = 40,
+    SHORT_BACKWARD = 28,
     /* 8 KiB: two of them and what they are made of stay in an L1 cache of 32 KiB. */
     TILE = SHORT * LANES,
     /* Of few numbers so many rows, whose steps wait for each other seldom enough. */
@@ -29,6 +29,7 @@ enum {
 /* So many rows of n numbers, in lanes that are whole vectors; those beyond the rows are 0. */
 typedef struct {
     ptrdiff_t rows, n, lanes;
+    const T *x_ahead, *dy_ahead; /* of the next tile: asked for meanwhile, or NULL */
 } tile_shape;
 
 NX_INLINE tile_shape tile_of(ptrdiff_t rows, ptrdiff_t n)
@@ -164,7 +165,7 @@ NX_INLINE void add_vectors(V *sum, const V *v, int vectors)
 /* The mean of each lane, roughly, and the sums about it of numbers and of their squares; or 0, 0
  * and the sum of squares. */
 NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C *sum, C *squares,
-                           int vectors)
+                           const T *ahead, int vectors)
 {
     V p[NV], s[NV], q[NV];
     clear(p, vectors);
@@ -187,6 +188,7 @@ NX_INLINE void lane_powers(const C *tile, tile_shape t, int centred, C *pivot, C
         for (ptrdiff_t i = j; i < end; i++)
             EACH_REGISTER (k) {
                 V d = sub(load(tile + i * t.lanes + k * W), p[k]);
+                if (ahead) NX_PREFETCH(ahead + i * t.lanes + k * W);
                 first_s[k] = add(first_s[k], d);
                 first_q[k] = mul_add(d, d, first_q[k]);
             }
@@ -207,8 +209,9 @@ NX_OUTLINE void tile_moments(const C *tile, tile_shape t, int centred, double *N
 {
     const double each = 1 / (double)t.n;
     C pivot[TILE_ROWS], sum[TILE_ROWS], squares[TILE_ROWS];
-#define POWERS(l, vectors) \
-    lane_powers(tile + l, t, centred, pivot + l, sum + l, squares + l, vectors)
+#define POWERS(l, vectors)                                             \
+    lane_powers(tile + l, t, centred, pivot + l, sum + l, squares + l, \
+                t.x_ahead ? t.x_ahead + l : NULL, vectors)
     EACH_LANES(POWERS);
 #undef POWERS
     for (ptrdiff_t r = 0; r < t.rows; r++) {
@@ -313,6 +316,7 @@ NX_OUTLINE void short_forward(nx_rows x, nx_rows y, nx_block b, const nx_layer *
     for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
         t = tile_of(b.rows - first, b.n);
         tile_in(rows_at(x, first, 0), t, tile);
+        if (streaming) t.x_ahead = rows_at(x, first + t.rows, 0).data;
         tile_statistics(tile, t, norm->centred, norm->eps, mean + first, rstd + first);
         tile_standardize(&line, t, mean + first, rstd + first);
         if (gamma && beta) tile_affine(tile, t, &line, gamma, beta, 0);
@@ -375,6 +379,7 @@ NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, int centred, const til
                 V h = mul_add(sub(load(x + i * t.lanes + k * W), p[k]), a[k], b[k]);
                 g[k] = load(dy + i * t.lanes + k * W);
                 products[k] = mul(g[k], h);
+                if (t.x_ahead) NX_PREFETCH(t.x_ahead + l + i * t.lanes + k * W);
                 store(x + i * t.lanes + k * W, h);
                 first_s[k] = add(first_s[k], gamma ? mul(g[k], c) : g[k]);
             }
@@ -389,7 +394,7 @@ NX_INLINE void lane_xhat(C *x, const C *dy, tile_shape t, int centred, const til
 /* The second: dy becomes gamma * dy - pivot, and added up. The product is rounded with the pivot
  * taken off, but in a row of one number, whose gradient is to be 0 exactly. */
 NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivot, const C *gamma,
-                         C *sum, C *dot, int vectors)
+                         C *sum, C *dot, const T *ahead, int vectors)
 {
     V s[NV], q[NV];
     clear(s, vectors);
@@ -403,6 +408,7 @@ NX_INLINE void lane_dots(const C *xhat, C *dy, tile_shape t, const V *minus_pivo
             EACH_REGISTER (k) {
                 /* Both are loaded first: whole tiles apart, they would wait for what is stored. */
                 V g = load(dy + i * t.lanes + k * W), h = load(xhat + i * t.lanes + k * W);
+                if (ahead) NX_PREFETCH(ahead + i * t.lanes + k * W);
                 if (gamma && t.n == 1) g = add(mul(g, c), minus_pivot[k]);
                 else g = gradient(g, g, gamma ? &c : NULL, NULL, minus_pivot + k);
                 store(dy + i * t.lanes + k * W, g);
@@ -446,7 +452,8 @@ NX_INLINE void lane_gradients(C *x, C *dy, tile_shape t, int centred, const tile
 {
     V minus_pivot[NV];
     lane_xhat(x + l, dy + l, t, centred, line, l, gamma, sums, minus_pivot, vectors);
-    lane_dots(x + l, dy + l, t, minus_pivot, gamma, sum + l, dot + l, vectors);
+    lane_dots(x + l, dy + l, t, minus_pivot, gamma, sum + l, dot + l,
+              t.dy_ahead ? t.dy_ahead + l : NULL, vectors);
 }
 
 /* A tile of x becomes that of dx. dy is taken about a pivot (nx_near says what for) near its mean,
@@ -485,6 +492,10 @@ NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double 
         const nx_backward part = rows_part(*of, first, (nx_block){t.rows, t.n});
         tile_in(part.x, t, x);
         tile_in(part.dy, t, dy);
+        if (streaming) {
+            t.x_ahead = rows_at(part.x, t.rows, 0).data;
+            t.dy_ahead = rows_at(part.dy, t.rows, 0).data;
+        }
         if (gamma) tile_backward(x, dy, t, centred, mean + first, rstd + first, gamma, sums);
         else tile_backward(x, dy, t, centred, mean + first, rstd + first, NULL, sums);
         if (part.addend.data) {
@@ -559,6 +570,7 @@ NX_OUTLINE void short_groups_forward(nx_groups x, nx_groups y, const nx_grouping
         int any_far = 0;
         t = tile_of(g->groups - first, rows * n);
         groups_in(x, first, rows, t, tile);
+        if (streaming) t.x_ahead = groups_row(x, first + t.rows, 0).data;
         tile_statistics(tile, t, 1, eps, mean + first, rstd + first);
         for (ptrdiff_t k = 0; k < rows; k++) {
             const tile_shape part = {t.rows, n, t.lanes};
