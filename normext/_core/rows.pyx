@@ -47,8 +47,8 @@ cdef enum:
     CACHED = 1 << 19
     # Columns of a task that sums down all rows: 4 KiB of a row of floats.
     STRIP = 1024
-    # Columns of a task that adds up the sums of chunks.
-    COLUMNS = 1024
+    # Columns of a task that adds up the sums of chunks: 1 KiB of each.
+    COLUMNS = 128
     # Rows whose coefficients are held on the stack: 3 arrays of 512 bytes.
     ROWS_AT_ONCE = 64
 
@@ -619,19 +619,56 @@ cdef void layer_chunk_task(const void *job, Py_ssize_t task) noexcept nogil:
                     dbeta + c.n)
 
 
+# Sums down the columns, of which chunks of rows, or examples, have some each: dbeta's and, `second`
+# numbers further, dgamma's.
+cdef struct Parts:
+    double *sums
+    Py_ssize_t count, step, second, columns
+    double *dbeta
+    double *dgamma
+
+
+cdef inline double *part_of(const Parts *p, Py_ssize_t i) noexcept nogil:
+    """The i-th part of all, or of CHUNKS at most."""
+    return p.sums + (i if p.count <= CHUNKS else i * p.count // CHUNKS) * p.step
+
+
+cdef void fold_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Many parts become CHUNKS."""
+    cdef const Parts *p = <const Parts *> job
+    cdef double *sum = part_of(p, task)
+    cdef double *end = part_of(p, task + 1)
+    cdef double *part = sum + p.step
+    cdef Py_ssize_t j
+    while part < end:
+        for j in range(p.columns):
+            sum[j] += part[j]
+            sum[p.second + j] += part[p.second + j]
+        part += p.step
+
+
 cdef void parameters_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """The sums of all chunks for some columns, in their order."""
-    cdef const Job *j = <const Job *> job
-    cdef const Call *c = j.call
-    cdef Py_ssize_t chunk, i, first = task * COLUMNS, last = min(first + COLUMNS, c.n)
-    cdef const double *sums
-    cdef double *dbeta = c.dbeta
-    cdef double *dgamma = c.dgamma
-    for chunk in range(j.chunks):
-        sums = parameters_of(j, chunk)
-        for i in range(first, last):
-            dbeta[i] += sums[i]
-            dgamma[i] += sums[c.n + i]
+    """The sums of all parts for some columns, in their order."""
+    cdef const Parts *p = <const Parts *> job
+    cdef Py_ssize_t i, j, first = task * COLUMNS, last = min(first + COLUMNS, p.columns)
+    cdef const double *part
+    cdef double *dbeta = p.dbeta
+    cdef double *dgamma = p.dgamma
+    for i in range(min(p.count, <Py_ssize_t> CHUNKS)):
+        part = part_of(p, i)
+        for j in range(first, last):
+            dbeta[j] += part[j]
+            dgamma[j] += part[p.second + j]
+
+
+cdef int add_parts(Parts p, Py_ssize_t elements) noexcept nogil:
+    """Add them to dbeta and dgamma."""
+    cdef int status = NORMEXT_OK
+    if p.count > CHUNKS:
+        status = run_tasks(fold_task, &p, CHUNKS, elements)
+    if status == NORMEXT_OK:
+        status = run_tasks(parameters_task, &p, ceil_div(p.columns, COLUMNS), elements)
+    return status
 
 
 cdef void strip_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -689,7 +726,8 @@ cdef int strips_backward(const Call *c) noexcept nogil:
     of_rows.dots, of_rows.given, j.call = of_rows.sums + c.groups, True, &of_rows
     status = run_tasks(strip_task, &j, j.chunks * j.blocks, elements)
     if status == NORMEXT_OK and j.chunks > 1:
-        status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), 2 * j.chunks * c.n)
+        status = add_parts(Parts(j.partial, j.chunks, 2 * c.n, c.n, c.n, c.dbeta, c.dgamma),
+                           elements)
     if status == NORMEXT_OK:
         status = run_tasks(strip_sums_task, &j, c.groups, elements)
     if status == NORMEXT_OK:
@@ -714,7 +752,8 @@ cdef int layer_backward(const Call *c) noexcept nogil:
         return NORMEXT_NO_MEMORY
     status = run_tasks(layer_chunk_task, &j, j.tasks, elements)
     if status == NORMEXT_OK:
-        status = run_tasks(parameters_task, &j, ceil_div(c.n, COLUMNS), 2 * j.tasks * c.n)
+        status = add_parts(Parts(j.partial, j.tasks, 2 * c.n, c.n, c.n, c.dbeta, c.dgamma),
+                           elements)
     free(j.partial)
     return status
 
@@ -820,8 +859,8 @@ cdef void backward_rows_of_group_task(const void *job, Py_ssize_t task) noexcept
 cdef int grouped_backward(const Call *c) noexcept nogil:
     """dx; each channel's sum(dy) and sum(dy * xhat) are added to dbeta and dgamma."""
     cdef Job j = job_of(c)
-    cdef Py_ssize_t i, rows = c.groups * c.rows
-    cdef int threads = team_for(c.groups, rows * c.n)
+    cdef Py_ssize_t rows = c.groups * c.rows, channels = c.channels
+    cdef int status, threads = team_for(c.groups, rows * c.n)
     if threads == 0:
         return NORMEXT_NO_MEMORY
     j.partial = <double *> malloc(3 * rows * sizeof(double))
@@ -832,8 +871,7 @@ cdef int grouped_backward(const Call *c) noexcept nogil:
         run_on(threads, backward_short_groups_task, &j, j.tasks)
     else:
         run_on(threads, backward_rows_of_group_task, &j, c.groups)
-    for i in range(rows):
-        c.dbeta[i % c.channels] += j.partial[i]
-        c.dgamma[i % c.channels] += j.partial[rows + i]
+    status = add_parts(Parts(j.partial, rows // channels, channels, rows, channels, c.dbeta,
+                             c.dgamma), rows * c.n)
     free(j.partial)
-    return NORMEXT_OK
+    return status
