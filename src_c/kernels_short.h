@@ -31,9 +31,11 @@ typedef struct {
     ptrdiff_t rows, n, lanes;
 } tile_shape;
 
-NX_INLINE tile_shape tile_of(ptrdiff_t rows, ptrdiff_t n)
+/* From memory tiles come in small helpings: while one is computed, the next is on its way. */
+NX_INLINE tile_shape tile_of(ptrdiff_t rows, ptrdiff_t n, int streaming)
 {
-    const ptrdiff_t most = n * TILE_ROWS <= TILE ? TILE_ROWS : TILE / n / LANES * LANES;
+    ptrdiff_t most = (streaming ? TILE / 8 : TILE) / n / LANES * LANES;
+    most = most > TILE_ROWS ? TILE_ROWS : most < LANES ? LANES : most;
     if (rows > most) rows = most;
     return (tile_shape){rows, n, (rows + WIDEST - 1) / WIDEST * WIDEST};
 }
@@ -56,15 +58,25 @@ NX_INLINE void turn_by_number(const C *NX_RESTRICT p, ptrdiff_t p_stride, C *NX_
             f(p + row * p_stride + col, p_stride, q + col * q_stride + row, q_stride); \
         }
 
-/* Of 1 to 3 numbers side by side the compiler makes vectors, if it knows how many they are. */
-NX_OUTLINE void turn_in(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
+/* Of 1 to 3 numbers side by side the compiler makes vectors, if it knows how many they are. What
+ * lies `ahead`, where that is not 0, is asked for. */
+NX_OUTLINE void turn_in(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b,
+                        ptrdiff_t ahead)
 {
-    if (b.rows >= TALL && b.n >= SIDE) TURN_BY(transpose_tall, TALL, SIDE)
+    /* As many lines as the numbers that are turned; of rows side by side in the end all. */
+#define TURN_TALL(from, from_stride, to, to_stride)               \
+    do {                                                          \
+        for (int k = 0; ahead && k < TALL * SIDE; k += WIDEST)    \
+            NX_PREFETCH(p + i * p_stride + j * TALL + k + ahead); \
+        transpose_tall(from, from_stride, to, to_stride);         \
+    } while (0)
+    if (b.rows >= TALL && b.n >= SIDE) TURN_BY(TURN_TALL, TALL, SIDE)
     else if (b.rows >= SIDE && b.n >= SIDE) TURN_BY(transpose_square, SIDE, SIDE)
     else if (b.n == 1 && p_stride == 1) turn_by_number(p, 1, q, q_stride, (nx_block){b.rows, 1});
     else if (b.n == 2 && p_stride == 2) turn_by_number(p, 2, q, q_stride, (nx_block){b.rows, 2});
     else if (b.n == 3 && p_stride == 3) turn_by_number(p, 3, q, q_stride, (nx_block){b.rows, 3});
     else turn_by_number(p, p_stride, q, q_stride, b);
+#undef TURN_TALL
 }
 
 NX_OUTLINE void turn_out(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_stride, nx_block b)
@@ -82,12 +94,13 @@ NX_OUTLINE void turn_out(const C *p, ptrdiff_t p_stride, C *q, ptrdiff_t q_strid
 NX_INLINE nx_block joined(nx_rows x, nx_block b)
 { return x.stride == b.n ? (nx_block){1, b.rows * b.n} : b; }
 
-static void tile_in(nx_rows x, tile_shape t, C *tile)
+static void tile_in(nx_rows x, tile_shape t, C *tile, int streaming)
 {
     const nx_block b = {t.rows, t.n};
+    const ptrdiff_t ahead = streaming && x.stride == t.n ? t.rows * t.n : 0; /* the next tile */
     if (t.rows < t.lanes) memset(tile, 0, (size_t)(t.n * t.lanes) * sizeof(C));
 #ifdef T_INT
-    turn_in(x.data, x.stride, tile, t.lanes, b);
+    turn_in(x.data, x.stride, tile, t.lanes, b, ahead);
 #else
     C stretch[TILE];
     const nx_block rows = joined(x, b);
@@ -95,10 +108,13 @@ static void tile_in(nx_rows x, tile_shape t, C *tile)
         const T *from = (const T *)x.data + r * x.stride;
         C *to = stretch + r * t.n;
         ptrdiff_t i = 0;
-        for (; i + W <= rows.n; i += W) store(to + i, load(from + i));
+        for (; i + W <= rows.n; i += W) {
+            if (ahead) NX_PREFETCH(from + i + ahead);
+            store(to + i, load(from + i));
+        }
         if (i < rows.n) store_n(to + i, rows.n - i, load_n(from + i, rows.n - i, ZERO));
     }
-    turn_in(stretch, t.n, tile, t.lanes, b);
+    turn_in(stretch, t.n, tile, t.lanes, b, 0);
 #endif
 }
 
@@ -308,8 +324,8 @@ static void short_statistics(nx_rows x, nx_block b, int centred, double eps, dou
     C tile[TILE];
     tile_shape t;
     for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
-        t = tile_of(b.rows - first, b.n);
-        tile_in(rows_at(x, first, 0), t, tile);
+        t = tile_of(b.rows - first, b.n, 0);
+        tile_in(rows_at(x, first, 0), t, tile, 0);
         tile_statistics(tile, t, centred, eps, mean + first, rstd + first);
     }
 }
@@ -323,8 +339,8 @@ NX_OUTLINE void short_forward(nx_rows x, nx_rows y, nx_block b, const nx_layer *
     tile_line line;
     tile_shape t;
     for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
-        t = tile_of(b.rows - first, b.n);
-        tile_in(rows_at(x, first, 0), t, tile);
+        t = tile_of(b.rows - first, b.n, streaming);
+        tile_in(rows_at(x, first, 0), t, tile, streaming);
         tile_statistics(tile, t, norm->centred, norm->eps, mean + first, rstd + first);
         tile_standardize(&line, t, mean + first, rstd + first);
         if (gamma && beta) tile_affine(tile, t, &line, gamma, beta, 0);
@@ -484,7 +500,7 @@ NX_INLINE void tile_backward(C *x, C *dy, tile_shape t, int centred, const doubl
 NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma, int streaming)
 {
-    enum { FOLDED = 16 * LANES };
+    enum { FOLDED = 12 * LANES }; /* a multiple of every tile's rows: the bits are the same */
     const nx_block b = of->block;
     const C *gamma = of->gamma;
     C x[TILE], dy[TILE];
@@ -493,20 +509,20 @@ NX_OUTLINE void short_backward(const nx_backward *of, int centred, const double 
     position_sums sums[SHORT];
     memset(sums, 0, (size_t)b.n * sizeof *sums);
     for (ptrdiff_t first = 0; first < b.rows; first += t.rows) {
-        t = tile_of(b.rows - first, b.n);
+        t = tile_of(b.rows - first, b.n, streaming);
         const nx_backward part = rows_part(*of, first, (nx_block){t.rows, t.n});
-        tile_in(part.x, t, x);
-        tile_in(part.dy, t, dy);
+        tile_in(part.x, t, x, streaming);
+        tile_in(part.dy, t, dy, streaming);
         if (gamma) tile_backward(x, dy, t, centred, mean + first, rstd + first, gamma, sums);
         else tile_backward(x, dy, t, centred, mean + first, rstd + first, NULL, sums);
         if (part.addend.data) {
-            tile_in(part.addend, t, dy);
+            tile_in(part.addend, t, dy, streaming);
             for (ptrdiff_t i = 0; i < t.n * t.lanes; i += W)
                 store(x + i, add(load(x + i), load(dy + i)));
         }
         tile_out(x, t, 0, part.dx, t.rows, streaming);
         added += t.rows;
-        if (added >= FOLDED || first + t.rows == b.rows) {
+        if (added == FOLDED || first + t.rows == b.rows) {
             for (ptrdiff_t j = 0; j < b.n; j++) {
                 if (centred) dbeta[j] += fold(sums[j].dbeta);
                 dgamma[j] += fold(sums[j].dgamma);
@@ -522,15 +538,16 @@ NX_INLINE nx_rows groups_row(nx_groups x, ptrdiff_t group, ptrdiff_t row)
 { return (nx_rows){(T *)x.data + group * x.group + row * x.row, x.group}; }
 
 /* Row by row, unless a group's rows lie one after the other. */
-static void groups_in(nx_groups x, ptrdiff_t first, ptrdiff_t rows, tile_shape t, C *tile)
+static void groups_in(nx_groups x, ptrdiff_t first, ptrdiff_t rows, tile_shape t, C *tile,
+                      int streaming)
 {
     const tile_shape part = {t.rows, t.n / rows, t.lanes};
     if (x.row == part.n || rows == 1) {
-        tile_in(groups_row(x, first, 0), t, tile);
+        tile_in(groups_row(x, first, 0), t, tile, streaming);
         return;
     }
     for (ptrdiff_t k = 0; k < rows; k++)
-        tile_in(groups_row(x, first, k), part, tile + k * part.n * t.lanes);
+        tile_in(groups_row(x, first, k), part, tile + k * part.n * t.lanes, streaming);
 }
 
 static void groups_out(const C *tile, tile_shape t, ptrdiff_t r, nx_groups y, ptrdiff_t first,
@@ -569,8 +586,8 @@ NX_OUTLINE void short_groups_forward(nx_groups x, nx_groups y, const nx_grouping
     for (ptrdiff_t first = 0; first < g->groups; first += t.rows) {
         unsigned char far[TILE_ROWS] = {0};
         int any_far = 0;
-        t = tile_of(g->groups - first, rows * n);
-        groups_in(x, first, rows, t, tile);
+        t = tile_of(g->groups - first, rows * n, streaming);
+        groups_in(x, first, rows, t, tile, streaming);
         tile_statistics(tile, t, 1, eps, mean + first, rstd + first);
         for (ptrdiff_t k = 0; k < rows; k++) {
             const tile_shape part = {t.rows, n, t.lanes};
@@ -667,10 +684,10 @@ NX_OUTLINE ptrdiff_t short_groups_backward(nx_groups x_, nx_groups dy_, nx_group
     tile_line line;
     tile_shape t;
     for (ptrdiff_t first = 0; first < g->groups; first += t.rows) {
-        t = tile_of(g->groups - first, rows * n);
+        t = tile_of(g->groups - first, rows * n, streaming);
         const tile_shape part = {t.rows, n, t.lanes};
-        groups_in(x_, first, rows, t, x);
-        groups_in(dy_, first, rows, t, dy);
+        groups_in(x_, first, rows, t, x, streaming);
+        groups_in(dy_, first, rows, t, dy, streaming);
         tile_standardize(&line, t, mean + first, rstd + first);
         for (ptrdiff_t r = 0; r < t.rows; r++) dy_sum[r] = g_sum[r] = g_dot[r] = 0;
         for (ptrdiff_t k = 0; k < rows; k++) {

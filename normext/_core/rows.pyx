@@ -601,7 +601,7 @@ cdef void dots_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows, Py_ssiz
 cdef inline Py_ssize_t rows_at_once(const Call *c) noexcept nogil:
     """Rows of layer norm's backward pass that go together; long ones stay in cache."""
     if c.n <= c.k.row_block:
-        return max(<Py_ssize_t> CHUNK_ROWS, c.k.row_block // c.n)
+        return max(<Py_ssize_t> CHUNK_ROWS, c.k.row_block // c.n // CHUNK_ROWS * CHUNK_ROWS)
     return max(1, min(<Py_ssize_t> CHUNK_ROWS, CACHED // (2 * c.n * c.k.itemsize)))
 
 
