@@ -56,9 +56,7 @@ NX_WRITER(row_dx, void, (const nx_backward *of, const nx_line *line))
 NX_WRITER(col_dx, void, (const nx_backward *of, const nx_line *line))
 
 /* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments,
- * then also row_affine, but without what calling them a row at a time costs. */
-NX_KERNEL(layer_statistics, void,
-          (nx_rows x, nx_block b, int centred, double eps, double *mean, double *rstd))
+ * then row_affine, but without what calling them a row at a time costs. */
 NX_WRITER(layer_forward, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean, double *rstd))
 /* Adds a row's sums of g and of g * xhat to sum[r] and dot[r], and those of dy and of dy * xhat over
@@ -71,8 +69,8 @@ NX_KERNEL(layer_dots, void,
 NX_WRITER(layer_backward, void,
           (const nx_backward *of, int centred, const double *mean, const double *rstd,
            double *dbeta, double *dgamma))
-/* Groups of rows, `short_group` numbers each at most, as by layer_statistics and row_affine; with
- * relu, 0 where y is less. */
+/* Likewise groups of rows, one block each; with relu, 0 where y is less. Those of more than
+ * `short_group` numbers lie one row after the other. */
 NX_WRITER(group_forward, void,
           (nx_groups x, nx_groups y, const nx_grouping *g, double eps, int relu, double *mean,
            double *rstd))

@@ -148,10 +148,9 @@ NX_OUTLINE void WR(row_dx)(const nx_backward *of, const nx_line *line)
     else WR(dx_loop)(with(*of, NULL, NULL, none), *line, 1);
 }
 
-#if STREAM
 /* Short rows that lie one after the other are made in a buffer, and go around the caches as one run
  * of numbers: by themselves, they would each end in lines of which they are a part. */
-enum { SHORT_RUN = 512 };
+#if STREAM
 static void stream_run(const T *from, T *to, ptrdiff_t n)
 {
 #define VECTOR(i, left, whole) WR(put)(to + i, left, whole, some(from + i, left, whole, ZERO))
@@ -231,19 +230,23 @@ NX_OUTLINE void WR(layer_dx_any)(const nx_backward *of, int centred, const doubl
 static void WR(layer_backward)(const nx_backward *of, int centred, const double *mean,
                                const double *rstd, double *dbeta, double *dgamma)
 {
+    enum { FOLDED = 32 }; /* rows whose sums down the columns are C: 8 times ROWS_TOGETHER */
     C s[ROW_BLOCK + WIDEST], q[ROW_BLOCK + WIDEST];
     const ptrdiff_t rows = of->block.rows, n = of->block.n;
     if (n <= SHORT_BACKWARD) {
         short_backward(of, centred, mean, rstd, dbeta, dgamma, STREAM);
         return;
     }
-    memset(s, 0, (n + WIDEST) * sizeof(C));
-    memset(q, 0, (n + WIDEST) * sizeof(C));
-    for (ptrdiff_t count, first = 0; first < rows; first += count) {
-        count = rows_together(rows - first, n);
+    for (ptrdiff_t first = 0, count; first < rows; first += count) {
+        double sum[FOLDED] = {0}, dot[FOLDED] = {0};
+        const ptrdiff_t left = FOLDED - first % FOLDED;
+        count = rows_together(rows - first < left ? rows - first : left, n);
         nx_backward some = rows_part(*of, first, (nx_block){count, n});
-        double sum[MOST_TOGETHER] = {0}, dot[MOST_TOGETHER] = {0};
         some.ahead = STREAM ? count * some.x.stride : 0; /* dy most often lies alike */
+        if (left == FOLDED) {
+            memset(s, 0, (n + WIDEST) * sizeof(C));
+            memset(q, 0, (n + WIDEST) * sizeof(C));
+        }
         layer_dots_any(&some, centred, mean + first, rstd + first, sum, dot, s, q);
 #if STREAM
         if (n < SHORT_RUN && of->dx.stride == n) {
@@ -251,34 +254,93 @@ static void WR(layer_backward)(const nx_backward *of, int centred, const double 
             some.dx.data = run;
             layer_dx_any(&some, centred, mean + first, rstd + first, sum, dot);
             stream_run(run, to, count * n);
-            continue;
-        }
+        } else
 #endif
-        WR(layer_dx_any)(&some, centred, mean + first, rstd + first, sum, dot);
+            WR(layer_dx_any)(&some, centred, mean + first, rstd + first, sum, dot);
+        if (count == left || first + count == rows) {
+            if (centred) add_to(dbeta, s, n);
+            add_to(dgamma, q, n);
+        }
     }
-    if (centred) add_to(dbeta, s, n);
-    add_to(dgamma, q, n);
+}
+
+/* y of some groups whose statistics are there; the maps of some rows at a time are on the stack. */
+NX_INLINE void WR(groups_affine)(nx_groups x, nx_groups y, const nx_grouping *g, ptrdiff_t first,
+                                 ptrdiff_t count, const double *mean, const double *rstd,
+                                 ptrdiff_t ahead, int relu)
+{
+    enum { MAPS = 64 };
+    const ptrdiff_t rows = g->rows, n = g->n;
+    const C *gamma = g->gamma, *beta = g->beta;
+    double means[MAPS], scales[MAPS], shifts[MAPS];
+    const nx_affine map = {means, scales, shifts, 1, ahead};
+    ptrdiff_t channel = (g->channel + first * rows) % g->channels;
+    for (ptrdiff_t i = 0, r = 0, m = 0; i < count; m = 0) {
+        const nx_rows from = {(T *)x.data + i * x.group + r * x.row, x.row};
+        const nx_rows to = {(T *)y.data + i * y.group + r * y.row, y.row};
+        /* the next group's rows follow, where nothing lies between them */
+        const int follow = x.group == rows * x.row && y.group == rows * y.row;
+        do {
+            means[m] = mean[first + i];
+            scales[m] = rstd[first + i] * (gamma ? (double)gamma[channel] : 1);
+            shifts[m++] = beta ? (double)beta[channel] : 0;
+            if (++channel == g->channels) channel = 0;
+            if (++r == rows) i++, r = 0;
+        } while (m < MAPS && i < count && (r > 0 || follow));
+        WR(row_affine)(from, to, (nx_block){m, n}, &map, NULL, NULL, relu);
+    }
 }
 
 static void WR(group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, double eps, int relu,
                               double *mean, double *rstd)
-{ short_groups_forward(x, y, g, eps, relu, mean, rstd, STREAM); }
+{
+    const ptrdiff_t numbers = g->rows * g->n;
+    if (numbers <= SHORT_GROUP) {
+        short_groups_forward(x, y, g, eps, relu, mean, rstd, STREAM);
+        return;
+    }
+    for (ptrdiff_t first = 0, count; first < g->groups; first += count) {
+        count = rows_interleaved(g->groups - first, numbers, ROW_BLOCK);
+        nx_groups from = x, to = y;
+        from.data = (T *)x.data + first * x.group;
+        to.data = (T *)y.data + first * y.group;
+        statistics_interleaved((nx_rows){from.data, x.group}, (nx_block){count, numbers}, 1, eps,
+                               mean + first, rstd + first);
+#if STREAM
+        if (g->n < SHORT_RUN && y.row == g->n && y.group == numbers) {
+            T run[ROW_BLOCK];
+            groups_affine(from, (nx_groups){run, numbers, g->n}, g, first, count, mean, rstd,
+                          count * x.group, relu);
+            stream_run(run, to.data, count * numbers);
+            continue;
+        }
+#endif
+        WR(groups_affine)(from, to, g, first, count, mean, rstd, STREAM ? count * x.group : 0,
+                          relu);
+    }
+}
 
 static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, const nx_grouping *g,
                                     const double *mean, const double *rstd, double *dbeta,
                                     double *dgamma)
 {
     const ptrdiff_t rows = g->rows, n = g->n;
-    if (rows * n <= SHORT)
+    if (rows * n <= SHORT_GROUP)
         return short_groups_backward(x, dy, dx, g, mean, rstd, dbeta, dgamma, STREAM);
     const C *gamma = g->gamma;
     const nx_block row = {1, n};
     const double each = 1 / ((double)rows * (double)n), zero = 0;
-    ptrdiff_t channel = g->channel;
-    for (ptrdiff_t i = 0; i < g->groups; i++, dbeta += rows, dgamma += rows) {
-        const nx_backward of = {.x = {(T *)x.data + i * x.group, x.row},
-                                .dy = {(T *)dy.data + i * dy.group, dy.row},
-                                .dx = {(T *)dx.data + i * dx.group, dx.row}};
+    const int run = STREAM && n < SHORT_RUN && dx.row == n && dx.group == rows * n;
+    ptrdiff_t channel = g->channel, i = 0;
+#if STREAM
+    T numbers[ROW_BLOCK], *to = NULL;
+    ptrdiff_t filled = 0;
+#endif
+    for (; i < g->groups; i++, dbeta += rows, dgamma += rows) {
+        nx_backward of = {.x = {(T *)x.data + i * x.group, x.row},
+                          .dy = {(T *)dy.data + i * dy.group, dy.row},
+                          .dx = {(T *)dx.data + i * dx.group, dx.row},
+                          .ahead = STREAM ? x.group : 0}; /* dy lies alike */
         double dy_sum = 0, g_sum = 0, g_dot = 0;
         for (ptrdiff_t r = 0; r < rows; r++) {
             double factor = gamma ? (double)gamma[channel + r] : 1, sum = 0, dot = 0;
@@ -289,19 +351,34 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
             g_sum += factor * dbeta[r];
             g_dot += factor * dgamma[r];
         }
-        if (is_far(of.dy.data, n, NULL, dy_sum * each)) return i;
+        if (is_far(of.dy.data, n, NULL, dy_sum * each)) break;
         /* g_dot holds one rstd already */
         double slope = nx_slope(1, rstd[i], g_dot * each),
                constant = nx_constant(rstd[i], g_sum * each);
+#if STREAM
+        if (run && filled + rows * n > ROW_BLOCK) {
+            stream_run(numbers, to, filled);
+            filled = 0;
+        }
+        if (run) {
+            if (filled == 0) to = of.dx.data;
+            of.dx.data = numbers + filled;
+            filled += rows * n;
+        }
+#endif
         for (ptrdiff_t r = 0; r < rows; r++) {
             double factor = gamma ? rstd[i] * (double)gamma[channel + r] : rstd[i];
-            WR(dx_loop)(rows_part(of, r, row),
-                        (nx_line){mean + i, &zero, &factor, &slope, &constant, 0}, 0);
+            const nx_line line = {mean + i, &zero, &factor, &slope, &constant, 0};
+            if (run) dx_loop(rows_part(of, r, row), line, 0);
+            else WR(dx_loop)(rows_part(of, r, row), line, 0);
         }
         channel += rows;
         if (channel == g->channels) channel = 0;
     }
-    return g->groups;
+#if STREAM
+    if (run) stream_run(numbers, to, filled);
+#endif
+    return i;
 }
 
 /* f(row, first number in it, rows, first coefficient, numbers) for all rows of columns. Around the
@@ -481,7 +558,7 @@ const nx_kernels TABLE = {
     .row_block = ROW_BLOCK,
     .col_block = COL_BLOCK,
     .col_rows = COL_ROWS,
-    .short_group = SHORT,
+    .short_group = SHORT_GROUP,
     .range = RANGE,
 #include "kernels_list.h"
 };

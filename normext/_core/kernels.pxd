@@ -120,8 +120,6 @@ cdef extern from "kernels.h" nogil:
                          nx_sums sums) noexcept nogil
         void (*row_dx)(const nx_backward *of, const nx_line *line) noexcept nogil
         void (*col_dx)(const nx_backward *of, const nx_line *line) noexcept nogil
-        void (*layer_statistics)(nx_rows x, nx_block b, bint centred, double eps, double *mean,
-                                 double *rstd) noexcept nogil
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
         void (*layer_dots)(const nx_backward *of, bint centred, const double *mean,

@@ -51,8 +51,6 @@ cdef enum:
     COLUMNS = 1024
     # Rows whose coefficients are held on the stack: 3 arrays of 512 bytes.
     ROWS_AT_ONCE = 64
-    # Groups whose statistics are taken together: as many as the kernel interleaves.
-    GROUPS_AT_ONCE = 8
 
 # The rows of a group.
 cdef struct Shape:
@@ -135,7 +133,7 @@ cdef void look_ahead(Call *c, int arrays) noexcept nogil:
     """
     cdef Py_ssize_t groups = 1
     if c.parameters == ALONG_ROW:
-        if arrays == 1:
+        if arrays == 1 or c.n <= c.k.row_block:
             return
         groups = rows_at_once(c)
     if groups * arrays * c.rows * c.n * c.k.itemsize <= CACHED:
@@ -241,28 +239,13 @@ cdef inline nx_grouping grouping_of(const Call *c, Py_ssize_t first,
 
 
 cdef void short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """Some groups, each of which is a part of a block."""
+    """Some groups, each of which is one block."""
     cdef const Job *j = <const Job *> job
     cdef const Call *c = j.call
     cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
     cdef nx_grouping g = grouping_of(c, first, last)
     c.k.group_forward(groups_at(c, c.x, first), groups_at(c, c.y, first), &g, c.eps, c.relu,
                       c.mean + first, c.rstd + first)
-
-
-cdef void block_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """Some groups, each of which is one block: their statistics are taken together."""
-    cdef const Job *j = <const Job *> job
-    cdef const Call *c = j.call
-    cdef Py_ssize_t first = first_of(j, task, c.groups), last = first_of(j, task + 1, c.groups)
-    cdef Py_ssize_t end, group
-    while first < last:
-        end = min(first + GROUPS_AT_ONCE, last)
-        c.k.layer_statistics(rows_at(c.x, c.k.itemsize, first), nx_block(end - first, c.rows * c.n),
-                             c.statistics == CENTRED, c.eps, c.mean + first, c.rstd + first)
-        for group in range(first, end):
-            group_affine(c, group, 0, j.blocks)
-        first = end
 
 
 cdef void moments_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -321,15 +304,12 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
         j.tasks = threads  # each row is on its own, and no bit depends on the split
         run_on(threads, layer_task, &j, j.tasks)
         return NORMEXT_OK
-    # Batch norm's bits are not to depend on whether its variances are wanted, which these leave out.
-    if own and c.parameters == PER_ROW and c.rows * c.n <= c.k.short_group:
+    # Not batch norm, whose bits would depend on whether its variances are wanted, too.
+    if own and c.parameters == PER_ROW and (
+            c.rows * c.n <= c.k.short_group
+            or (joined(c).rows == 1 and c.rows * c.n <= c.k.row_block)):
         j.tasks = threads
         run_on(threads, short_groups_task, &j, j.tasks)
-        return NORMEXT_OK
-    if (own and c.parameters == PER_ROW and joined(c).rows == 1
-            and c.rows * c.n <= c.k.row_block):
-        j.tasks = threads
-        run_on(threads, block_groups_task, &j, j.tasks)
         return NORMEXT_OK
     if j.chunks == 1:
         run_on(threads, group_task, &j, c.groups)
@@ -599,31 +579,29 @@ cdef void dots_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows, Py_ssiz
 
 
 cdef inline Py_ssize_t rows_at_once(const Call *c) noexcept nogil:
-    """Rows of layer norm's backward pass that go together; long ones stay in cache."""
-    if c.n <= c.k.row_block:
-        return max(<Py_ssize_t> CHUNK_ROWS, c.k.row_block // c.n // CHUNK_ROWS * CHUNK_ROWS)
+    """Long rows of layer norm's backward pass that go together, and stay in cache meanwhile."""
     return max(1, min(<Py_ssize_t> CHUNK_ROWS, CACHED // (2 * c.n * c.k.itemsize)))
 
 
 cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, double *dbeta,
                           double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma."""
-    cdef Py_ssize_t row, rows, at_once = rows_at_once(c)
+    cdef Py_ssize_t row, rows
     cdef nx_backward of
     cdef double sum[CHUNK_ROWS]
     cdef double dot[CHUNK_ROWS]
+    if c.n <= c.k.row_block:
+        of = backward_of_rows(c, first, last - first, 0, c.n)
+        c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, dbeta,
+                           dgamma)
+        return
     while first < last:
-        rows = min(at_once, last - first)
-        if c.n <= c.k.row_block:
-            of = backward_of_rows(c, first, rows, 0, c.n)
-            c.k.layer_backward(&of, c.statistics == CENTRED, c.mean + first, c.rstd + first, dbeta,
-                               dgamma)
-        else:
-            for row in range(rows):
-                sum[row] = dot[row] = 0
-            dots_of_rows(c, first, rows, 0, c.n, nx_sums(&sum[0], &dot[0], 1), dbeta, dgamma)
-            for row in range(rows - 1, -1, -1):
-                backward_long_row(c, first + row, sum[row], dot[row])
+        rows = min(rows_at_once(c), last - first)
+        for row in range(rows):
+            sum[row] = dot[row] = 0
+        dots_of_rows(c, first, rows, 0, c.n, nx_sums(&sum[0], &dot[0], 1), dbeta, dgamma)
+        for row in range(rows - 1, -1, -1):
+            backward_long_row(c, first + row, sum[row], dot[row])
         first += rows
 
 

@@ -312,9 +312,13 @@ cdef void begin(const nx_norm *norm, const nx_io *io, Call *c) noexcept nogil:
 cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_groups read,
                         nx_groups written) noexcept nogil:
     """The kernels for a call that reads and writes so many arrays."""
-    cdef Py_ssize_t numbers = numbers_of(norm, 0, norm.ndim), together = c.n
-    if way == LAYERS and written.group == c.n:
-        together = numbers
+    cdef Py_ssize_t numbers = numbers_of(norm, 0, norm.ndim), together = c.n, piece = c.rows * c.n
+    cdef bint forth = arrays == 2
+    # Pieces that a kernel writes as one run, where they follow each other. Forward, short ones are
+    # read and written in turns so quick that the processor overlaps them, but for tiles.
+    if (way == LAYERS and written.group == c.n) or (way == CHANNELS_FIRST and forth):
+        if piece <= c.k.short_group or (piece <= c.k.row_block and (piece >= 128 or not forth)):
+            together = numbers
     if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
         together *= c.rows
     c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
