@@ -81,7 +81,7 @@ static inline int nx_rescale_columns(const nx_range *range, ptrdiff_t n, double 
 {
     int64_t any = 0; /* as wide as the numbers, to become vectors */
     for (ptrdiff_t j = 0; j < n; j++)
-        any |= !(m2[j] <= DBL_MAX) |
+        any |= (m2[j] <= DBL_MAX ? 0 : 1) |
                ((m2[j] < range->tiny * count) & (fabs(mean[j]) < range->near_zero));
     if (any == 0) return 0;
     for (ptrdiff_t j = 0; j < n; j++)

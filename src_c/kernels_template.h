@@ -1090,19 +1090,8 @@ static int cols_are_far(nx_rows dy_, nx_block b, const double *sum, double count
 #ifdef T_INT
 /* Windows over images ---------------------------------------------------------------------- */
 
-static void transpose(nx_rows x_, nx_block b, nx_rows y_)
-{
-    const T *x = x_.data;
-    T *y = y_.data;
-    const ptrdiff_t side = BY_TYPE(f32_SIDE, f64_SIDE), whole_rows = b.rows / side * side,
-                    whole_n = b.n / side * side;
-    for (ptrdiff_t j = 0; j < whole_n; j += side)
-        for (ptrdiff_t i = 0; i < whole_rows; i += side)
-            transpose_square(x + i * x_.stride + j, x_.stride, y + j * y_.stride + i, y_.stride);
-    for (ptrdiff_t i = 0; i < b.rows; i++)
-        for (ptrdiff_t j = i < whole_rows ? whole_n : 0; j < b.n; j++)
-            y[j * y_.stride + i] = x[i * x_.stride + j];
-}
+static void transpose(nx_rows x, nx_block b, nx_rows y)
+{ turn_in(x.data, x.stride, y.data, y.stride, b, 0); }
 
 /* Windows whose largest numbers so far are on the stack; long enough to be many vectors. */
 #define POOL_BLOCK 128

@@ -295,7 +295,7 @@ static void WR(group_forward)(nx_groups x, nx_groups y, const nx_grouping *g, do
                               double *mean, double *rstd)
 {
     const ptrdiff_t numbers = g->rows * g->n;
-    if (numbers <= SHORT) {
+    if (numbers <= SHORT_GROUP) {
         short_groups_forward(x, y, g, eps, relu, mean, rstd, STREAM);
         return;
     }
@@ -325,7 +325,7 @@ static ptrdiff_t WR(group_backward)(nx_groups x, nx_groups dy, nx_groups dx, con
                                     double *dgamma)
 {
     const ptrdiff_t rows = g->rows, n = g->n;
-    if (rows * n <= SHORT)
+    if (rows * n <= SHORT_GROUP)
         return short_groups_backward(x, dy, dx, g, mean, rstd, dbeta, dgamma, STREAM);
     const C *gamma = g->gamma;
     const nx_block row = {1, n};
@@ -558,7 +558,7 @@ const nx_kernels TABLE = {
     .row_block = ROW_BLOCK,
     .col_block = COL_BLOCK,
     .col_rows = COL_ROWS,
-    .short_group = SHORT,
+    .short_group = SHORT_GROUP,
     .range = RANGE,
 #include "kernels_list.h"
 };
