@@ -23,7 +23,7 @@ NX_KERNEL(col_statistics, void,
            const double *sum, const double *squares, double *mean, double *rstd, double *var))
 
 /* The factors and shifts of n maps, for so many examples: rstd * gamma and beta; NULL means 1 and
- * 0. */
+ * 0. Without beta, shift may be NULL. */
 NX_KERNEL(affines, void,
           (const void *gamma, const void *beta, ptrdiff_t examples, ptrdiff_t n, const double *rstd,
            double *scale, double *shift))
@@ -85,8 +85,8 @@ NX_KERNEL(add_rows, void, (nx_rows a, nx_rows b, nx_rows sum, nx_block block))
 NX_KERNEL(widen, void, (const void *x, ptrdiff_t n, double *y))
 NX_KERNEL(narrow, void, (const double *x, ptrdiff_t n, void *y))
 
-/* Numbers that are double whatever the elements: nx_inverse_stds; nx_any_outside; a *= b; and
- * momentum * s + share * batch, where s is of float or double. */
+/* Numbers that are double whatever the elements: nx_inverse_stds; whether any that is not 0 is
+ * outside a range; a *= b; and momentum * s + share * batch, where s is of float or double. */
 NX_KERNEL(inverse_stds, void, (double *variance, ptrdiff_t n, double eps))
 NX_KERNEL(any_outside, int, (const double *p, ptrdiff_t n, double least, double largest))
 NX_KERNEL(multiply, void, (double *a, const double *b, ptrdiff_t n))

@@ -38,13 +38,14 @@ enum {
     FIRST_SUM = 8 * LANES,
     /* 16 KiB: x and y, or x and dy, of a block stay in an L1 cache of 32 KiB together. */
     ROW_BLOCK = 16384 / sizeof(C),
-    /* 128 additions for a column, 8 and 16 on the two levels likewise. Blocks of few columns may
-     * have more rows, which are folded into lanes: into 64 of them 128 times. */
+    /* 128 additions for a column, 8 and 16 on the two levels likewise; where rows are folded, up to
+     * 24 on the second. */
     COL_ROWS = 128,
-    COL_BLOCK = COL_ROWS * 64,
     /* Columns whose coefficients and sums are held on the stack, in 4 KiB for each: the seven of dx
      * stay in the L1 cache. */
     COLS_AT_ONCE = 4096 / sizeof(C),
+    /* Blocks of few columns may have more rows, where these can be folded into many lanes. */
+    COL_BLOCK = COL_ROWS * COLS_AT_ONCE / 2,
     /* A vector of coefficients may begin at any of them. */
     PADDED = COLS_AT_ONCE + WIDEST,
     /* Rows that are added up on the first level, in registers: a column's sums are loaded and
@@ -78,20 +79,27 @@ static const nx_range range = RANGE;
 
 /* Rows of few columns that lie one after the other in memory are folded, so that they fill whole
  * vectors: `fold` of them are taken for one of `lanes` numbers, and what is left for one of `tail`
- * numbers. Of 100 rows of 6 columns of float, 16 at a time make 6 rows of 96 lanes and a tail of
- * 24. A column then has `fold` lanes, which share its coefficients and whose sums are its sum. */
+ * numbers. Of 100 rows of 6 columns of float, 8 at a time make 12 rows of 48 lanes and a tail of 24.
+ * A column then has `fold` lanes, which share its coefficients and whose sums are its sum. Of many
+ * rows so many are folded that memory is gone through in stretches which its prefetcher follows. */
 typedef struct {
     ptrdiff_t fold, lanes, rows, tail;
 } nx_fold;
 
 static nx_fold fold_rows(nx_block b, int adjacent)
 {
-    ptrdiff_t fold = 1;
-    if (adjacent && b.n < 8 * WIDEST) {
+    ptrdiff_t fold = 1, most, times;
+    if (adjacent && b.n <= COLS_AT_ONCE / 2) {
         while (fold < WIDEST && fold * b.n % WIDEST) fold *= 2;
-        while (fold * b.n < 16 * WIDEST && b.rows >= 16 * fold) fold *= 2;
+        most = COLS_AT_ONCE / b.n < b.rows / 64 ? COLS_AT_ONCE / b.n : b.rows / 64;
+        times = most / fold;
+        /* An odd number: rows 4 KiB apart, of which there are 8 at once, are all kept in the same
+         * few places of an L1 cache. */
+        if (times > 1) fold *= times - (times % 2 == 0);
         while (fold * b.n > COLS_AT_ONCE || b.rows < 4 * fold) fold = fold == 1 ? 0 : fold / 2;
     }
+    /* Of few rows that are longer than a vector, no more than whole vectors. */
+    if (b.n > WIDEST && fold * b.n % WIDEST && b.rows < 64 * fold) fold = 1;
     if (fold <= 1) return (nx_fold){1, b.n, b.rows, 0};
     return (nx_fold){fold, fold * b.n, b.rows / fold, b.rows % fold * b.n};
 }
@@ -628,23 +636,70 @@ NX_INLINE nx_part part_at(nx_columns b, int adjacent, int around, ptrdiff_t exam
 NX_INLINE nx_rows part_rows(nx_groups x, nx_part p, ptrdiff_t e)
 { return (nx_rows){(T *)x.data + (p.example + e) * x.group + p.col, p.folded.fold * x.row}; }
 
+/* f(width) with a few widths as constants: the loops over them are no loops then. */
+#define BY_WIDTH(width, f) \
+    switch (width) {       \
+    case 1:                \
+        f(1);              \
+        break;             \
+    case 2:                \
+        f(2);              \
+        break;             \
+    case 3:                \
+        f(3);              \
+        break;             \
+    case 4:                \
+        f(4);              \
+        break;             \
+    case 5:                \
+        f(5);              \
+        break;             \
+    case 6:                \
+        f(6);              \
+        break;             \
+    case 7:                \
+        f(7);              \
+        break;             \
+    case 8:                \
+        f(8);              \
+        break;             \
+    default:               \
+        f(width);          \
+    }
+
+NX_INLINE void repeat_columns(C *c, nx_part p, ptrdiff_t width)
+{
+    for (ptrdiff_t e = p.examples - 1; e >= 0; e--) {
+        C *to = c + e * p.stride;
+        const C *from = c + e * width;
+        ptrdiff_t j = width;
+        if (width <= 8) {
+            C columns[8];
+            for (ptrdiff_t i = 0; i < width; i++) columns[i] = from[i];
+            for (j = 0; j + width <= p.stride; j += width)
+                for (ptrdiff_t i = 0; i < width; i++) to[j + i] = columns[i];
+            for (ptrdiff_t i = 0; j + i < p.stride; i++) to[j + i] = columns[i];
+            continue;
+        }
+        memmove(to, from, width * sizeof *to);
+        for (ptrdiff_t n; j < p.stride; j += n) {
+            n = j < p.stride - j ? j : p.stride - j; /* as many as there are */
+            memcpy(to + j, to, n * sizeof *to);
+        }
+    }
+}
+
 /* From a coefficient for each column to one for each lane. */
-NX_INLINE void to_lanes(C *c, nx_part p)
+NX_OUTLINE void to_lanes(C *c, nx_part p)
 {
     const ptrdiff_t numbers = p.examples * p.width;
     if (p.stride == p.width) {
         for (ptrdiff_t j = 0; j < WIDEST; j++) c[numbers + j] = 0; /* as much as is looked at */
         return;
     }
-    for (ptrdiff_t e = p.examples - 1; e >= 0; e--) {
-        C *to = c + e * p.stride;
-        if (e > 0)
-            for (ptrdiff_t j = p.width - 1; j >= 0; j--) to[j] = c[e * p.width + j];
-        for (ptrdiff_t j = p.width, n; j < p.stride; j += n) {
-            n = j < p.stride - j ? j : p.stride - j; /* as many as there are */
-            memcpy(to + j, to, n * sizeof *to);
-        }
-    }
+#define REPEAT(width) repeat_columns(c, p, width)
+    BY_WIDTH(p.width, REPEAT)
+#undef REPEAT
 }
 
 /* Sums of a part's lanes, zeros to begin with, */
@@ -654,17 +709,28 @@ NX_INLINE void no_sums(C *s, nx_part p)
     memset(s, 0, (numbers < PADDED ? numbers : PADDED) * sizeof *s);
 }
 
-/* and added up for each column. */
-NX_INLINE void add_lanes(const C *NX_RESTRICT s, nx_part p, double *NX_RESTRICT sum)
+NX_INLINE void sum_columns(const C *NX_RESTRICT s, nx_part p, ptrdiff_t width, int added,
+                           double *NX_RESTRICT sum)
 {
-    const ptrdiff_t numbers = p.examples * p.width;
-    if (p.stride == p.width) {
-        for (ptrdiff_t j = 0; j < numbers; j++) sum[j] += s[j];
-        return;
+    for (ptrdiff_t e = 0; e < p.examples; e++, s += p.stride, sum += width)
+        for (ptrdiff_t l = 0; l < p.folded.lanes; l += width) {
+            if (l == 0 && !added)
+                for (ptrdiff_t j = 0; j < width; j++) sum[j] = s[j];
+            else
+                for (ptrdiff_t j = 0; j < width; j++) sum[j] += s[l + j];
+        }
+}
+
+/* and added up for each column, or `added` to its sum. */
+NX_OUTLINE void column_sums(const C *s, nx_part p, int added, double *sum)
+{
+    if (p.folded.fold == 1) { /* no lanes between the examples' columns */
+        p.folded.lanes = p.width *= p.examples;
+        p.examples = 1;
     }
-    for (ptrdiff_t e = 0; e < p.examples; e++, s += p.stride, sum += p.width)
-        for (ptrdiff_t l = 0; l < p.folded.lanes; l += p.width)
-            for (ptrdiff_t j = 0; j < p.width; j++) sum[j] += s[l + j];
+#define SUM(width) sum_columns(s, p, width, added, sum)
+    BY_WIDTH(p.width, SUM)
+#undef SUM
 }
 
 /* The columns of x from j0 on, as folded. */
@@ -699,14 +765,15 @@ NX_INLINE void pivots_from(const C *NX_RESTRICT first, const double *NX_RESTRICT
 /* The first row is taken off, so that a constant is found exactly. */
 static void col_pivots(nx_groups x, nx_columns b, double *pivot)
 {
-    const ptrdiff_t step = b.rows / SAMPLE > 1 ? b.rows / SAMPLE : 1;
+    /* Few short rows are rather all folded. */
+    const ptrdiff_t step =
+        b.rows / SAMPLE > 1 && b.rows * b.n > SAMPLE * 2 * WIDEST ? b.rows / SAMPLE : 1;
     const nx_groups sampled = {x.data, x.group, step * x.row};
     const nx_columns sample = {b.examples, (b.rows + step - 1) / step, b.n};
     C first[PADDED], s[PADDED];
     double sum[PADDED];
     EACH_PART(p, sample, sampled.row == b.n, 0)
     {
-        const ptrdiff_t numbers = p.examples * p.width;
         for (ptrdiff_t e = 0; e < p.examples; e++) {
             const T *row = part_rows(x, p, e).data;
             for (ptrdiff_t j = 0; j < p.width; j += W) {
@@ -726,8 +793,7 @@ static void col_pivots(nx_groups x, nx_columns b, double *pivot)
             EACH_ROWS(p.folded, PIVOTS_ROWS);
 #undef PIVOTS_ROWS
         }
-        for (ptrdiff_t j = 0; j < numbers; j++) sum[j] = 0;
-        add_lanes(s, p, sum);
+        column_sums(s, p, 0, sum);
         pivots_from(first, sum, p, (double)SAMPLE / (double)sample.rows, pivot + p.at);
     }
 }
@@ -779,8 +845,8 @@ static void col_powers(nx_groups x, nx_columns b, const double *scale, const dou
 #undef POWERS_ROWS
 #undef SCALED_ROWS
         }
-        add_lanes(s, p, sum + p.at);
-        add_lanes(q, p, squares + p.at);
+        column_sums(s, p, 1, sum + p.at);
+        column_sums(q, p, 1, squares + p.at);
     }
 }
 
@@ -851,15 +917,15 @@ static void affines(const void *gamma_, const void *beta_, ptrdiff_t examples, p
                     double *NX_RESTRICT shift)
 {
     const C *gamma = gamma_, *beta = beta_;
-    for (ptrdiff_t e = 0; e < examples; e++, rstd += n, scale += n, shift += n) {
+    for (ptrdiff_t at = 0; at < examples * n; at += n) {
         if (gamma)
-            for (ptrdiff_t j = 0; j < n; j++) scale[j] = rstd[j] * gamma[j];
+            for (ptrdiff_t j = 0; j < n; j++) scale[at + j] = rstd[at + j] * gamma[j];
         else
-            for (ptrdiff_t j = 0; j < n; j++) scale[j] = rstd[j];
+            for (ptrdiff_t j = 0; j < n; j++) scale[at + j] = rstd[at + j];
         if (beta)
-            for (ptrdiff_t j = 0; j < n; j++) shift[j] = beta[j];
-        else
-            for (ptrdiff_t j = 0; j < n; j++) shift[j] = 0;
+            for (ptrdiff_t j = 0; j < n; j++) shift[at + j] = beta[j];
+        else if (shift)
+            for (ptrdiff_t j = 0; j < n; j++) shift[at + j] = 0;
     }
 }
 
@@ -952,9 +1018,8 @@ static void col_dots(const nx_col_backward *of, const double *mean, const double
 #undef PIVOTED_ROWS
 #undef PIVOTED_MASKED_ROWS
         }
-        for (ptrdiff_t j = 0; j < numbers; j++) part_sum[j] = part_dot[j] = 0;
-        add_lanes(s, p, part_sum);
-        add_lanes(q, p, part_dot);
+        column_sums(s, p, 0, part_sum);
+        column_sums(q, p, 0, part_dot);
         for (ptrdiff_t j = 0; j < numbers; j++) {
             const double about = pivot ? (double)(C)pivot[p.at + j] : 0, m = mean[p.at + j];
             sums.sum[p.at + j] += part_sum[j] + (double)b.rows * about;

@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Statistics down columns: batch norm of (N, D), N,H,W,C and small N,C,H,W, and group norm of N,H,W,C.
+"""Statistics down columns: batch norm of (N, D), N,H,W,C, small N,C,H,W; group norm of N,H,W,C.
 
 The sizes of work are those of rows.pyx: here a row is the columns' numbers at one place, a block
 some rows of some columns, and a chunk the blocks of a task. `per_group` columns in a row share a
@@ -15,7 +15,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from normext cimport NORMEXT_NO_MEMORY, NORMEXT_OK
-from normext._core.call cimport GIVEN, PER_ROW, Call, gamma_of
+from normext._core.call cimport GIVEN, PER_ROW, Call
 from normext._core.kernels cimport (
     ceil_div, nx_affine, nx_col_backward, nx_columns, nx_constant, nx_groups, nx_line,
     nx_relu_mask, nx_slope, nx_sums, restore_pivot,
@@ -29,8 +29,12 @@ cdef enum:
     # Columns that are summed at a time: their sums and pivots, arrays of 2 KiB in the kernels, and
     # 8 rows fit the L1 cache.
     COLUMNS = 512
-    # Columns that are written at a time: the more, the fewer ends of rows.
+    # Rows of a chunk at least, whose sums have to be put together with those of others.
+    SUMMED = 64
+    # Columns that are written at a time: the more, the fewer ends of rows; and their rows at least,
+    # for which coefficients are made.
     WRITTEN = 1024
+    WRITTEN_ROWS = 32
     # Columns whose chunks are put together by a task.
     MERGED = 64
 
@@ -42,9 +46,22 @@ cdef struct Chunk:
 cdef struct Split:
     Py_ssize_t width, across, chunks
 
+# What the backward pass of some examples has for each of their columns. The dots become those of
+# xhat.
+cdef struct Work:
+    double *sums
+    double *dots
+    double *mean
+    double *rstd
+    double *slope
+    double *constant
+    double *pivots
+    double *deviations
+
 # What tasks of a large call need. `sums` has a row of sums and one of squares (or dots) for each
-# chunk, `pivots` and `scales` (which may be NULL) a number for each column, `again` for each task
-# that puts chunks together, whether all are to be taken once more.
+# chunk, `pivots` and `scales` a number for each column, and `again` one for each of `merged` tasks
+# that put chunks together: whether all are to be taken once more. That is done where `scales` is
+# not NULL; in the backward pass these are the pivots of dy then. `work` is for group norm.
 cdef struct Job:
     const Call *call
     Split split
@@ -53,10 +70,13 @@ cdef struct Job:
     double *pivots
     double *scales
     double *again
+    Work work
 
 
 cdef inline Py_ssize_t block_rows(const Call *c, Chunk t) noexcept nogil:
-    """Rows of a block of so many columns."""
+    """Rows of a block: more where they lie together and can be folded (kernels_template.h)."""
+    if c.x.row != t.cols or (c.dy.data != NULL and c.dy.row != t.cols):
+        return c.k.col_rows
     return max(c.k.col_rows, c.k.col_block // t.cols)
 
 
@@ -84,18 +104,21 @@ cdef inline nx_groups at(const Call *c, nx_groups a, Chunk t, Py_ssize_t block) 
     return place(c, a, t.example, t.row + block * block_rows(c, t), t.col)
 
 
-cdef inline Split split_of(const Call *c, Py_ssize_t most) noexcept nogil:
-    """Into strips of `most` columns at most, whole groups where these are not wider."""
+cdef inline Split split_of(const Call *c, Py_ssize_t most, Py_ssize_t least) noexcept nogil:
+    """Into strips of `most` columns at most, whole groups where these are not wider.
+
+    Chunks have `least` rows or more.
+    """
     cdef Py_ssize_t step = c.per_group if c.per_group <= most else 1
     cdef Py_ssize_t across = ceil_div(c.n, most // step * step)
-    cdef Py_ssize_t width = ceil_div(c.n // step, across), chunks = 1
+    cdef Py_ssize_t width = ceil_div(c.n // step, across), numbers = c.rows * c.n, chunks = 1
     if step == 1:
         width = (width + 15) // 16 * 16  # vectors and cache lines
     width = min(width * step, c.n)
     across = ceil_div(c.n, width)
-    if c.rows * c.n >= SPLIT:
-        chunks = min(block_count(c, Chunk(0, 1, 0, c.rows, 0, width)), ceil_div(CHUNKS, across))
-    return Split(width, across, chunks)
+    if numbers >= SPLIT:
+        chunks = min(c.rows // least, numbers // (SPLIT // 2), ceil_div(CHUNKS, across))
+    return Split(width, across, max(<Py_ssize_t> 1, chunks))
 
 
 cdef inline Chunk chunk_at(const Call *c, Split s, Py_ssize_t task) noexcept nogil:
@@ -110,14 +133,27 @@ cdef inline Chunk chunk_at(const Call *c, Split s, Py_ssize_t task) noexcept nog
 cdef inline void expand(const double *numbers, Py_ssize_t per_group, Py_ssize_t first,
                         Py_ssize_t cols, double *to) noexcept nogil:
     """Groups' numbers, once for each of the columns from `first` on. May be in place."""
-    cdef Py_ssize_t j, group = (first + cols - 1) // per_group
-    cdef Py_ssize_t left = first + cols - group * per_group
-    for j in range(cols - 1, -1, -1):
-        to[j] = numbers[group]
-        left -= 1
-        if left == 0:
-            group -= 1
-            left = per_group
+    cdef Py_ssize_t group, j, begin, end = cols
+    cdef double number
+    for group in range((first + cols - 1) // per_group, -1, -1):
+        begin, number = max(<Py_ssize_t> 0, group * per_group - first), numbers[group]
+        for j in range(begin, end):
+            to[j] = number
+        end = begin
+
+
+cdef inline double sum_of(const double *numbers, Py_ssize_t n) noexcept nogil:
+    """In four parts, so that no addition has to wait for the one before."""
+    cdef double a = 0, b = 0, c = 0, d = 0
+    cdef Py_ssize_t i
+    for i in range(n // 4):
+        a += numbers[4 * i]
+        b += numbers[4 * i + 1]
+        c += numbers[4 * i + 2]
+        d += numbers[4 * i + 3]
+    for i in range(n // 4 * 4, n):
+        a += numbers[i]
+    return (a + b) + (c + d)
 
 
 cdef inline void share_pivots(double *pivot, Py_ssize_t per_group, Py_ssize_t cols) noexcept nogil:
@@ -138,19 +174,18 @@ cdef inline void share_pivots(double *pivot, Py_ssize_t per_group, Py_ssize_t co
 cdef void add_chunks(const double *sums, Py_ssize_t chunks, Py_ssize_t step, Py_ssize_t per_group,
                      Py_ssize_t groups, double *to) noexcept nogil:
     """Groups' sums from those of their columns, which each chunk has, `step` apart."""
-    cdef Py_ssize_t chunk, group, j
+    cdef Py_ssize_t group
     if chunks == 1 and per_group == 1:
         memcpy(to, sums, groups * sizeof(double))
         return
     memset(to, 0, groups * sizeof(double))
-    for chunk in range(chunks):
+    for _ in range(chunks):
         if per_group == 1:
             for group in range(groups):
                 to[group] += sums[group]
         else:
             for group in range(groups):
-                for j in range(group * per_group, (group + 1) * per_group):
-                    to[group] += sums[j]
+                to[group] += sum_of(sums + group * per_group, per_group)
         sums += step
 
 
@@ -204,8 +239,8 @@ cdef inline const char *parameter(const Call *c, const char *p, Py_ssize_t i) no
     return NULL if p == NULL else p + i * c.k.parameter_size
 
 
-cdef inline Columns columns_of(const Call *c, Chunk t, double *work) noexcept nogil:
-    """Of a chunk's columns; `work` has room for 5 numbers of each."""
+cdef inline Columns columns_of(const Call *c, Chunk t, bint maps, double *work) noexcept nogil:
+    """Of a chunk's columns, with or without `maps`; `work` has room for 5 numbers of each."""
     cdef Py_ssize_t group = t.col // c.per_group, first = t.col % c.per_group
     cdef Py_ssize_t numbers = t.examples * t.cols, statistics = t.example * (c.n // c.per_group)
     cdef const double *mean = c.mean + statistics + group
@@ -213,7 +248,7 @@ cdef inline Columns columns_of(const Call *c, Chunk t, double *work) noexcept no
     cdef double *scale = work + 2 * numbers
     cdef double *shift = scale + numbers
     cdef double *expanded = shift + numbers
-    if c.per_group > 1 and c.parameters != PER_ROW:
+    if maps and c.per_group > 1 and c.parameters != PER_ROW:
         c.k.affines(parameter(c, c.gamma, group), parameter(c, c.beta, group), 1,
                     ceil_div(first + t.cols, c.per_group), rstd, scale, shift)
         expand(shift, c.per_group, first, numbers, expanded)
@@ -223,7 +258,7 @@ cdef inline Columns columns_of(const Call *c, Chunk t, double *work) noexcept no
         expand(mean, c.per_group, first, numbers, work)
         expand(rstd, c.per_group, first, numbers, work + numbers)
         mean, rstd = work, work + numbers
-    if c.per_group == 1 or c.parameters == PER_ROW:
+    if maps and (c.per_group == 1 or c.parameters == PER_ROW):
         c.k.affines(parameter(c, c.gamma, t.col), parameter(c, c.beta, t.col), t.examples, t.cols,
                     rstd, scale, shift)
     return Columns(mean, rstd, scale, shift)
@@ -277,7 +312,7 @@ cdef void chunk_affine(const Call *c, Chunk t) noexcept nogil:
     cdef Chunk part
     for i in range(part_count(t)):
         part = part_of(t, i)
-        by = columns_of(c, part, work)
+        by = columns_of(c, part, True, work)
         map = nx_affine(by.mean, by.scale, by.shift, 1)
         c.k.col_affine(at(c, c.x, part, 0), at(c, c.y, part, 0),
                        nx_columns(part.examples, part.rows, part.cols), &map, c.relu)
@@ -347,7 +382,7 @@ cdef void affine_task(const void *job, Py_ssize_t task) noexcept nogil:
 cdef int begin(const Call *c, Job *j, int *threads) noexcept nogil:
     """A call of columns: its split, and memory where rows are split."""
     cdef Py_ssize_t chunks
-    j[0] = Job(c, split_of(c, COLUMNS), 0, NULL, NULL, NULL, NULL)
+    j.call, j.split, j.sums, j.scales = c, split_of(c, COLUMNS, SUMMED), NULL, NULL
     threads[0] = team_for(j.split.across * j.split.chunks, c.rows * c.n)
     if threads[0] == 0:
         return NORMEXT_NO_MEMORY
@@ -393,7 +428,7 @@ cdef int normalize_columns(const Call *c) noexcept nogil:
     if c.statistics != GIVEN:
         large_statistics(c, &j, threads)
     if c.y.data != NULL:
-        j.split = split_of(c, WRITTEN)
+        j.split = split_of(c, WRITTEN, WRITTEN_ROWS)
         run_on(threads, affine_task, &j, j.split.across * j.split.chunks)
     free(j.sums)
     return NORMEXT_OK
@@ -406,7 +441,7 @@ cdef void chunk_dots(const Call *c, Chunk t, const double *pivots, double *sum,
                      double *dot) noexcept nogil:
     """The sums of the chunk's columns, whose `pivots` may be NULL."""
     cdef double[5 * COLUMNS] work
-    cdef Columns by = columns_of(c, t, work)
+    cdef Columns by = columns_of(c, t, c.relu, work)
     cdef nx_relu_mask mask = nx_relu_mask(by.scale, by.shift)
     cdef const nx_relu_mask *relu = &mask if c.relu else NULL
     cdef nx_col_backward of
@@ -443,7 +478,7 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
         memset(lines, 0, 3 * WRITTEN * sizeof(double))
     for i in range(part_count(t)):
         part = part_of(t, i)
-        by = columns_of(c, part, work)
+        by = columns_of(c, part, True, work)
         if own:
             group, first = part.col // c.per_group, part.col % c.per_group
             sums, dots = c.sums + group, c.dots + group
@@ -451,11 +486,11 @@ cdef void chunk_dx(const Call *c, Chunk t) noexcept nogil:
                 expand(sums, c.per_group, first, part.cols, columns_sums)
                 expand(dots, c.per_group, first, part.cols, columns_dots)
                 sums, dots = columns_sums, columns_dots
-            c.k.col_lines(part.cols, 1 / c.count, by.rstd, by.scale, sums, dots, dy_mean, slope,
-                          constant)
+            c.k.col_lines(part.examples * part.cols, 1 / c.count, by.rstd, by.scale, sums, dots,
+                          dy_mean, slope, constant)
         mask = nx_relu_mask(by.scale, by.shift)
-        of = nx_col_backward(nx_columns(1, part.rows, part.cols), at(c, c.x, part, 0),
-                             at(c, c.dy, part, 0), at(c, c.dx, part, 0), relu)
+        of = nx_col_backward(nx_columns(part.examples, part.rows, part.cols),
+                             at(c, c.x, part, 0), at(c, c.dy, part, 0), at(c, c.dx, part, 0), relu)
         if own or c.relu:
             line = nx_line(by.mean, dy_mean, by.scale, slope, constant, 1)
             c.k.col_dx(&of, &line)
@@ -556,7 +591,7 @@ cdef int columns_backward(const Call *c) noexcept nogil:
     if not c.given:
         large_dots(c, &j, threads)
     if c.dx.data != NULL:
-        j.split = split_of(c, WRITTEN)
+        j.split = split_of(c, WRITTEN, WRITTEN_ROWS)
         run_on(threads, dx_task, &j, j.split.across * j.split.chunks)
     free(j.sums)
     return NORMEXT_OK
@@ -590,7 +625,7 @@ cdef inline Call call_of(const Call *c, Py_ssize_t example) noexcept nogil:
 
 cdef bint are_large(const Call *c) noexcept nogil:
     """Whether examples are so few and large that the rows of each are split."""
-    return c.groups < CHUNKS // 2 and split_of(c, COLUMNS).chunks > 1
+    return c.groups < CHUNKS // 2 and split_of(c, COLUMNS, SUMMED).chunks > 1
 
 
 cdef int run_examples(const Call *c, Task f, Py_ssize_t numbers, Examples *j) noexcept nogil:
@@ -637,19 +672,6 @@ cdef int normalize_column_groups(const Call *c) noexcept nogil:
     return status
 
 
-# What the backward pass of some examples has for each of their columns. The dots become those of
-# xhat.
-cdef struct Work:
-    double *sums
-    double *dots
-    double *mean
-    double *rstd
-    double *slope
-    double *constant
-    double *pivots
-    double *deviations
-
-
 cdef inline Work work_at(double *p, Py_ssize_t numbers) noexcept nogil:
     return Work(p, p + numbers, p + 2 * numbers, p + 3 * numbers, p + 4 * numbers, p + 5 * numbers,
                 p + 6 * numbers, p + 7 * numbers)
@@ -669,24 +691,23 @@ cdef void dots_of_columns(const Call *c, Chunk t, const double *pivots, Work w) 
 
 cdef bint are_far(const Call *c, Chunk t, Work w) noexcept nogil:
     """Whether the gradients of any group are far from zero, and pivots for all columns."""
-    cdef Py_ssize_t first, group, col
-    cdef double sum
+    cdef nx_columns block = nx_columns(t.examples, t.rows, t.cols)
+    cdef Py_ssize_t group, col, groups = t.examples * t.cols // c.per_group
+    cdef double pivot, each = 1 / (<double> c.rows * <double> c.per_group)
     cdef double *mean = w.slope  # not yet in use
-    for group in range(t.examples * t.cols // c.per_group):
-        first, sum = group * c.per_group, 0
-        for col in range(first, first + c.per_group):
-            sum += w.sums[col]
-        sum /= <double> c.rows * <double> c.per_group
-        for col in range(first, first + c.per_group):
-            mean[col] = sum
-    if not c.k.cols_are_far(c.dy, nx_columns(t.examples, t.rows, t.cols), mean, 1, w.pivots):
+    if c.per_group == 1:
+        return c.k.cols_are_far(c.dy, block, w.sums, <double> c.rows, w.pivots)
+    for group in range(groups):
+        mean[group] = sum_of(w.sums + group * c.per_group, c.per_group) * each
+    expand(mean, c.per_group, 0, t.examples * t.cols, mean)
+    if not c.k.cols_are_far(c.dy, block, mean, 1, w.pivots):
         return False
-    for group in range(t.examples * t.cols // c.per_group):  # those that all columns agree on
-        first, sum = group * c.per_group, w.pivots[group * c.per_group]
-        for col in range(first, first + c.per_group):
-            sum = sum if w.pivots[col] != 0 else 0
-        for col in range(first, first + c.per_group):
-            w.pivots[col] = sum
+    for group in range(groups):  # those that all columns agree on
+        pivot = w.pivots[group * c.per_group]
+        for col in range(group * c.per_group, (group + 1) * c.per_group):
+            pivot = pivot if w.pivots[col] != 0 else 0
+        w.pivots[group] = pivot
+    expand(w.pivots, c.per_group, 0, t.examples * t.cols, w.pivots)
     return True
 
 
@@ -702,26 +723,28 @@ cdef void find_deviations(const Call *c, Chunk t, Work w) noexcept nogil:
 
 cdef void find_lines(const Call *c, Chunk t, Work w, bint far) noexcept nogil:
     """Each column's slope and constant."""
-    cdef double sum, dot, r, n = <double> c.rows * <double> c.per_group
-    cdef Py_ssize_t group, first, channel, i
-    for group in range(t.examples * t.cols // c.per_group):
-        first, r, sum, dot = group * c.per_group, c.rstd[group], 0, 0
-        channel = first % c.n
+    cdef double sum, dot, r, each = 1 / (<double> c.rows * <double> c.per_group)
+    cdef Py_ssize_t group, first, numbers = t.examples * t.cols, groups = numbers // c.per_group
+    cdef double *gamma_sums = w.slope  # each read before it is written over
+    cdef double *gamma_dots = w.constant
+    c.k.affines(c.gamma, NULL, t.examples, t.cols, w.dots, gamma_dots, NULL)
+    c.k.affines(c.gamma, NULL, t.examples, t.cols, w.sums, gamma_sums, NULL)
+    for group in range(groups):
+        first, r = group * c.per_group, c.rstd[group]
+        sum = sum_of(gamma_sums + first, c.per_group)
         if far:
-            dot = restore_pivot(c.k, c.gamma, channel, c.per_group, w.pivots[first],
+            dot = restore_pivot(c.k, c.gamma, first % c.n, c.per_group, w.pivots[first],
                                 w.deviations + first, w.dots + first)
-        for i in range(c.per_group):
-            sum += w.sums[first + i] * gamma_of(c, channel + i)
-            if not far:
-                dot += w.dots[first + i] * gamma_of(c, channel + i)
-        sum, dot = nx_constant(r, sum / n), nx_slope(r, r, dot / n)
-        for i in range(first, first + c.per_group):
-            w.dots[i] *= r
-            w.constant[i], w.slope[i] = sum, dot
+        else:
+            dot = sum_of(gamma_dots + first, c.per_group)
+        w.slope[group], w.constant[group] = nx_slope(r, r, dot * each), nx_constant(r, sum * each)
+    expand(w.slope, c.per_group, 0, numbers, w.slope)
+    expand(w.constant, c.per_group, 0, numbers, w.constant)
+    c.k.multiply(w.dots, w.rstd, numbers)
 
 
 cdef void dx_of_columns(const Call *c, Chunk t, Work w) noexcept nogil:
-    cdef double[2 * WRITTEN] work
+    cdef double[WRITTEN] factor
     cdef Py_ssize_t i
     cdef nx_line line
     cdef nx_col_backward of
@@ -729,12 +752,22 @@ cdef void dx_of_columns(const Call *c, Chunk t, Work w) noexcept nogil:
     for i in range(part_count(t)):
         part = part_of(t, i)
         c.k.affines(parameter(c, c.gamma, part.col), NULL, part.examples, part.cols,
-                    w.rstd + part.col, work, work + WRITTEN)
-        line = nx_line(w.mean + part.col, w.pivots + part.col, &work[0], w.slope + part.col,
+                    w.rstd + part.col, factor, NULL)
+        line = nx_line(w.mean + part.col, w.pivots + part.col, &factor[0], w.slope + part.col,
                        w.constant + part.col, 1)
         of = nx_col_backward(nx_columns(part.examples, part.rows, part.cols), at(c, c.x, part, 0),
                              at(c, c.dy, part, 0), at(c, c.dx, part, 0), NULL)
         c.k.col_dx(&of, &line)
+
+
+cdef inline Call call_of_columns(const Call *c, Py_ssize_t examples, Work w) noexcept nogil:
+    """The call with a statistic for each column, for their sums."""
+    cdef Call of = c[0]
+    expand(c.mean, c.per_group, 0, examples * c.n, w.mean)
+    expand(c.rstd, c.per_group, 0, examples * c.n, w.rstd)
+    of.mean, of.rstd, of.per_group, of.pivots, of.dx.data = w.mean, w.rstd, 1, NULL, NULL
+    of.sums, of.dots, of.count = w.sums, w.dots, <double> c.rows
+    return of
 
 
 cdef void examples_backward(const Call *c, Py_ssize_t examples, Work w) noexcept nogil:
@@ -742,20 +775,56 @@ cdef void examples_backward(const Call *c, Py_ssize_t examples, Work w) noexcept
 
     Of the call's first examples.
     """
-    cdef Py_ssize_t numbers = examples * c.n
     cdef Chunk t = Chunk(0, examples, 0, c.rows, 0, c.n)
-    cdef Call columns = c[0]  # with a statistic each
+    cdef Call columns = call_of_columns(c, examples, w)
     cdef bint far
-    expand(c.mean, c.per_group, 0, numbers, w.mean)
-    expand(c.rstd, c.per_group, 0, numbers, w.rstd)
-    columns.mean, columns.rstd, columns.per_group = w.mean, w.rstd, 1
     dots_of_columns(&columns, t, NULL, w)
     far = are_far(c, t, w)
     if far:
-        find_deviations(c, t, w)
+        if c.per_group > 1:
+            find_deviations(c, t, w)
         dots_of_columns(&columns, t, w.pivots, w)
+    if c.per_group == 1:  # as of batch norm
+        columns.dx = c.dx
+        chunk_dx(&columns, t)
+        c.k.multiply(w.dots, w.rstd, examples * c.n)
+        return
     find_lines(c, t, w, far)
     dx_of_columns(c, t, w)
+
+
+cdef void dx_of_columns_task(const void *job, Py_ssize_t task) noexcept nogil:
+    cdef const Job *j = <const Job *> job
+    dx_of_columns(j.call, chunk_at(j.call, j.split, j.split.across * j.split.chunks - 1 - task),
+                  j.work)
+
+
+cdef int large_example_backward(const Call *c, Work w) noexcept nogil:
+    """The same of one example, whose rows are split."""
+    cdef Chunk t = Chunk(0, 1, 0, c.rows, 0, c.n)
+    cdef Call columns = call_of_columns(c, 1, w)
+    cdef bint far
+    cdef Job j
+    cdef int threads, status
+    if c.per_group == 1:  # as of batch norm
+        columns.dx = c.dx
+        status = columns_backward(&columns)
+        c.k.multiply(w.dots, w.rstd, c.n)
+        return status
+    status = begin(&columns, &j, &threads)
+    if status != NORMEXT_OK:
+        return status
+    large_dots(&columns, &j, threads)
+    far = are_far(c, t, w)
+    if far:
+        find_deviations(c, t, w)
+        columns.pivots, j.scales = w.pivots, NULL
+        large_dots(&columns, &j, threads)
+    find_lines(c, t, w, far)
+    j.call, j.split, j.work = c, split_of(c, WRITTEN, WRITTEN_ROWS), w
+    run_on(threads, dx_of_columns_task, &j, j.split.across * j.split.chunks)
+    free(j.sums)
+    return NORMEXT_OK
 
 
 cdef void examples_backward_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -783,19 +852,41 @@ cdef void add_examples_task(const void *job, Py_ssize_t task) noexcept nogil:
     """The sums and dots of some columns, over all tasks."""
     cdef const Examples *j = <const Examples *> job
     cdef const Call *c = j.call
-    cdef Py_ssize_t col, i
+    cdef Py_ssize_t col
     cdef double *sums = j.work
-    for i in range(j.tasks):
+    for _ in range(j.tasks):
         for col in range(task * MERGED, min((task + 1) * MERGED, c.n)):
             c.dbeta[col] += sums[col]
             c.dgamma[col] += sums[c.n + col]
         sums += j.numbers
 
 
+cdef int large_examples_backward(const Call *c) noexcept nogil:
+    cdef Py_ssize_t example, col
+    cdef Call of
+    cdef int status = NORMEXT_OK
+    cdef Work w = work_at(<double *> malloc(BACKWARD_NUMBERS * c.n * sizeof(double)), c.n)
+    if w.sums == NULL:
+        return NORMEXT_NO_MEMORY
+    for example in range(c.groups):
+        of = call_of(c, example)
+        status = large_example_backward(&of, w)
+        if status != NORMEXT_OK:
+            break
+        for col in range(c.n):
+            c.dbeta[col] += w.sums[col]
+            c.dgamma[col] += w.dots[col]
+    free(w.sums)
+    return status
+
+
 cdef int column_groups_backward(const Call *c) noexcept nogil:
     """dx; each column's sum(dy) and sum(dy * xhat) are added to dbeta and dgamma."""
     cdef Examples j
-    cdef int status = run_examples(c, examples_backward_task, BACKWARD_NUMBERS, &j)
+    cdef int status
+    if are_large(c):
+        return large_examples_backward(c)
+    status = run_examples(c, examples_backward_task, BACKWARD_NUMBERS, &j)
     if status == NORMEXT_OK:
         status = run_tasks(add_examples_task, &j, ceil_div(c.n, MERGED), j.tasks * c.n)
     free(j.work)
