@@ -146,6 +146,12 @@ typedef struct {
     ptrdiff_t rows, n;
 } nx_block;
 
+/* Rows of n columns, of one example or of several, which have columns of their own: numbers that each
+ * column has are those of the first example's columns, then those of the next. */
+typedef struct {
+    ptrdiff_t examples, rows, n;
+} nx_columns;
+
 /* y = (x - mean) * scale + shift. Along rows there is one map for all of them (step 0) or one for
  * each (step 1); down columns, one for each column. */
 typedef struct {
@@ -173,6 +179,13 @@ typedef struct {
     const nx_relu_mask *relu;
     ptrdiff_t ahead;
 } nx_backward;
+
+/* The same of columns. */
+typedef struct {
+    nx_columns block;
+    nx_groups x, dy, dx;
+    const nx_relu_mask *relu;
+} nx_col_backward;
 
 /* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are
  * everywhere. Those of row r are added to sum[r * step] and dot[r * step]; down columns, those of
@@ -231,7 +244,7 @@ typedef struct {
     ptrdiff_t parameter_size; /* of gamma and beta's type */
     ptrdiff_t row_block;      /* most numbers in a block of rows */
     ptrdiff_t col_rows;       /* rows that a block of any number of columns may have */
-    ptrdiff_t col_block;      /* most numbers in a block of columns that has more rows */
+    ptrdiff_t col_block;      /* most numbers in one that has more, which lie together */
     ptrdiff_t short_group;    /* most numbers in a group that group_forward takes */
     nx_range range;
 #define NX_KERNEL(name, result, arguments) result(*name) arguments;

@@ -6,11 +6,11 @@
 /* Adds the block's numbers, times scale, to m. */
 NX_KERNEL(row_moments, void, (nx_rows x, nx_block b, int centred, double scale, nx_moments *m))
 /* A number near the mean of each column, by a sample of the rows; 0 where that is not finite. */
-NX_KERNEL(col_pivots, void, (nx_rows x, nx_block b, double *pivot))
+NX_KERNEL(col_pivots, void, (nx_groups x, nx_columns b, double *pivot))
 /* Adds the sums of d = x * scale[j] - pivot[j], and of d * d; scale NULL means 1. A pivot is taken
  * as a number of gamma's type, here and below. */
 NX_KERNEL(col_powers, void,
-          (nx_rows x, nx_block b, const double *scale, const double *pivot, double *sum,
+          (nx_groups x, nx_columns b, const double *scale, const double *pivot, double *sum,
            double *squares))
 /* Whether the sums of any column, of `count` numbers taken with scale 1, are to be taken once more;
  * then with these scales and pivots. */
@@ -22,10 +22,11 @@ NX_KERNEL(col_statistics, void,
           (ptrdiff_t n, double count, double eps, const double *scale, const double *pivot,
            const double *sum, const double *squares, double *mean, double *rstd, double *var))
 
-/* The factors and shifts of n maps: rstd * gamma and beta; NULL means 1 and 0. */
+/* The factors and shifts of n maps, for so many examples: rstd * gamma and beta; NULL means 1 and
+ * 0. Without beta, shift may be NULL. */
 NX_KERNEL(affines, void,
-          (const void *gamma, const void *beta, ptrdiff_t n, const double *rstd, double *scale,
-           double *shift))
+          (const void *gamma, const void *beta, ptrdiff_t examples, ptrdiff_t n, const double *rstd,
+           double *scale, double *shift))
 /* The lines of columns of 1 / `each` numbers with such factors, about the means of dy. */
 NX_KERNEL(col_lines, void,
           (ptrdiff_t n, double each, const double *rstd, const double *factor, const double *sum,
@@ -37,23 +38,24 @@ NX_WRITER(row_affine, void,
           (nx_rows x, nx_rows y, nx_block b, const nx_affine *map, const void *gamma,
            const void *beta, int relu))
 /* y = (x - mean[j]) * scale[j] + shift[j] */
-NX_WRITER(col_affine, void, (nx_rows x, nx_rows y, nx_block b, const nx_affine *map, int relu))
+NX_WRITER(col_affine, void,
+          (nx_groups x, nx_groups y, nx_columns b, const nx_affine *map, int relu))
 
 /* Whether gradients gamma * dy with this mean are far from zero (nx_near), by a sample of a row. */
 NX_KERNEL(row_is_far, int, (const void *dy, ptrdiff_t n, const void *gamma, double mean))
 /* Whether those of any column are, by some of its rows, and pivots for all: the means of those
  * columns, 0 for others. */
 NX_KERNEL(cols_are_far, int,
-          (nx_rows dy, nx_block b, const double *sum, double count, double *pivot))
+          (nx_groups dy, nx_columns b, const double *sum, double count, double *pivot))
 
 /* Adds the sums of g and of (g - *pivot) * (x - mean); NULL means a pivot of 0. */
 NX_KERNEL(row_dots, void, (const nx_backward *of, double mean, const double *pivot, nx_sums sums))
 NX_KERNEL(col_dots, void,
-          (const nx_backward *of, const double *mean, const double *pivot, nx_sums sums))
+          (const nx_col_backward *of, const double *mean, const double *pivot, nx_sums sums))
 
 /* dx, as nx_line says; a relu is given without addend. */
 NX_WRITER(row_dx, void, (const nx_backward *of, const nx_line *line))
-NX_WRITER(col_dx, void, (const nx_backward *of, const nx_line *line))
+NX_WRITER(col_dx, void, (const nx_col_backward *of, const nx_line *line))
 
 /* Rows that are each one block with statistics of their own: as row_moments and nx_finish_moments,
  * then row_affine, but without what calling them a row at a time costs. */
@@ -89,8 +91,8 @@ NX_KERNEL(add_rows, void, (nx_rows a, nx_rows b, nx_rows sum, nx_block block))
 NX_KERNEL(widen, void, (const void *x, ptrdiff_t n, double *y))
 NX_KERNEL(narrow, void, (const double *x, ptrdiff_t n, void *y))
 
-/* Numbers that are double whatever the elements: nx_inverse_stds; nx_any_outside; a *= b; and
- * momentum * s + share * batch, where s is of float or double. */
+/* Numbers that are double whatever the elements: nx_inverse_stds; whether any that is not 0 is
+ * outside a range; a *= b; and momentum * s + share * batch, where s is of float or double. */
 NX_KERNEL(inverse_stds, void, (double *variance, ptrdiff_t n, double eps))
 NX_KERNEL(any_outside, int, (const double *p, ptrdiff_t n, double least, double largest))
 NX_KERNEL(multiply, void, (double *a, const double *b, ptrdiff_t n))

@@ -39,13 +39,14 @@ enum {
     FIRST_SUM = 8 * LANES,
     /* 16 KiB: x and y, or x and dy, of a block stay in an L1 cache of 32 KiB together. */
     ROW_BLOCK = 16384 / sizeof(C),
-    /* 128 additions for a column, 8 and 16 on the two levels likewise. Blocks of few columns may
-     * have more rows, which are folded into lanes: into 64 of them 128 times. */
+    /* 128 additions for a column, 8 and 16 on the two levels likewise; where rows are folded, up to
+     * 24 on the second. */
     COL_ROWS = 128,
-    COL_BLOCK = COL_ROWS * 64,
     /* Columns whose coefficients and sums are held on the stack, in 4 KiB for each: the seven of dx
      * stay in the L1 cache. */
     COLS_AT_ONCE = 4096 / sizeof(C),
+    /* Blocks of few columns may have more rows, where these can be folded into many lanes. */
+    COL_BLOCK = COL_ROWS * COLS_AT_ONCE / 2,
     /* A vector of coefficients may begin at any of them. */
     PADDED = COLS_AT_ONCE + WIDEST,
     /* Rows that are added up on the first level, in registers: a column's sums are loaded and
@@ -81,20 +82,27 @@ static const nx_range range = RANGE;
 
 /* Rows of few columns that lie one after the other in memory are folded, so that they fill whole
  * vectors: `fold` of them are taken for one of `lanes` numbers, and what is left for one of `tail`
- * numbers. Of 100 rows of 6 columns of float, 16 at a time make 6 rows of 96 lanes and a tail of
- * 24. A column then has `fold` lanes, which share its coefficients and whose sums are its sum. */
+ * numbers. Of 100 rows of 6 columns of float, 8 at a time make 12 rows of 48 lanes and a tail of 24.
+ * A column then has `fold` lanes, which share its coefficients and whose sums are its sum. Of many
+ * rows so many are folded that memory is gone through in stretches which its prefetcher follows. */
 typedef struct {
     ptrdiff_t fold, lanes, rows, tail;
 } nx_fold;
 
 static nx_fold fold_rows(nx_block b, int adjacent)
 {
-    ptrdiff_t fold = 1;
+    ptrdiff_t fold = 1, most, times;
     if (adjacent && b.n <= COLS_AT_ONCE / 2) {
         while (fold < WIDEST && fold * b.n % WIDEST) fold *= 2;
-        while (fold * b.n < 16 * WIDEST) fold *= 2;
+        most = COLS_AT_ONCE / b.n < b.rows / 64 ? COLS_AT_ONCE / b.n : b.rows / 64;
+        times = most / fold;
+        /* An odd number: rows 4 KiB apart, of which there are 8 at once, are all kept in the same
+         * few places of an L1 cache. */
+        if (times > 1) fold *= times - (times % 2 == 0);
         while (fold * b.n > COLS_AT_ONCE || b.rows < 4 * fold) fold = fold == 1 ? 0 : fold / 2;
     }
+    /* Of few rows that are longer than a vector, no more than whole vectors. */
+    if (b.n > WIDEST && fold * b.n % WIDEST && b.rows < 64 * fold) fold = 1;
     if (fold <= 1) return (nx_fold){1, b.n, b.rows, 0};
     return (nx_fold){fold, fold * b.n, b.rows / fold, b.rows % fold * b.n};
 }
@@ -755,36 +763,144 @@ static void update_running(void *s, int single, ptrdiff_t n, double momentum, do
          j0 < b.n && (width = b.n - j0 < COLS_AT_ONCE ? b.n - j0 : COLS_AT_ONCE, 1); j0 += width)
 
 /* f(first row, rows, numbers in a row), for ROWS_AT_ONCE rows at a time, as a constant with which
- * the compiler unrolls a loop over them, then for one at a time, then for the tail. */
+ * the compiler unrolls a loop over them, then for those that are left, then for the tail. */
 #define EACH_ROWS(folded, f)                                           \
     do {                                                               \
         ptrdiff_t i_ = 0;                                              \
         for (; i_ + ROWS_AT_ONCE <= (folded).rows; i_ += ROWS_AT_ONCE) \
             f(i_, ROWS_AT_ONCE, (folded).lanes);                       \
-        for (; i_ < (folded).rows; i_++) f(i_, 1, (folded).lanes);     \
-        if ((folded).tail) f(i_, 1, (folded).tail);                    \
+        const ptrdiff_t left_ = (folded).rows - i_;                    \
+        if (left_) f(i_, left_, (folded).lanes);                       \
+        if ((folded).tail) f(i_ + left_, 1, (folded).tail);            \
     } while (0)
 
-/* A column's coefficients for all its lanes. */
-NX_INLINE void spread(C *p, nx_fold folded)
+/* What is gone through at a time: columns of an example, or all of several. The numbers that each
+ * column has begin at number `at`; `stride` of those on the stack belong to an example. */
+typedef struct {
+    ptrdiff_t example, examples, col, width, at, stride;
+    nx_fold folded;
+} nx_part;
+
+/* `around` asks for a vector more of each example's coefficients. */
+NX_INLINE nx_part part_at(nx_columns b, int adjacent, int around, ptrdiff_t example, ptrdiff_t col)
 {
-    ptrdiff_t cols = folded.lanes / folded.fold;
-    for (ptrdiff_t j = cols; j < folded.lanes; j++) p[j] = p[j - cols];
+    const ptrdiff_t width = b.n - col < COLS_AT_ONCE ? b.n - col : COLS_AT_ONCE;
+    nx_part p = {example, 1, col, width, example * b.n + col, 0, {0, 0, 0, 0}};
+    p.folded = fold_rows((nx_block){b.rows, width}, adjacent && width == b.n);
+    p.stride = p.folded.fold == 1 && !around ? width : p.folded.lanes + WIDEST;
+    if (width == b.n) {
+        p.examples = PADDED / (p.folded.lanes + WIDEST);
+        if (p.examples > b.examples - example) p.examples = b.examples - example;
+    }
+    return p;
 }
 
-/* The same, and a vector more. */
-NX_INLINE void repeat(C *p, nx_fold folded)
+#define EACH_PART(p, b, adjacent, around)                                                       \
+    for (nx_part p = part_at(b, adjacent, around, 0, 0); p.example < (b).examples;              \
+         p = p.col + p.width < (b).n ? part_at(b, adjacent, around, p.example, p.col + p.width) \
+             : p.example + p.examples < (b).examples                                            \
+                 ? part_at(b, adjacent, around, p.example + p.examples, 0)                      \
+                 : (nx_part){.example = (b).examples})
+
+/* An example's rows of a part. */
+NX_INLINE nx_rows part_rows(nx_groups x, nx_part p, ptrdiff_t e)
+{ return (nx_rows){(T *)x.data + (p.example + e) * x.group + p.col, p.folded.fold * x.row}; }
+
+/* f(width) with a few widths as constants: the loops over them are no loops then. */
+#define BY_WIDTH(width, f) \
+    switch (width) {       \
+    case 1:                \
+        f(1);              \
+        break;             \
+    case 2:                \
+        f(2);              \
+        break;             \
+    case 3:                \
+        f(3);              \
+        break;             \
+    case 4:                \
+        f(4);              \
+        break;             \
+    case 5:                \
+        f(5);              \
+        break;             \
+    case 6:                \
+        f(6);              \
+        break;             \
+    case 7:                \
+        f(7);              \
+        break;             \
+    case 8:                \
+        f(8);              \
+        break;             \
+    default:               \
+        f(width);          \
+    }
+
+NX_INLINE void repeat_columns(C *c, nx_part p, ptrdiff_t width)
 {
-    ptrdiff_t cols = folded.lanes / folded.fold;
-    for (ptrdiff_t j = cols; j < folded.lanes + WIDEST; j++) p[j] = p[j - cols];
+    for (ptrdiff_t e = p.examples - 1; e >= 0; e--) {
+        C *to = c + e * p.stride;
+        const C *from = c + e * width;
+        ptrdiff_t j = width;
+        if (width <= 8) {
+            C columns[8];
+            for (ptrdiff_t i = 0; i < width; i++) columns[i] = from[i];
+            for (j = 0; j + width <= p.stride; j += width)
+                for (ptrdiff_t i = 0; i < width; i++) to[j + i] = columns[i];
+            for (ptrdiff_t i = 0; j + i < p.stride; i++) to[j + i] = columns[i];
+            continue;
+        }
+        memmove(to, from, width * sizeof *to);
+        for (ptrdiff_t n; j < p.stride; j += n) {
+            n = j < p.stride - j ? j : p.stride - j; /* as many as there are */
+            memcpy(to + j, to, n * sizeof *to);
+        }
+    }
 }
 
-/* Adds the sums of the columns' lanes. */
-NX_INLINE void add_lanes(const C *NX_RESTRICT s, nx_fold folded, double *NX_RESTRICT sum)
+/* From a coefficient for each column to one for each lane. */
+NX_OUTLINE void to_lanes(C *c, nx_part p)
 {
-    ptrdiff_t cols = folded.lanes / folded.fold;
-    for (ptrdiff_t l = 0; l < folded.lanes; l += cols)
-        for (ptrdiff_t j = 0; j < cols; j++) sum[j] += s[l + j];
+    const ptrdiff_t numbers = p.examples * p.width;
+    if (p.stride == p.width) {
+        for (ptrdiff_t j = 0; j < WIDEST; j++) c[numbers + j] = 0; /* as much as is looked at */
+        return;
+    }
+#define REPEAT(width) repeat_columns(c, p, width)
+    BY_WIDTH(p.width, REPEAT)
+#undef REPEAT
+}
+
+/* Sums of a part's lanes, zeros to begin with, */
+NX_INLINE void no_sums(C *s, nx_part p)
+{
+    const ptrdiff_t numbers = p.examples * p.stride + WIDEST;
+    memset(s, 0, (numbers < PADDED ? numbers : PADDED) * sizeof *s);
+}
+
+NX_INLINE void sum_columns(const C *NX_RESTRICT s, nx_part p, ptrdiff_t width, int added,
+                           double *NX_RESTRICT sum)
+{
+    for (ptrdiff_t e = 0; e < p.examples; e++, s += p.stride, sum += width)
+        for (ptrdiff_t l = 0; l < p.folded.lanes; l += width) {
+            if (l == 0 && !added)
+                for (ptrdiff_t j = 0; j < width; j++) sum[j] = s[j];
+            else
+                for (ptrdiff_t j = 0; j < width; j++) sum[j] += s[l + j];
+        }
+}
+
+/* and added up for each column, or `added` to its sum. */
+NX_OUTLINE void column_sums(const C *s, nx_part p, int added, double *sum)
+{
+    if (p.folded.fold == 1) { /* no lanes between the examples' columns */
+        p.folded.lanes = p.width *= p.examples;
+        p.examples = 1;
+    }
+#define SUM(width) sum_columns(s, p, width, added, sum)
+    BY_WIDTH(p.width, SUM)
+#undef SUM
 }
 
 /* The columns of x from j0 on, as folded. */
@@ -806,33 +922,49 @@ NX_INLINE void col_pivots_rows(nx_rows x, nx_block b, const C *first, C *s)
     }
 }
 
-/* The first row is taken off, so that a constant is found exactly. */
-static void col_pivots(nx_rows x_, nx_block b, double *pivot)
+NX_INLINE void pivots_from(const C *NX_RESTRICT first, const double *NX_RESTRICT sum, nx_part p,
+                           double share, double *NX_RESTRICT pivot)
 {
-    const ptrdiff_t step = b.rows / SAMPLE > 1 ? b.rows / SAMPLE : 1;
-    const nx_rows sampled = {x_.data, step * x_.stride};
-    const ptrdiff_t rows = (b.rows + step - 1) / step;
-    C first[COLS_AT_ONCE], s[COLS_AT_ONCE];
-    double sum[COLS_AT_ONCE];
-    EACH_COLUMNS(j0, width)
-    {
-        const nx_fold folded = fold_rows((nx_block){rows, width}, sampled.stride == width);
-        const nx_rows x = columns_at(sampled, j0, folded);
-        const T *row = x.data;
-        const ptrdiff_t padded = (folded.lanes + W - 1) / W * W;
-        for (ptrdiff_t j = 0; j < width; j += W)
-            store(first + j, some(row + j, width - j, width - j >= W, ZERO));
-        spread(first, folded);
-        for (ptrdiff_t j = 0; j < padded; j++) s[j] = 0;
-#define PIVOTS_ROWS(i, rows, n) col_pivots_rows(rows_at(x, i, 0), (nx_block){rows, n}, first, s)
-        EACH_ROWS(folded, PIVOTS_ROWS);
-#undef PIVOTS_ROWS
-        for (ptrdiff_t j = 0; j < width; j++) sum[j] = 0;
-        add_lanes(s, folded, sum);
-        for (ptrdiff_t j = 0; j < width; j++) {
-            C p = (C)(first[j] + sum[j] * ((double)SAMPLE / (double)rows));
-            pivot[j0 + j] = p - p == 0 ? p : 0;
+    for (ptrdiff_t e = 0; e < p.examples; e++, first += p.stride)
+        for (ptrdiff_t j = 0; j < p.width; j++, sum++, pivot++) {
+            C near_mean = (C)(first[j] + *sum * share);
+            *pivot = near_mean - near_mean == 0 ? near_mean : 0;
         }
+}
+
+/* The first row is taken off, so that a constant is found exactly. */
+static void col_pivots(nx_groups x, nx_columns b, double *pivot)
+{
+    /* Few short rows are rather all folded. */
+    const ptrdiff_t step =
+        b.rows / SAMPLE > 1 && b.rows * b.n > SAMPLE * 2 * WIDEST ? b.rows / SAMPLE : 1;
+    const nx_groups sampled = {x.data, x.group, step * x.row};
+    const nx_columns sample = {b.examples, (b.rows + step - 1) / step, b.n};
+    C first[PADDED], s[PADDED];
+    double sum[PADDED];
+    EACH_PART(p, sample, sampled.row == b.n, 0)
+    {
+        for (ptrdiff_t e = 0; e < p.examples; e++) {
+            const T *row = part_rows(x, p, e).data;
+            for (ptrdiff_t j = 0; j < p.width; j += W) {
+                const ptrdiff_t left = p.width - j;
+                const V v = some(row + j, left, left >= W, ZERO);
+                if (left >= W) store(first + e * p.width + j, v);
+                else store_n(first + e * p.width + j, left, v);
+            }
+        }
+        to_lanes(first, p);
+        no_sums(s, p);
+        for (ptrdiff_t e = 0; e < p.examples; e++) {
+            const nx_rows rows_ = part_rows(sampled, p, e);
+#define PIVOTS_ROWS(i, rows, n)                                                      \
+    col_pivots_rows(rows_at(rows_, i, 0), (nx_block){rows, n}, first + e * p.stride, \
+                    s + e * p.stride)
+            EACH_ROWS(p.folded, PIVOTS_ROWS);
+#undef PIVOTS_ROWS
+        }
+        column_sums(s, p, 0, sum);
+        pivots_from(first, sum, p, (double)SAMPLE / (double)sample.rows, pivot + p.at);
     }
 }
 
@@ -855,35 +987,36 @@ NX_INLINE void col_powers_rows(nx_rows x, nx_block b, const C *pivot, const C *f
     }
 }
 
-static void col_powers(nx_rows x_, nx_block b, const double *scale, const double *pivot,
+static void col_powers(nx_groups x, nx_columns b, const double *scale, const double *pivot,
                        double *sum, double *squares)
 {
-    C factor[COLS_AT_ONCE], p[COLS_AT_ONCE], s[COLS_AT_ONCE], q[COLS_AT_ONCE];
-    EACH_COLUMNS(j0, width)
+    C factor[PADDED], centre[PADDED], s[PADDED], q[PADDED];
+    EACH_PART(p, b, x.row == b.n, 0)
     {
-        const nx_fold folded = fold_rows((nx_block){b.rows, width}, x_.stride == width);
-        const nx_rows x = columns_at(x_, j0, folded);
-        const ptrdiff_t padded = (folded.lanes + W - 1) / W * W;
-        for (ptrdiff_t j = 0; j < width; j++) p[j] = (C)pivot[j0 + j];
-        spread(p, folded);
-        for (ptrdiff_t j = folded.lanes; j < padded; j++) p[j] = factor[j] = 0;
-        for (ptrdiff_t j = 0; j < padded; j++) s[j] = q[j] = 0;
-#define POWERS(i, rows, n, factor) \
-    col_powers_rows(rows_at(x, i, 0), (nx_block){rows, n}, p, factor, s, q)
-#define POWERS_ROWS(i, rows, n) POWERS(i, rows, n, NULL)
-#define SCALED_ROWS(i, rows, n) POWERS(i, rows, n, factor)
+        const ptrdiff_t numbers = p.examples * p.width;
+        for (ptrdiff_t j = 0; j < numbers; j++) centre[j] = (C)pivot[p.at + j];
+        to_lanes(centre, p);
         if (scale) {
-            for (ptrdiff_t j = 0; j < width; j++) factor[j] = (C)scale[j0 + j];
-            spread(factor, folded);
-            EACH_ROWS(folded, SCALED_ROWS);
-        } else {
-            EACH_ROWS(folded, POWERS_ROWS);
+            for (ptrdiff_t j = 0; j < numbers; j++) factor[j] = (C)scale[p.at + j];
+            to_lanes(factor, p);
         }
+        no_sums(s, p);
+        no_sums(q, p);
+        for (ptrdiff_t e = 0; e < p.examples; e++) {
+            const nx_rows rows_ = part_rows(x, p, e);
+            const ptrdiff_t at = e * p.stride;
+#define POWERS(i, rows, n, factor) \
+    col_powers_rows(rows_at(rows_, i, 0), (nx_block){rows, n}, centre + at, factor, s + at, q + at)
+#define POWERS_ROWS(i, rows, n) POWERS(i, rows, n, NULL)
+#define SCALED_ROWS(i, rows, n) POWERS(i, rows, n, factor + at)
+            if (scale) EACH_ROWS(p.folded, SCALED_ROWS);
+            else EACH_ROWS(p.folded, POWERS_ROWS);
 #undef POWERS
 #undef POWERS_ROWS
 #undef SCALED_ROWS
-        add_lanes(s, folded, sum + j0);
-        add_lanes(q, folded, squares + j0);
+        }
+        column_sums(s, p, 1, sum + p.at);
+        column_sums(q, p, 1, squares + p.at);
     }
 }
 
@@ -949,19 +1082,21 @@ static void col_statistics(ptrdiff_t n, double count, double eps, const double *
                           var ? var + j : NULL);
 }
 
-static void affines(const void *gamma_, const void *beta_, ptrdiff_t n,
+static void affines(const void *gamma_, const void *beta_, ptrdiff_t examples, ptrdiff_t n,
                     const double *NX_RESTRICT rstd, double *NX_RESTRICT scale,
                     double *NX_RESTRICT shift)
 {
     const C *gamma = gamma_, *beta = beta_;
-    if (gamma)
-        for (ptrdiff_t j = 0; j < n; j++) scale[j] = rstd[j] * gamma[j];
-    else
-        for (ptrdiff_t j = 0; j < n; j++) scale[j] = rstd[j];
-    if (beta)
-        for (ptrdiff_t j = 0; j < n; j++) shift[j] = beta[j];
-    else
-        for (ptrdiff_t j = 0; j < n; j++) shift[j] = 0;
+    for (ptrdiff_t at = 0; at < examples * n; at += n) {
+        if (gamma)
+            for (ptrdiff_t j = 0; j < n; j++) scale[at + j] = rstd[at + j] * gamma[j];
+        else
+            for (ptrdiff_t j = 0; j < n; j++) scale[at + j] = rstd[at + j];
+        if (beta)
+            for (ptrdiff_t j = 0; j < n; j++) shift[at + j] = beta[j];
+        else if (shift)
+            for (ptrdiff_t j = 0; j < n; j++) shift[at + j] = 0;
+    }
 }
 
 static void col_lines(ptrdiff_t n, double each, const double *NX_RESTRICT rstd,
@@ -977,13 +1112,15 @@ static void col_lines(ptrdiff_t n, double each, const double *NX_RESTRICT rstd,
 }
 
 /* The relu masks of columns, about their pivots. */
-NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, ptrdiff_t j0, ptrdiff_t width,
-                     C *scale, C *shift)
+NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, nx_part p, C *scale, C *shift)
 {
-    for (ptrdiff_t j = 0; j < width; j++) {
-        scale[j] = (C)relu->scale[j0 + j];
-        shift[j] = pivot_shift(mean[j0 + j], relu->scale[j0 + j], relu->shift[j0 + j]);
+    for (ptrdiff_t j = 0; j < p.examples * p.width; j++) {
+        const double a = relu->scale[p.at + j];
+        scale[j] = (C)a;
+        shift[j] = pivot_shift(mean[p.at + j], a, relu->shift[p.at + j]);
     }
+    to_lanes(scale, p);
+    to_lanes(shift, p);
 }
 
 /* minus_pivot may be NULL, and the mask's scale. */
@@ -1009,81 +1146,88 @@ NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, line_columns l, 
     }
 }
 
-static void col_dots(const nx_backward *of, const double *mean, const double *pivot, nx_sums sums)
+static void col_dots(const nx_col_backward *of, const double *mean, const double *pivot,
+                     nx_sums sums)
 {
-    const nx_block b = of->block;
-    C x_pivot[COLS_AT_ONCE], minus[PADDED], scale[COLS_AT_ONCE], shift[COLS_AT_ONCE],
-        s[COLS_AT_ONCE], q[COLS_AT_ONCE];
-    double block_sum[COLS_AT_ONCE], block_dot[COLS_AT_ONCE];
-    EACH_COLUMNS(j0, width)
+    const nx_columns b = of->block;
+    C x_pivot[PADDED], minus[PADDED], scale[PADDED], shift[PADDED], s[PADDED], q[PADDED];
+    double part_sum[PADDED], part_dot[PADDED];
+    EACH_PART(p, b, of->x.row == b.n && of->dy.row == b.n, 0)
     {
-        const int adjacent = of->x.stride == width && of->dy.stride == width;
-        nx_fold folded = fold_rows((nx_block){b.rows, width}, adjacent);
-        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded);
-        for (ptrdiff_t j = 0; j < width; j++) x_pivot[j] = (C)mean[j0 + j];
-        for (ptrdiff_t j = 0; j < width; j++) minus[j] = pivot ? -(C)pivot[j0 + j] : 0;
-        spread(x_pivot, folded);
-        spread(minus, folded);
-        for (ptrdiff_t j = 0; j < folded.lanes; j++) s[j] = q[j] = 0;
-        if (of->relu) {
-            masks(of->relu, mean, j0, width, scale, shift);
-            spread(scale, folded);
-            spread(shift, folded);
+        const ptrdiff_t numbers = p.examples * p.width;
+        for (ptrdiff_t j = 0; j < numbers; j++) x_pivot[j] = (C)mean[p.at + j];
+        to_lanes(x_pivot, p);
+        if (pivot) {
+            for (ptrdiff_t j = 0; j < numbers; j++) minus[j] = -(C)pivot[p.at + j];
+            to_lanes(minus, p);
         }
-#define DOTS(i, rows, n, minus, scale)                                                           \
-    col_dots_rows(                                                                               \
-        rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n},                                \
-        (line_columns){                                                                          \
-            .x_pivot = x_pivot, .minus_pivot = minus, .mask_scale = scale, .mask_shift = shift}, \
-        s, q)
+        if (of->relu) masks(of->relu, mean, p, scale, shift);
+        no_sums(s, p);
+        no_sums(q, p);
+        for (ptrdiff_t e = 0; e < p.examples; e++) {
+            const nx_rows x = part_rows(of->x, p, e), dy = part_rows(of->dy, p, e);
+            const ptrdiff_t at = e * p.stride;
+#define DOTS(i, rows, n, minus, scale)                                      \
+    col_dots_rows(rows_at(x, i, 0), rows_at(dy, i, 0), (nx_block){rows, n}, \
+                  (line_columns){.x_pivot = x_pivot + at,                   \
+                                 .minus_pivot = minus,                      \
+                                 .mask_scale = scale,                       \
+                                 .mask_shift = shift + at},                 \
+                  s + at, q + at)
 #define DOTS_ROWS(i, rows, n) DOTS(i, rows, n, NULL, NULL)
-#define MASKED_ROWS(i, rows, n) DOTS(i, rows, n, NULL, scale)
-#define PIVOTED_ROWS(i, rows, n) DOTS(i, rows, n, minus, NULL)
-#define PIVOTED_MASKED_ROWS(i, rows, n) DOTS(i, rows, n, minus, scale)
-        if (pivot && of->relu) EACH_ROWS(folded, PIVOTED_MASKED_ROWS);
-        else if (pivot) EACH_ROWS(folded, PIVOTED_ROWS);
-        else if (of->relu) EACH_ROWS(folded, MASKED_ROWS);
-        else EACH_ROWS(folded, DOTS_ROWS);
+#define MASKED_ROWS(i, rows, n) DOTS(i, rows, n, NULL, scale + at)
+#define PIVOTED_ROWS(i, rows, n) DOTS(i, rows, n, minus + at, NULL)
+#define PIVOTED_MASKED_ROWS(i, rows, n) DOTS(i, rows, n, minus + at, scale + at)
+            if (pivot && of->relu) EACH_ROWS(p.folded, PIVOTED_MASKED_ROWS);
+            else if (pivot) EACH_ROWS(p.folded, PIVOTED_ROWS);
+            else if (of->relu) EACH_ROWS(p.folded, MASKED_ROWS);
+            else EACH_ROWS(p.folded, DOTS_ROWS);
 #undef DOTS
 #undef DOTS_ROWS
 #undef MASKED_ROWS
 #undef PIVOTED_ROWS
 #undef PIVOTED_MASKED_ROWS
-        for (ptrdiff_t j = 0; j < width; j++) block_sum[j] = block_dot[j] = 0;
-        add_lanes(s, folded, block_sum);
-        add_lanes(q, folded, block_dot);
-        for (ptrdiff_t j = 0; j < width; j++) {
-            sums.sum[j0 + j] += block_sum[j] - (double)b.rows * (double)minus[j];
-            sums.dot[j0 + j] += block_dot[j] - (mean[j0 + j] - x_pivot[j]) * block_sum[j];
+        }
+        column_sums(s, p, 0, part_sum);
+        column_sums(q, p, 0, part_dot);
+        for (ptrdiff_t j = 0; j < numbers; j++) {
+            const double about = pivot ? (double)(C)pivot[p.at + j] : 0, m = mean[p.at + j];
+            sums.sum[p.at + j] += part_sum[j] + (double)b.rows * about;
+            sums.dot[p.at + j] += part_dot[j] - (m - (C)m) * part_sum[j];
         }
     }
 }
 
-static int cols_are_far(nx_rows dy_, nx_block b, const double *sum, double count, double *pivot)
+/* Keeps the pivots of columns that a row's numbers are near; whether there are any. */
+NX_INLINE int keep_near(const C *NX_RESTRICT sample, ptrdiff_t n, double *NX_RESTRICT pivot)
 {
+    int64_t any = 0; /* as wide as the numbers, to become vectors */
+    for (ptrdiff_t j = 0; j < n; j++) {
+        double kept = nx_near(sample[j], pivot[j]) ? pivot[j] : 0;
+        pivot[j] = kept;
+        any |= kept != 0 ? 1 : 0;
+    }
+    return any != 0;
+}
+
+static int cols_are_far(nx_groups dy, nx_columns b, const double *sum, double count, double *pivot)
+{
+    static const int eighths[] = {4, 1, 3, 5, 7};
+    const double each = b.rows > 1 ? 1 / count : 0;
     C sample[PADDED];
     int any = 0;
-    EACH_COLUMNS(j0, width)
-    {
-        const T *dy = (const T *)dy_.data + j0, *middle = dy + b.rows / 2 * dy_.stride;
-        double near = 0, each = 1 / count;
-        for (ptrdiff_t j = 0; j < width; j += W)
-            store(sample + j, some(middle + j, width - j, width - j >= W, ZERO));
-        for (ptrdiff_t j = 0; j < width; j++) {
-            double mean = sum[j0 + j] * each, is_near = nx_near(sample[j], mean) ? 1.0 : 0.0;
-            pivot[j0 + j] = is_near != 0 ? mean : 0;
-            near += is_near;
-        }
-        for (ptrdiff_t j = 0; j < width && near > 0; j++) {
-            int far = pivot[j0 + j] != 0 && b.rows > 1;
-            for (int i = 1; i < 8 && far; i += 2) {
-                double g = element(dy + i * b.rows / 8 * dy_.stride + j);
-                far = nx_near(g, pivot[j0 + j]);
+    for (ptrdiff_t j = 0; j < b.examples * b.n; j++) pivot[j] = sum[j] * each;
+    for (ptrdiff_t e = 0; e < b.examples; e++, pivot += b.n) EACH_COLUMNS(j0, width)
+        {
+            int some_near = 1;
+            for (int i = 0; i < 5 && some_near; i++) {
+                const T *row = (const T *)dy.data + e * dy.group + eighths[i] * b.rows / 8 * dy.row;
+                for (ptrdiff_t j = 0; j < width; j += W)
+                    store(sample + j, some(row + j0 + j, width - j, width - j >= W, ZERO));
+                some_near = keep_near(sample, width, pivot + j0);
             }
-            if (!far) pivot[j0 + j] = 0;
-            any |= far;
+            any |= some_near;
         }
-    }
     return any;
 }
 

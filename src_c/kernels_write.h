@@ -435,36 +435,57 @@ NX_OUTLINE void WR(col_affine_rows)(nx_rows x, nx_rows y, nx_block b, const C *p
     else WR(col_affine_loop)(x, y, some, pivot, scale, shift, 0);
 }
 
-static void WR(col_affine)(nx_rows x_, nx_rows y_, nx_block b, const nx_affine *map, int relu)
+/* Columns none of whose maps is at the ends of the range. */
+NX_OUTLINE void WR(col_affine_ordinary)(nx_groups x_, nx_groups y_, nx_columns b, nx_affine map,
+                                        int relu)
 {
-    const double *mean = map->mean, *scale = map->scale, *shift = map->shift;
     C pivots[PADDED], scales[PADDED], shifts[PADDED];
-    for (ptrdiff_t j0 = 0, width; j0 < b.n; j0 += width) {
-        width = ordinary(mean + j0, scale + j0, b.n - j0 < COLS_AT_ONCE ? b.n - j0 : COLS_AT_ONCE);
-        if (width == 0) {
-            const nx_affine far = {mean + j0, scale + j0, shift + j0, 0, 0};
-            width = 1;
-            for (ptrdiff_t r = 0; r < b.rows; r++)
-                affine_far_out(rows_at(x_, r, j0).data, rows_at(y_, r, j0).data, 1, &far, NULL,
-                               NULL, relu);
+    const int adjacent = x_.row == b.n && y_.row == b.n;
+    EACH_PART(p, b, adjacent, STREAM)
+    {
+        const double *mean = map.mean + p.at, *scale = map.scale + p.at, *shift = map.shift + p.at;
+        for (ptrdiff_t j = 0; j < p.examples * p.width; j++) {
+            pivots[j] = (C)mean[j];
+            scales[j] = (C)scale[j];
+            shifts[j] = pivot_shift(mean[j], scale[j], shift[j]);
+        }
+        to_lanes(pivots, p);
+        to_lanes(scales, p);
+        to_lanes(shifts, p);
+        for (ptrdiff_t e = 0; e < p.examples; e++) {
+            const nx_rows x = part_rows(x_, p, e), y = part_rows(y_, p, e);
+            const C *pivot = pivots + e * p.stride, *a = scales + e * p.stride,
+                    *c = shifts + e * p.stride;
+#define AFFINE_ROWS(r, i, rows, j, n)                                                              \
+    WR(col_affine_rows)(rows_at(x, r, i), rows_at(y, r, i), (nx_block){rows, n}, pivot + j, a + j, \
+                        c + j, relu)
+            EACH_WRITTEN(b, adjacent && p.width == b.n, p.folded, y, AFFINE_ROWS);
+#undef AFFINE_ROWS
+        }
+    }
+}
+
+static void WR(col_affine)(nx_groups x, nx_groups y, nx_columns b, const nx_affine *map, int relu)
+{
+    const ptrdiff_t numbers = b.examples * b.n;
+    if (ordinary(map->mean, map->scale, numbers) == numbers) {
+        WR(col_affine_ordinary)(x, y, b, *map, relu);
+        return;
+    }
+    for (ptrdiff_t at = 0, width; at < numbers; at += width) {
+        const ptrdiff_t e = at / b.n, j = at % b.n;
+        const nx_affine some = {map->mean + at, map->scale + at, map->shift + at, 0, 0};
+        const nx_groups xe = {(T *)x.data + e * x.group + j, 0, x.row},
+                        ye = {(T *)y.data + e * y.group + j, 0, y.row};
+        width = ordinary(some.mean, some.scale, b.n - j);
+        if (width > 0) {
+            WR(col_affine_ordinary)(xe, ye, (nx_columns){1, b.rows, width}, some, relu);
             continue;
         }
-        const int adjacent = x_.stride == width && y_.stride == width;
-        const nx_fold folded = fold_rows((nx_block){b.rows, width}, adjacent);
-        const nx_rows x = columns_at(x_, j0, folded), y = columns_at(y_, j0, folded);
-        for (ptrdiff_t j = 0; j < width; j++) {
-            pivots[j] = (C)mean[j0 + j];
-            scales[j] = (C)scale[j0 + j];
-            shifts[j] = pivot_shift(mean[j0 + j], scale[j0 + j], shift[j0 + j]);
-        }
-        repeat(pivots, folded);
-        repeat(scales, folded);
-        repeat(shifts, folded);
-#define AFFINE_ROWS(r, i, rows, j, n)                                                        \
-    WR(col_affine_rows)(rows_at(x, r, i), rows_at(y, r, i), (nx_block){rows, n}, pivots + j, \
-                        scales + j, shifts + j, relu)
-        EACH_WRITTEN(b, adjacent, folded, y, AFFINE_ROWS);
-#undef AFFINE_ROWS
+        width = 1;
+        for (ptrdiff_t r = 0; r < b.rows; r++)
+            affine_far_out((T *)xe.data + r * x.row, (T *)ye.data + r * y.row, 1, &some, NULL, NULL,
+                           relu);
     }
 }
 
@@ -503,44 +524,40 @@ NX_OUTLINE void WR(col_dx_rows)(nx_rows x, nx_rows dy, nx_rows dx, nx_block b,
     else WR(col_dx_loop)(x, dy, dx, some, l, j, 0);
 }
 
-static void WR(col_dx)(const nx_backward *of, const nx_line *line)
+static void WR(col_dx)(const nx_col_backward *of, const nx_line *line)
 {
-    const nx_block b = of->block;
+    const nx_columns b = of->block;
     C x_pivot[PADDED], minus_pivot[PADDED], factor[PADDED], slope[PADDED], constant[PADDED],
         mask_scale[PADDED], mask_shift[PADDED];
     const line_columns l = {x_pivot, minus_pivot, factor, slope, constant, mask_scale, mask_shift};
-    EACH_COLUMNS(j0, width)
+    const int adjacent = of->x.row == b.n && of->dy.row == b.n && of->dx.row == b.n;
+    EACH_PART(p, b, adjacent, STREAM)
     {
-        const int adjacent =
-            of->x.stride == width && of->dy.stride == width && of->dx.stride == width;
-        const nx_fold folded = fold_rows((nx_block){b.rows, width}, adjacent);
-        const nx_rows x = columns_at(of->x, j0, folded), dy = columns_at(of->dy, j0, folded),
-                      dx = columns_at(of->dx, j0, folded);
-        for (ptrdiff_t j = 0; j < width; j++) {
-            const double a = line->factor[j0 + j], b = line->slope[j0 + j],
-                         mean = line->mean[j0 + j];
+        for (ptrdiff_t j = 0; j < p.examples * p.width; j++) {
+            const double a = line->factor[p.at + j], b = line->slope[p.at + j],
+                         mean = line->mean[p.at + j];
             x_pivot[j] = (C)mean;
-            minus_pivot[j] = -(C)line->pivot[j0 + j];
+            minus_pivot[j] = -(C)line->pivot[p.at + j];
             factor[j] = (C)a;
             slope[j] = (C)b;
             constant[j] =
-                (C)(line->constant[j0 + j] - a * minus_pivot[j] - b * (mean - x_pivot[j]));
+                (C)(line->constant[p.at + j] - a * minus_pivot[j] - b * (mean - x_pivot[j]));
         }
-        repeat(x_pivot, folded);
-        repeat(minus_pivot, folded);
-        repeat(factor, folded);
-        repeat(slope, folded);
-        repeat(constant, folded);
-        if (of->relu) {
-            masks(of->relu, line->mean, j0, width, mask_scale, mask_shift);
-            repeat(mask_scale, folded);
-            repeat(mask_shift, folded);
-        }
+        to_lanes(x_pivot, p);
+        to_lanes(minus_pivot, p);
+        to_lanes(factor, p);
+        to_lanes(slope, p);
+        to_lanes(constant, p);
+        if (of->relu) masks(of->relu, line->mean, p, mask_scale, mask_shift);
+        for (ptrdiff_t e = 0; e < p.examples; e++) {
+            const nx_rows x = part_rows(of->x, p, e), dy = part_rows(of->dy, p, e),
+                          dx = part_rows(of->dx, p, e);
 #define DX_ROWS(r, i, rows, j, n)                                                                \
     WR(col_dx_rows)(rows_at(x, r, i), rows_at(dy, r, i), rows_at(dx, r, i), (nx_block){rows, n}, \
-                    &l, j, of->relu != NULL)
-        EACH_WRITTEN(b, adjacent, folded, dx, DX_ROWS);
+                    &l, e * p.stride + j, of->relu != NULL)
+            EACH_WRITTEN(b, adjacent && p.width == b.n, p.folded, dx, DX_ROWS);
 #undef DX_ROWS
+        }
     }
 }
 

@@ -33,9 +33,11 @@ def struct(name, fields, **nested):
 Rows = struct("nx_rows", "p data; z stride")
 Groups = struct("nx_groups", "p data; z group row")
 Block = struct("nx_block", "z rows n")
+Columns = struct("nx_columns", "z examples rows n")
 Affine = struct("nx_affine", "p mean scale shift; z step ahead")
 ReluMask = struct("nx_relu_mask", "p scale shift")
 Backward = struct("nx_backward", "block block; rows x dy dx addend; p gamma relu; z ahead", block=Block, rows=Rows)
+ColBackward = struct("nx_col_backward", "block block; groups x dy dx; p relu", block=Columns, groups=Groups)
 Sums = struct("nx_sums", "p sum dot; z step")
 Line = struct("nx_line", "p mean pivot factor slope constant; z step")
 Layer = struct("nx_layer", "i centred; d eps; p gamma beta")
@@ -45,7 +47,7 @@ Adam = struct("nx_adam", "p w dw m v next_w next_m next_v; d beta1 beta2 rate ep
 Head = struct("head", "z itemsize parameter_size row_block col_block col_rows short_group; d tiny enlarge shrink near_zero")
 
 BY_VALUE = {"int": ctypes.c_int, "double": real, "ptrdiff_t": size, "void": None}
-BY_VALUE |= {s.__name__: s for s in (Rows, Groups, Block, Sums)}
+BY_VALUE |= {s.__name__: s for s in (Rows, Groups, Block, Columns, Sums)}
 
 
 def listed():
@@ -136,7 +138,7 @@ def doubles(*a):
     return np.array(a, np.float64)
 
 
-NONE = Rows(None, 0)
+NONE, NO_GROUPS = Rows(None, 0), Groups(None, 0, 0)
 EPS = 1e-3
 
 
@@ -161,30 +163,35 @@ def row_moments(t, rng, rows, n):
         near(t, m[2], ((values - mean) ** 2).sum(), stored=False, terms=rows * n)
 
 
+# Of columns: how many examples, and how much room there is between rows.
+EXAMPLES = ((1, 0), (1, 2), (5, 0), (5, 1))
+
+
 def col_pivots(t, rng, rows, n):
-    room, pivot = rows % 3, np.full(n, np.nan)
-    values = rng.normal(3, 1, (rows, n))
-    values[:, n // 2] = values[0, n // 2]
-    x = Memory(t, values, room)
-    yield x.rows, Block(rows, n), p(pivot)
-    assert pivot[n // 2] == x.numbers()[0, n // 2]  # of a constant exactly
-    np.testing.assert_array_equal(pivot, pivot.astype(t.wide))
-    assert np.abs(pivot - 3).max() < (5 if rows < 32 else 1)
-    x = Memory(t, np.full((rows, n), np.inf), room)
-    yield x.rows, Block(rows, n), p(pivot)
-    assert (pivot == 0).all()
+    for e, room in EXAMPLES:
+        block, pivot = Columns(e, rows, n), np.full((e, n), np.nan)
+        values = rng.normal(3, 1, (e, rows, n))
+        values[..., n // 2] = values[:, :1, n // 2]
+        x = Memory(t, values, room)
+        yield x.groups, block, p(pivot)
+        np.testing.assert_array_equal(pivot[:, n // 2], x.numbers()[:, 0, n // 2])  # of a constant exactly
+        np.testing.assert_array_equal(pivot, pivot.astype(t.wide))
+        assert np.abs(np.delete(pivot, n // 2, 1) - 3).max(initial=0) < (5 if rows < 32 else 1)
+        x = Memory(t, np.full((e, rows, n), np.inf), room)
+        yield x.groups, block, p(pivot)
+        assert (pivot == 0).all()
 
 
 def col_powers(t, rng, rows, n):
-    x = Memory(t, rng.normal(3, 1, (rows, n)), room=rows % 3)
-    pivot = rng.integers(8, 16, n) / 4
-    for scaled in (False, True):
-        scale = 2.0 ** rng.integers(-2, 3, n) if scaled else np.ones(n)
-        total, squares = np.ones(n), np.ones(n)
-        yield x.rows, Block(rows, n), p(scale) if scaled else None, p(pivot), p(total), p(squares)
-        d = scale * x.numbers() - pivot
-        near(t, total, 1 + d.sum(0), stored=False, terms=rows)
-        near(t, squares, 1 + (d**2).sum(0), stored=False, terms=rows)
+    for (e, room), scaled in itertools.product(EXAMPLES, (False, True)):
+        x = Memory(t, rng.normal(3, 1, (e, rows, n)), room)
+        pivot = rng.integers(8, 16, (e, n)) / 4
+        scale = 2.0 ** rng.integers(-2, 3, (e, n)) if scaled else np.ones((e, n))
+        total, squares = np.ones((2, e, n))
+        yield x.groups, Columns(e, rows, n), p(scale) if scaled else None, p(pivot), p(total), p(squares)
+        d = scale[:, None] * x.numbers() - pivot[:, None]
+        near(t, total, 1 + d.sum(1), stored=False, terms=rows)
+        near(t, squares, 1 + (d**2).sum(1), stored=False, terms=rows)
 
 
 def col_rescale(t, rng, rows, n):
@@ -227,13 +234,13 @@ def col_statistics(t, rng, rows, n):
 
 
 def affines(t, rng, rows, n):
-    rstd = rng.uniform(0.5, 2, n)
+    rstd = rng.uniform(0.5, 2, (3, n))
     for with_gamma, with_beta in itertools.product((False, True), (False, True)):
         (gamma, g), (beta, b) = parameters(t, rng, n, with_gamma), parameters(t, rng, n, with_beta)
-        scale, shift = np.full(n, np.nan), np.full(n, np.nan)
-        yield p(gamma), p(beta), n, p(rstd), p(scale), p(shift)
+        scale, shift = np.full((2, 3, n), np.nan)
+        yield p(gamma), p(beta), 3, n, p(rstd), p(scale), p(shift)
         np.testing.assert_array_equal(scale, rstd if g is None else rstd * g)
-        np.testing.assert_array_equal(shift, np.zeros(n) if b is None else b)
+        np.testing.assert_array_equal(shift, np.broadcast_to(0 if b is None else b, (3, n)))
 
 
 def col_lines(t, rng, rows, n):
@@ -269,15 +276,14 @@ def row_affine(t, rng, rows, n):
 
 
 def col_affine(t, rng, rows, n):
-    room = rows % 3
-    x, y = Memory(t, rng.normal(3, 1, (rows, n)), room), Memory(t, np.zeros((rows, n)), room)
-    mean, scale, shift = rng.normal(3, 1, n), rng.uniform(0.5, 2, n), rng.normal(0, 1, n)
-    for relu, end in itertools.product((False, True), (False, True)):
+    for (e, room), relu, end in itertools.product(EXAMPLES, (False, True), (False, True)):
+        x, y = Memory(t, rng.normal(3, 1, (e, rows, n)), room), Memory(t, np.zeros((e, rows, n)), room)
+        mean, scale, shift = rng.normal(3, 1, (e, n)), rng.uniform(0.5, 2, (e, n)), rng.normal(0, 1, (e, n))
         if end:
-            scale[n // 2] = 1e-300 if t.wide == np.float64 else 1e-35
+            scale[e // 2, n // 2] = 1e-300 if t.wide == np.float64 else 1e-35
         map_ = Affine(p(mean), p(scale), p(shift), 0)
-        yield x.rows, y.rows, Block(rows, n), ref(map_), relu
-        expected = (x.numbers() - mean) * scale + shift
+        yield x.groups, y.groups, Columns(e, rows, n), ref(map_), relu
+        expected = (x.numbers() - mean[:, None]) * scale[:, None] + shift[:, None]
         near(t, y.numbers(), np.maximum(expected, 0) if relu else expected)
 
 
@@ -291,18 +297,16 @@ def row_is_far(t, rng, rows, n):
 
 
 def cols_are_far(t, rng, rows, n):
-    for offset in (0, 100):
-        dy = rng.normal(0, 1, (rows, n))
-        dy[:, n // 2] += offset
+    for e, offset in itertools.product((1, 3), (0, 100)):
+        dy = rng.normal(0, 1, (e, rows, n))
+        dy[-1, :, n // 2] += offset
         dy = Memory(t, dy)
-        total, pivot = dy.numbers().sum(0), np.full(n, np.nan)
-        far = yield dy.rows, Block(rows, n), p(total), rows, p(pivot)
-        expected = np.zeros(n)
+        total, pivot = dy.numbers().sum(1), np.full((e, n), np.nan)
+        far = yield dy.groups, Columns(e, rows, n), p(total), rows, p(pivot)
         if rows > 2 and offset:
-            expected[n // 2] = total[n // 2] / rows
             assert far
         if rows > 2:  # of few, a sample may be near their mean by chance
-            np.testing.assert_allclose(pivot[n // 2], expected[n // 2])
+            np.testing.assert_allclose(pivot[-1, n // 2], total[-1, n // 2] / rows if offset else 0)
 
 
 def gradient(dy, x, kind, gamma=None, mean=0, scale=1, shift=0):
@@ -330,18 +334,18 @@ def row_dots(t, rng, rows, n):
 
 
 def col_dots(t, rng, rows, n):
-    room = rows % 3
-    x, dy = Memory(t, rng.normal(3, 1, (rows, n)), room), Memory(t, rng.normal(0, 1, (rows, n)), room)
-    mean, pivot = rng.normal(3, 1, n), rng.integers(-3, 4, n) / 4
-    scale, shift = rng.uniform(0.5, 2, n), rng.normal(0, 1, n)
-    for kind, pivoted in itertools.product(("", "relu"), (False, True)):
+    for (e, room), kind, pivoted in itertools.product(EXAMPLES, ("", "relu"), (False, True)):
+        x, dy = (Memory(t, rng.normal(m, 1, (e, rows, n)), room) for m in (3, 0))
+        mean, pivot = rng.normal(3, 1, (e, n)), rng.integers(-3, 4, (e, n)) / 4
+        scale, shift = rng.uniform(0.5, 2, (e, n)), rng.normal(0, 1, (e, n))
         relu = ReluMask(p(scale), p(shift))
-        total, dot = np.ones(n), np.ones(n)
-        of = Backward(Block(rows, n), x.rows, dy.rows, NONE, NONE, None, ref(relu) if kind else None)
+        total, dot = np.ones((2, e, n))
+        of = ColBackward(Columns(e, rows, n), x.groups, dy.groups, NO_GROUPS, ref(relu) if kind else None)
         yield ref(of), p(mean), p(pivot) if pivoted else None, Sums(p(total), p(dot), 1)
-        g = gradient(dy.numbers(), x.numbers(), kind, None, mean, scale, shift)
-        near(t, total, 1 + g.sum(0), stored=False, terms=rows)
-        near(t, dot, 1 + ((g - pivot * pivoted) * (x.numbers() - mean)).sum(0), stored=False, terms=rows)
+        m, a, b, offset = (v[:, None] for v in (mean, scale, shift, pivot))
+        g = gradient(dy.numbers(), x.numbers(), kind, None, m, a, b)
+        near(t, total, 1 + g.sum(1), stored=False, terms=rows)
+        near(t, dot, 1 + ((g - offset * pivoted) * (x.numbers() - m)).sum(1), stored=False, terms=rows)
 
 
 def row_dx(t, rng, rows, n):
@@ -362,18 +366,17 @@ def row_dx(t, rng, rows, n):
 
 
 def col_dx(t, rng, rows, n):
-    room = rows % 3
-    x, dy = Memory(t, rng.normal(3, 1, (rows, n)), room), Memory(t, rng.normal(0, 1, (rows, n)), room)
-    dx = Memory(t, np.zeros((rows, n)), room)
-    mean, pivot, slope, constant = (rng.normal(m, 1, n) for m in (3, 0, 0, 0))
-    scale, shift = rng.uniform(0.5, 2, n), rng.normal(0, 1, n)
-    for kind in ("", "relu"):
+    for (e, room), kind in itertools.product(EXAMPLES, ("", "relu")):
+        x, dy, dx = (Memory(t, rng.normal(m, s, (e, rows, n)), room) for m, s in ((3, 1), (0, 1), (0, 0)))
+        mean, pivot, slope, constant = (rng.normal(m, 1, (e, n)) for m in (3, 0, 0, 0))
+        scale, shift = rng.uniform(0.5, 2, (e, n)), rng.normal(0, 1, (e, n))
         relu = ReluMask(p(scale), p(shift))
         line = Line(p(mean), p(pivot), p(scale), p(slope), p(constant), 0)
-        of = Backward(Block(rows, n), x.rows, dy.rows, dx.rows, NONE, None, ref(relu) if kind else None)
+        of = ColBackward(Columns(e, rows, n), x.groups, dy.groups, dx.groups, ref(relu) if kind else None)
         yield ref(of), ref(line)
-        g = gradient(dy.numbers(), x.numbers(), kind, None, mean, scale, shift)
-        near(t, dx.numbers(), scale * g + slope * (x.numbers() - mean) + constant)
+        m, a, b, slope_, constant_ = (v[:, None] for v in (mean, scale, shift, slope, constant))
+        g = gradient(dy.numbers(), x.numbers(), kind, None, m, a, b)
+        near(t, dx.numbers(), a * g + slope_ * (x.numbers() - m) + constant_)
 
 
 def statistics(x, centred, axis=-1):

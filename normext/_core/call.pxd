@@ -27,8 +27,8 @@ cdef struct Call:
     double eps
     # Along rows: so many groups, each of `rows` rows of `n` contiguous numbers that share one
     # statistic; a channel of N,C,H,W is N rows of H * W, a row of layer norm is one. Down columns:
-    # `rows` rows of `n` columns, with a statistic for each, or, of so many groups (examples), one
-    # for `per_group` columns. `channels` is for parameters PER_ROW.
+    # `rows` rows of `n` columns, of which `per_group` in a row share a statistic, and of group norm
+    # so many groups (examples). `channels` is for parameters PER_ROW.
     Py_ssize_t groups, rows, n, channels, per_group
     Py_ssize_t ahead  # see nx_backward: of large calls along rows
     nx_groups x, y, residual, sum, dy, dx, addend

@@ -30,6 +30,9 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct nx_block:
         ptrdiff_t rows, n
 
+    ctypedef struct nx_columns:
+        ptrdiff_t examples, rows, n
+
     ctypedef struct nx_affine:
         const double *mean
         const double *scale
@@ -46,6 +49,11 @@ cdef extern from "kernels.h" nogil:
         const void *gamma
         const nx_relu_mask *relu
         ptrdiff_t ahead
+
+    ctypedef struct nx_col_backward:
+        nx_columns block
+        nx_groups x, dy, dx
+        const nx_relu_mask *relu
 
     ctypedef struct nx_sums:
         double *sum
@@ -93,33 +101,33 @@ cdef extern from "kernels.h" nogil:
         nx_range range
         void (*row_moments)(nx_rows x, nx_block b, bint centred, double scale,
                             nx_moments *m) noexcept nogil
-        void (*col_pivots)(nx_rows x, nx_block b, double *pivot) noexcept nogil
-        void (*col_powers)(nx_rows x, nx_block b, const double *scale, const double *pivot,
+        void (*col_pivots)(nx_groups x, nx_columns b, double *pivot) noexcept nogil
+        void (*col_powers)(nx_groups x, nx_columns b, const double *scale, const double *pivot,
                            double *sum, double *squares) noexcept nogil
         bint (*col_rescale)(ptrdiff_t n, double count, const double *sum, const double *squares,
                             double *pivot, double *scale) noexcept nogil
         void (*col_statistics)(ptrdiff_t n, double count, double eps, const double *scale,
                                const double *pivot, const double *sum, const double *squares,
                                double *mean, double *rstd, double *var) noexcept nogil
-        void (*affines)(const void *gamma, const void *beta, ptrdiff_t n, const double *rstd,
-                        double *scale, double *shift) noexcept nogil
+        void (*affines)(const void *gamma, const void *beta, ptrdiff_t examples, ptrdiff_t n,
+                        const double *rstd, double *scale, double *shift) noexcept nogil
         void (*col_lines)(ptrdiff_t n, double each, const double *rstd, const double *factor,
                           const double *sum, const double *dot, double *mean, double *slope,
                           double *constant) noexcept nogil
         void (*row_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
                            const void *gamma, const void *beta, bint relu) noexcept nogil
-        void (*col_affine)(nx_rows x, nx_rows y, nx_block b, const nx_affine *map,
+        void (*col_affine)(nx_groups x, nx_groups y, nx_columns b, const nx_affine *map,
                            bint relu) noexcept nogil
         bint (*row_is_far)(const void *dy, ptrdiff_t n, const void *gamma,
                            double mean) noexcept nogil
-        bint (*cols_are_far)(nx_rows dy, nx_block b, const double *sum, double count,
+        bint (*cols_are_far)(nx_groups dy, nx_columns b, const double *sum, double count,
                              double *pivot) noexcept nogil
         void (*row_dots)(const nx_backward *of, double mean, const double *pivot,
                          nx_sums sums) noexcept nogil
-        void (*col_dots)(const nx_backward *of, const double *mean, const double *pivot,
+        void (*col_dots)(const nx_col_backward *of, const double *mean, const double *pivot,
                          nx_sums sums) noexcept nogil
         void (*row_dx)(const nx_backward *of, const nx_line *line) noexcept nogil
-        void (*col_dx)(const nx_backward *of, const nx_line *line) noexcept nogil
+        void (*col_dx)(const nx_col_backward *of, const nx_line *line) noexcept nogil
         void (*layer_forward)(nx_rows x, nx_rows y, nx_block b, const nx_layer *norm, double *mean,
                               double *rstd) noexcept nogil
         void (*layer_dots)(const nx_backward *of, bint centred, const double *mean,

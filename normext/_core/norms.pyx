@@ -297,7 +297,7 @@ cdef int backward(const nx_norm *norm, const nx_io *io) noexcept nogil:
     cdef nx_io call = io[0]
     cdef bint wide = False
     cdef int status = NORMEXT_OK
-    if io.part != NORMEXT_APPLY:
+    if io.part != NORMEXT_APPLY and (norm.kind != NORMEXT_BATCH_NORM or numbers == 0):
         status = zero(io.dgamma, parameters)
         if status == NORMEXT_OK:
             status = zero(io.dbeta, parameters)

@@ -345,7 +345,7 @@ cdef int affine_rows(const Call *c) noexcept nogil:
     j.partial = <double *> malloc(2 * c.rows * sizeof(double))
     if j.partial == NULL:
         return NORMEXT_NO_MEMORY
-    c.k.affines(c.gamma, c.beta, c.rows, c.rstd, j.partial, j.partial + c.rows)
+    c.k.affines(c.gamma, c.beta, 1, c.rows, c.rstd, j.partial, j.partial + c.rows)
     status = run_tasks(affine_block_task, &j, c.groups * j.blocks, c.groups * c.rows * c.n)
     free(j.partial)
     return status
