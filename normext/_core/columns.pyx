@@ -30,7 +30,7 @@ cdef enum:
     # 8 rows fit the L1 cache.
     COLUMNS = 512
     # Rows of a chunk at least, whose sums have to be put together with those of others.
-    SUMMED = 64
+    SUMMED = 96
     # Columns that are written at a time: the more, the fewer ends of rows; and their rows at least,
     # for which coefficients are made.
     WRITTEN = 1024
