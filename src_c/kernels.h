@@ -245,7 +245,7 @@ typedef struct {
     ptrdiff_t row_block;      /* most numbers in a block of rows */
     ptrdiff_t col_rows;       /* rows that a block of any number of columns may have */
     ptrdiff_t col_block;      /* most numbers in one that has more, which lie together */
-    ptrdiff_t short_group;    /* most numbers in a group that group_forward takes */
+    ptrdiff_t short_group;    /* most numbers in a group that goes through tiles */
     nx_range range;
 #define NX_KERNEL(name, result, arguments) result(*name) arguments;
 #define NX_WRITER NX_KERNEL

@@ -17,10 +17,10 @@
 
 enum {
     /* The most numbers in a row for which a tile is faster than rows by themselves: on a Zen 4 those
-     * of 36 floats take 12 ns and 21 (AVX-512), back 17 and 16 (26 with AVX2); those of 28 back 15
-     * and 14 (20). Few rows that do not fill a tile speak for less. */
+     * of 36 floats take 12 ns and 21; back, those of 32 take 16 ns and 13 with AVX-512, 17 and 19
+     * with AVX2. Few rows, which do not fill a tile, speak for less. */
     SHORT = 40,
-    SHORT_BACKWARD = 28,
+    SHORT_BACKWARD = 32,
     /* Groups have more to do for each: those of 7 x 7 take 22 ns in tiles, and 30 on their way
      * back. */
     SHORT_GROUP = 64,
