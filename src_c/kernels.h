@@ -180,11 +180,12 @@ typedef struct {
     ptrdiff_t ahead;
 } nx_backward;
 
-/* The same of columns. */
+/* The same of columns. Where sums are to read `ahead`, it is the rows that follow the block's. */
 typedef struct {
     nx_columns block;
     nx_groups x, dy, dx;
     const nx_relu_mask *relu;
+    int ahead;
 } nx_col_backward;
 
 /* With g = gamma * dy: the sums of g and of (g - pivot) * (x - mean), which is what `dots` are

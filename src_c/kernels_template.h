@@ -969,22 +969,45 @@ static void col_pivots(nx_groups x, nx_columns b, double *pivot)
 }
 
 /* factor may be NULL. */
+/* Vectors of a row that are read one after the other: a row's lines are then done with before those
+ * of the next are met, which in the first-level cache may lie in the same few places. */
+enum { ALONG = 4 };
+
+/* `vectors` of them from column j on, the last of `left` numbers. */
+NX_INLINE void col_powers_vectors(nx_rows x, ptrdiff_t rows, ptrdiff_t left, int vectors,
+                                  const C *pivot, const C *factor, C *s, C *q)
+{
+    V sum[ALONG], squares[ALONG], p[ALONG], f[ALONG], minus[ALONG];
+    for (int k = 0; k < vectors; k++) {
+        sum[k] = squares[k] = f[k] = minus[k] = ZERO;
+        p[k] = load(pivot + k * W);
+        if (factor) f[k] = load(factor + k * W), minus[k] = sub(ZERO, p[k]);
+    }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (int k = 0; k < vectors; k++) {
+            const T *row = (const T *)x.data + r * x.stride + k * W;
+            V v = left >= W ? load(row) : load_n(row, left, p[k]);
+            V d = factor ? mul_add(v, f[k], minus[k]) : sub(v, p[k]);
+            if (factor && left < W) d = first_lanes(d, left);
+            sum[k] = add(sum[k], d);
+            squares[k] = mul_add(d, d, squares[k]);
+        }
+    for (int k = 0; k < vectors; k++) {
+        store(s + k * W, add(load(s + k * W), sum[k]));
+        store(q + k * W, add(load(q + k * W), squares[k]));
+    }
+}
+
 NX_INLINE void col_powers_rows(nx_rows x, nx_block b, const C *pivot, const C *factor, C *s, C *q)
 {
-    for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, squares = ZERO, p = load(pivot + j), f = ZERO, minus = ZERO;
-        if (factor) f = load(factor + j), minus = sub(ZERO, p);
-        for (ptrdiff_t r = 0; r < b.rows; r++) {
-            const T *row = (const T *)x.data + r * x.stride + j;
-            V v = b.n - j >= W ? load(row) : load_n(row, b.n - j, p);
-            V d = factor ? mul_add(v, f, minus) : sub(v, p);
-            if (factor && b.n - j < W) d = first_lanes(d, b.n - j);
-            sum = add(sum, d);
-            squares = mul_add(d, d, squares);
-        }
-        store(s + j, add(load(s + j), sum));
-        store(q + j, add(load(q + j), squares));
-    }
+    ptrdiff_t j = 0;
+#define POWERS(left, vectors)                                              \
+    col_powers_vectors(rows_at(x, 0, j), b.rows, left, vectors, pivot + j, \
+                       factor ? factor + j : NULL, s + j, q + j)
+    for (; j + ALONG * W <= b.n; j += ALONG * W) POWERS(W, ALONG);
+    for (; j + W <= b.n; j += W) POWERS(W, 1);
+    if (j < b.n) POWERS(b.n - j, 1);
+#undef POWERS
 }
 
 static void col_powers(nx_groups x, nx_columns b, const double *scale, const double *pivot,
@@ -1123,27 +1146,59 @@ NX_INLINE void masks(const nx_relu_mask *relu, const double *mean, nx_part p, C 
     to_lanes(shift, p);
 }
 
-/* minus_pivot may be NULL, and the mask's scale. */
-NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, line_columns l, C *s, C *q)
+NX_INLINE void col_dots_vectors(nx_rows x, nx_rows dy, ptrdiff_t rows, ptrdiff_t left, int vectors,
+                                line_columns l, int ahead, C *s, C *q)
 {
-    for (ptrdiff_t j = 0; j < b.n; j += W) {
-        V sum = ZERO, dot = ZERO, p = load(l.x_pivot + j), minus = ZERO;
-        relu_mask mask;
-        if (l.minus_pivot) minus = load(l.minus_pivot + j);
-        if (l.mask_scale) mask = (relu_mask){load(l.mask_scale + j), load(l.mask_shift + j)};
-        for (ptrdiff_t r = 0; r < b.rows; r++) {
-            const T *xr = (const T *)x.data + r * x.stride + j;
-            const T *gr = (const T *)dy.data + r * dy.stride + j;
-            V d = sub(b.n - j >= W ? load(xr) : load_n(xr, b.n - j, p), p);
-            V g = b.n - j >= W ? load(gr) : load_n(gr, b.n - j, ZERO);
-            g = gradient(g, d, NULL, l.mask_scale ? &mask : NULL, l.minus_pivot ? &minus : NULL);
-            if (l.minus_pivot && b.n - j < W) g = first_lanes(g, b.n - j);
-            sum = add(sum, g);
-            dot = mul_add(g, d, dot);
-        }
-        store(s + j, add(load(s + j), sum));
-        store(q + j, add(load(q + j), dot));
+    V sum[ALONG], dot[ALONG], p[ALONG], minus[ALONG];
+    relu_mask mask[ALONG];
+    for (int k = 0; k < vectors; k++) {
+        sum[k] = dot[k] = minus[k] = ZERO;
+        p[k] = load(l.x_pivot + k * W);
+        if (l.minus_pivot) minus[k] = load(l.minus_pivot + k * W);
+        if (l.mask_scale)
+            mask[k] = (relu_mask){load(l.mask_scale + k * W), load(l.mask_shift + k * W)};
     }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (int k = 0; k < vectors; k++) {
+            const T *xr = (const T *)x.data + r * x.stride + k * W;
+            const T *gr = (const T *)dy.data + r * dy.stride + k * W;
+            if (ahead) {
+                NX_PREFETCH(xr + ROWS_AT_ONCE * x.stride);
+                NX_PREFETCH(gr + ROWS_AT_ONCE * dy.stride);
+            }
+            V d = sub(left >= W ? load(xr) : load_n(xr, left, p[k]), p[k]);
+            V g = left >= W ? load(gr) : load_n(gr, left, ZERO);
+            g = gradient(g, d, NULL, l.mask_scale ? mask + k : NULL,
+                         l.minus_pivot ? minus + k : NULL);
+            if (l.minus_pivot && left < W) g = first_lanes(g, left);
+            sum[k] = add(sum[k], g);
+            dot[k] = mul_add(g, d, dot[k]);
+        }
+    for (int k = 0; k < vectors; k++) {
+        store(s + k * W, add(load(s + k * W), sum[k]));
+        store(q + k * W, add(load(q + k * W), dot[k]));
+    }
+}
+
+/* minus_pivot may be NULL, and the mask's scale. Whether the rows after these are asked for `ahead`:
+ * see nx_backward. */
+NX_INLINE void col_dots_rows(nx_rows x, nx_rows dy, nx_block b, line_columns l, int ahead, C *s,
+                             C *q)
+{
+    ptrdiff_t j = 0;
+#define LINES                                                               \
+    (line_columns){.x_pivot = l.x_pivot + j,                                \
+                   .minus_pivot = l.minus_pivot ? l.minus_pivot + j : NULL, \
+                   .mask_scale = l.mask_scale ? l.mask_scale + j : NULL,    \
+                   .mask_shift = l.mask_scale ? l.mask_shift + j : NULL}
+#define DOTS(left, vectors)                                                                    \
+    col_dots_vectors(rows_at(x, 0, j), rows_at(dy, 0, j), b.rows, left, vectors, LINES, ahead, \
+                     s + j, q + j)
+    for (; j + ALONG * W <= b.n; j += ALONG * W) DOTS(W, ALONG);
+    for (; j + W <= b.n; j += W) DOTS(W, 1);
+    if (j < b.n) DOTS(b.n - j, 1);
+#undef DOTS
+#undef LINES
 }
 
 static void col_dots(const nx_col_backward *of, const double *mean, const double *pivot,
@@ -1173,7 +1228,7 @@ static void col_dots(const nx_col_backward *of, const double *mean, const double
                                  .minus_pivot = minus,                      \
                                  .mask_scale = scale,                       \
                                  .mask_shift = shift + at},                 \
-                  s + at, q + at)
+                  of->ahead, s + at, q + at)
 #define DOTS_ROWS(i, rows, n) DOTS(i, rows, n, NULL, NULL)
 #define MASKED_ROWS(i, rows, n) DOTS(i, rows, n, NULL, scale + at)
 #define PIVOTED_ROWS(i, rows, n) DOTS(i, rows, n, minus + at, NULL)

@@ -30,7 +30,7 @@ cdef struct Call:
     # `rows` rows of `n` columns, of which `per_group` in a row share a statistic, and of group norm
     # so many groups (examples). `channels` is for parameters PER_ROW.
     Py_ssize_t groups, rows, n, channels, per_group
-    Py_ssize_t ahead  # see nx_backward: of large calls along rows
+    Py_ssize_t ahead  # not 0 in large calls: how far along rows (see nx_backward); down columns, 1
     nx_groups x, y, residual, sum, dy, dx, addend
     const char *gamma
     const char *beta

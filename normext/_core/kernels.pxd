@@ -54,6 +54,7 @@ cdef extern from "kernels.h" nogil:
         nx_columns block
         nx_groups x, dy, dx
         const nx_relu_mask *relu
+        bint ahead
 
     ctypedef struct nx_sums:
         double *sum

@@ -322,9 +322,11 @@ cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_gr
     if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
         together *= c.rows
     c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
-    if c.k != kernels_for(norm.type, False) and (way == LAYERS or way == ROWS
-                                                 or way == CHANNELS_FIRST):
-        look_ahead(c, arrays - 1)
+    if c.k != kernels_for(norm.type, False):
+        if way == COLUMNS or way == CHANNELS_LAST:
+            c.ahead = 1
+        elif way != ONE_PIXEL:
+            look_ahead(c, arrays - 1)
 
 
 cdef inline void step_to(nx_groups *a, Py_ssize_t bytes) noexcept nogil:
