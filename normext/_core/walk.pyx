@@ -321,7 +321,10 @@ cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_gr
             together = numbers
     if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
         together *= c.rows
-    c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
+    # What is read once, and written at once in order, is as fast through the last cache as it is
+    # around it, while both fit.
+    c.k = norm_kernels(norm.type, arrays * numbers // (2 if c.statistics == GIVEN else 1), together,
+                       read.data != written.data)
     if c.k != kernels_for(norm.type, False):
         if way == COLUMNS or way == CHANNELS_LAST:
             c.ahead = 1
