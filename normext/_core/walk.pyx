@@ -321,15 +321,16 @@ cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_gr
             together = numbers
     if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
         together *= c.rows
-    # What is read once, and written at once in order, is as fast through the last cache as it is
-    # around it, while both fit.
-    c.k = norm_kernels(norm.type, arrays * numbers // (2 if c.statistics == GIVEN else 1), together,
-                       read.data != written.data)
+    # Rows that are read once, and written at once in order, are as fast through the last cache as
+    # they are around it, while it holds both.
+    if way == ROWS and c.statistics == GIVEN:
+        arrays //= 2
+    c.k = norm_kernels(norm.type, arrays * numbers, together, read.data != written.data)
     if c.k != kernels_for(norm.type, False):
         if way == COLUMNS or way == CHANNELS_LAST:
             c.ahead = 1
         elif way != ONE_PIXEL:
-            look_ahead(c, arrays - 1)
+            look_ahead(c, 1 if forth else 2)
 
 
 cdef inline void step_to(nx_groups *a, Py_ssize_t bytes) noexcept nogil:
