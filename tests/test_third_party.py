@@ -92,7 +92,6 @@ def test_pytorchs_samples_of_modules(dtype, training, monkeypatch):
 
     for norm in ours._SMALLEST:
         monkeypatch.setitem(ours._SMALLEST, norm, ours._Smallest(1, 1))
-    monkeypatch.setattr(ours, "_SMALLEST_IMAGE", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_modules import module_db
