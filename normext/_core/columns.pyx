@@ -26,8 +26,9 @@ cdef enum:
     # Into so many chunks large arrays are split: two for each of 64 threads. The bits depend on it.
     CHUNKS = 128
     SPLIT = 1 << 16  # as in rows.pyx
-    # Columns that are summed at a time: memory is read in stretches of 4 KiB; their sums and pivots,
-    # arrays as long, are half of an L1 cache. With 512, 4096 x 1024 floats took 1.3 times as long.
+    # Columns that are summed at a time: memory is read in stretches of 4 KiB; their sums and
+    # pivots, arrays as long, are half of an L1 cache. With 512, 4096 x 1024 floats took 1.3 times
+    # as long.
     COLUMNS = 1024
     # Rows of a chunk at least, whose sums have to be put together with those of others.
     SUMMED = 96

@@ -323,6 +323,43 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
     return NORMEXT_OK
 
 
+cdef bint are_runs(const Call *c) noexcept nogil:
+    """Whether group norm with the channels last is better taken along its groups' runs of channels.
+
+    That is where they fill some vectors, and there is an example for each thread at least.
+    """
+    return c.per_group >= 32 and (c.groups >= CHUNKS or c.rows * c.n < SPLIT)
+
+
+cdef void runs_task(const void *job, Py_ssize_t task) noexcept nogil:
+    """Some examples: a group is rows, a pixel each, along which gamma and beta lie."""
+    cdef const Job *j = <const Job *> job
+    cdef const Call *c = j.call
+    cdef Call g = c[0]
+    cdef Py_ssize_t groups = c.n // c.per_group, size = c.k.itemsize, example, group, channel
+    g.n, g.parameters, g.ahead = c.per_group, ALONG_ROW, 0
+    for example in range(first_of(j, task, c.groups), first_of(j, task + 1, c.groups)):
+        for group in range(groups):
+            channel = group * c.per_group
+            g.x.data = <char *> c.x.data + (example * c.x.group + channel) * size
+            g.y.data = <char *> c.y.data + (example * c.y.group + channel) * size
+            if c.gamma != NULL:
+                g.gamma = c.gamma + channel * c.k.parameter_size
+            if c.beta != NULL:
+                g.beta = c.beta + channel * c.k.parameter_size
+            g.mean, g.rstd = c.mean + example * groups + group, c.rstd + example * groups + group
+            normalize_group(&g, 0, block_count(shape_of(&g), c.k.row_block))
+
+
+cdef int normalize_runs(const Call *c) noexcept nogil:
+    """y = gamma * (x - mean) * rstd + beta, with the channels last."""
+    cdef Job j = Job(c, 0, 0, team_for(c.groups, c.groups * c.rows * c.n), NULL, NULL)
+    if j.tasks == 0:
+        return NORMEXT_NO_MEMORY
+    run_on(<int> j.tasks, runs_task, &j, j.tasks)  # no bit depends on the split
+    return NORMEXT_OK
+
+
 cdef void affine_block_task(const void *job, Py_ssize_t task) noexcept nogil:
     """A block of a group; `partial` has the scales of its rows, then the shifts."""
     cdef const Job *j = <const Job *> job

@@ -19,8 +19,8 @@ from normext._core.columns cimport (
 )
 from normext._core.kernels cimport nx_groups
 from normext._core.rows cimport (
-    affine_rows, grouped_backward, layer_backward, look_ahead, normalize_rows, normalize_sums,
-    rows_backward,
+    affine_rows, are_runs, grouped_backward, layer_backward, look_ahead, normalize_rows,
+    normalize_runs, normalize_sums, rows_backward,
 )
 from normext._core.runtime cimport kernels_for, norm_kernels
 from normext._core.sizes cimport is_group_norm, numbers_of
@@ -319,7 +319,9 @@ cdef inline void choose(const nx_norm *norm, Call *c, Way way, int arrays, nx_gr
     if (way == LAYERS and written.group == c.n) or (way == CHANNELS_FIRST and forth):
         if piece <= c.k.short_group or (piece <= c.k.row_block and (piece >= 128 or not forth)):
             together = numbers
-    if (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
+    if way == CHANNELS_LAST and forth and are_runs(c):
+        together = c.per_group
+    elif (way == COLUMNS or way == CHANNELS_LAST) and written.row == c.n:
         together *= c.rows
     # Rows that are read once, and written at once in order, are as fast through the last cache as
     # they are around it, while it holds both.
@@ -399,7 +401,7 @@ cdef int walk_forward(const nx_norm *norm, const nx_io *io, Walk *w) noexcept no
         c.y = nx_groups(c.y.data, c.y.row, c.y.group)
         return affine_rows(&c)
     if w.way == CHANNELS_LAST:
-        return normalize_column_groups(&c)
+        return normalize_runs(&c) if are_runs(&c) else normalize_column_groups(&c)
     if w.way == ONE_PIXEL:
         return pixel_groups(norm, &c, False)
     return normalize_rows(&c) if io.residual.data == NULL else normalize_sums(&c)
