@@ -300,7 +300,7 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
     cdef bint own = c.statistics != GIVEN and c.y.data != NULL
     if threads == 0:
         return NORMEXT_NO_MEMORY
-    if own and c.parameters == ALONG_ROW and j.blocks == 1:
+    if own and c.parameters == ALONG_ROW and c.rows == 1 and j.blocks == 1:
         j.tasks = threads  # each row is on its own, and no bit depends on the split
         run_on(threads, layer_task, &j, j.tasks)
         return NORMEXT_OK
@@ -324,40 +324,57 @@ cdef int normalize_rows(const Call *c) noexcept nogil:
 
 
 cdef bint are_runs(const Call *c) noexcept nogil:
-    """Whether group norm with the channels last is better taken along its groups' runs of channels.
+    """Whether group norm with the channels last goes along its groups' runs of channels.
 
-    That is where they fill some vectors, and there is an example for each thread at least.
+    That is better than down the channels where they fill some vectors.
     """
-    return c.per_group >= 32 and (c.groups >= CHUNKS or c.rows * c.n < SPLIT)
+    return c.per_group >= 32
+
+
+cdef Call run_of(const Call *c, Py_ssize_t index) noexcept nogil:
+    """One group of an example: a row is a pixel, along which gamma and beta lie."""
+    cdef Call g = c[0]
+    cdef Py_ssize_t groups = c.n // c.per_group, channel = index % groups * c.per_group
+    cdef Py_ssize_t example = index // groups, size = c.k.itemsize
+    g.groups, g.n, g.parameters, g.ahead = 1, c.per_group, ALONG_ROW, 0
+    g.x.data = <char *> c.x.data + (example * c.x.group + channel) * size
+    g.y.data = <char *> c.y.data + (example * c.y.group + channel) * size
+    if c.gamma != NULL:
+        g.gamma = c.gamma + channel * c.k.parameter_size
+    if c.beta != NULL:
+        g.beta = c.beta + channel * c.k.parameter_size
+    g.mean, g.rstd = c.mean + index, c.rstd + index
+    return g
 
 
 cdef void runs_task(const void *job, Py_ssize_t task) noexcept nogil:
-    """Some examples: a group is rows, a pixel each, along which gamma and beta lie."""
+    """Some groups of all examples."""
     cdef const Job *j = <const Job *> job
-    cdef const Call *c = j.call
-    cdef Call g = c[0]
-    cdef Py_ssize_t groups = c.n // c.per_group, size = c.k.itemsize, example, group, channel
-    g.n, g.parameters, g.ahead = c.per_group, ALONG_ROW, 0
-    for example in range(first_of(j, task, c.groups), first_of(j, task + 1, c.groups)):
-        for group in range(groups):
-            channel = group * c.per_group
-            g.x.data = <char *> c.x.data + (example * c.x.group + channel) * size
-            g.y.data = <char *> c.y.data + (example * c.y.group + channel) * size
-            if c.gamma != NULL:
-                g.gamma = c.gamma + channel * c.k.parameter_size
-            if c.beta != NULL:
-                g.beta = c.beta + channel * c.k.parameter_size
-            g.mean, g.rstd = c.mean + example * groups + group, c.rstd + example * groups + group
-            normalize_group(&g, 0, block_count(shape_of(&g), c.k.row_block))
+    cdef Call g
+    cdef Py_ssize_t index
+    for index in range(first_of(j, task, j.chunks), first_of(j, task + 1, j.chunks)):
+        g = run_of(j.call, index)
+        normalize_group(&g, 0, j.blocks)
 
 
 cdef int normalize_runs(const Call *c) noexcept nogil:
     """y = gamma * (x - mean) * rstd + beta, with the channels last."""
-    cdef Job j = Job(c, 0, 0, team_for(c.groups, c.groups * c.rows * c.n), NULL, NULL)
-    if j.tasks == 0:
-        return NORMEXT_NO_MEMORY
-    run_on(<int> j.tasks, runs_task, &j, j.tasks)  # no bit depends on the split
-    return NORMEXT_OK
+    cdef Py_ssize_t index, groups = c.groups * (c.n // c.per_group), numbers = c.rows * c.per_group
+    cdef Call g = run_of(c, 0)
+    cdef Job j = Job(c, block_count(shape_of(&g), c.k.row_block), groups, 0, NULL, NULL)
+    cdef int status = NORMEXT_OK
+    if groups >= CHUNKS or numbers < SPLIT:
+        j.tasks = team_for(groups, groups * numbers)
+        if j.tasks == 0:
+            return NORMEXT_NO_MEMORY
+        run_on(<int> j.tasks, runs_task, &j, j.tasks)  # no bit depends on the split
+        return NORMEXT_OK
+    for index in range(groups):
+        g = run_of(c, index)
+        status = normalize_rows(&g)
+        if status != NORMEXT_OK:
+            break
+    return status
 
 
 cdef void affine_block_task(const void *job, Py_ssize_t task) noexcept nogil:
