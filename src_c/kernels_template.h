@@ -903,10 +903,6 @@ NX_OUTLINE void column_sums(const C *s, nx_part p, int added, double *sum)
 #undef SUM
 }
 
-/* The columns of x from j0 on, as folded. */
-NX_INLINE nx_rows columns_at(nx_rows x, ptrdiff_t j0, nx_fold folded)
-{ return (nx_rows){(T *)x.data + j0, folded.fold * x.stride}; }
-
 /* Adds a share of what the rows differ from the first. */
 NX_INLINE void col_pivots_rows(nx_rows x, nx_block b, const C *first, C *s)
 {

@@ -232,10 +232,9 @@ cdef inline nx_groups groups_at(const Call *c, nx_groups a, Py_ssize_t group) no
 
 cdef inline nx_grouping grouping_of(const Call *c, Py_ssize_t first,
                                     Py_ssize_t last) noexcept nogil:
-    """Some groups with parameters PER_ROW, or PER_GROUP and one row each."""
-    cdef Py_ssize_t channels = c.groups if c.parameters == PER_GROUP else c.channels
-    return nx_grouping(last - first, c.rows, c.n, c.gamma, c.beta, first * c.rows % channels,
-                       channels)
+    """Some groups with parameters PER_ROW."""
+    return nx_grouping(last - first, c.rows, c.n, c.gamma, c.beta, first * c.rows % c.channels,
+                       c.channels)
 
 
 cdef void short_groups_task(const void *job, Py_ssize_t task) noexcept nogil:
@@ -607,15 +606,14 @@ cdef inline nx_backward backward_of_rows(const Call *c, Py_ssize_t first, Py_ssi
     return of
 
 
-cdef void backward_long_row(const Call *c, Py_ssize_t row, double sum, double dot) noexcept nogil:
-    """dx of a row of more than a block, whose dot is that of xhat."""
-    cdef Chunk whole = Chunk(row, 0, block_count(shape_of(c), c.k.row_block))
-    cdef double pivot = sum / c.count
+cdef void finish_dots(const Call *c, Py_ssize_t row, double *sum, double *dot) noexcept nogil:
+    """From the dot of xhat to that of x - mean; of gradients far from zero, about their mean."""
+    cdef double pivot = sum[0] / c.count
     if is_far(c, row, pivot):
-        group_dots(c, whole, &pivot, nx_sums(&sum, &dot, 0))
+        group_dots(c, Chunk(row, 0, block_count(shape_of(c), c.k.row_block)), &pivot,
+                   nx_sums(sum, dot, 0))
     elif c.rstd[row] != 0:
-        dot /= c.rstd[row]
-    group_dx(c, whole, sum, dot)
+        dot[0] /= c.rstd[row]
 
 
 cdef void dots_of_rows(const Call *c, Py_ssize_t first, Py_ssize_t rows, Py_ssize_t start,
@@ -640,7 +638,7 @@ cdef inline Py_ssize_t rows_at_once(const Call *c) noexcept nogil:
 cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, double *dbeta,
                           double *dgamma) noexcept nogil:
     """dx of some rows, and their sums added to dbeta and dgamma."""
-    cdef Py_ssize_t row, rows
+    cdef Py_ssize_t row, rows, blocks = block_count(shape_of(c), c.k.row_block)
     cdef nx_backward of
     cdef double sum[CHUNK_ROWS]
     cdef double dot[CHUNK_ROWS]
@@ -655,7 +653,8 @@ cdef void backward_layers(const Call *c, Py_ssize_t first, Py_ssize_t last, doub
             sum[row] = dot[row] = 0
         dots_of_rows(c, first, rows, 0, c.n, nx_sums(&sum[0], &dot[0], 1), dbeta, dgamma)
         for row in range(rows - 1, -1, -1):
-            backward_long_row(c, first + row, sum[row], dot[row])
+            finish_dots(c, first + row, &sum[row], &dot[row])
+            group_dx(c, Chunk(first + row, 0, blocks), sum[row], dot[row])
         first += rows
 
 
@@ -751,16 +750,11 @@ cdef void strip_sums_task(const void *job, Py_ssize_t task) noexcept nogil:
     cdef const Job *j = <const Job *> job
     cdef const Call *c = j.call
     cdef Py_ssize_t strip
-    cdef double sum = 0, dot = 0, pivot
+    cdef double sum = 0, dot = 0
     for strip in range(j.blocks):
         sum += j.adjust[2 * strip * c.groups + task]
         dot += j.adjust[(2 * strip + 1) * c.groups + task]
-    pivot = sum / c.count
-    if is_far(c, task, pivot):
-        group_dots(c, Chunk(task, 0, block_count(shape_of(c), c.k.row_block)), &pivot,
-                   nx_sums(&sum, &dot, 0))
-    elif c.rstd[task] != 0:
-        dot /= c.rstd[task]
+    finish_dots(c, task, &sum, &dot)
     c.sums[task], c.dots[task] = sum, dot
 
 
